@@ -1,0 +1,73 @@
+"""Pinhole cameras: pixels to rays and back.
+
+Frames: c2w follows OpenGL (x right, y up, the camera looks along -z). Pixel coordinates have x to the right and
+y down, and the centre of pixel (i, j) lies at (i + 0.5, j + 0.5). Scene units: the scene's box is [0, 1]^3.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Camera:
+    """A pinhole camera: a static image size, and focal length and principal point in pixels."""
+
+    focal_xy: jax.Array  # (2,) px
+    centre_xy: jax.Array  # (2,) px
+    width: int = struct.field(pytree_node=False)
+    height: int = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class Rays:
+    """origin (..., 3) in scene units; direction (..., 3) of unit length, so that t is a distance."""
+
+    origin: jax.Array
+    direction: jax.Array
+
+
+@struct.dataclass
+class PosedImages:
+    """V views that one camera took from V poses."""
+
+    camera: Camera
+    c2w: jax.Array  # (V, 3, 4) f32, camera to scene units
+    rgba: jax.Array  # (V, H, W, 4) u8, sRGB, colour not multiplied by alpha
+
+
+def pixel_to_ray(camera: Camera, c2w: jax.Array, pixel_xy: jax.Array) -> Rays:
+    """The ray through a pixel coordinate. c2w (..., 3, 4), pixel_xy (..., 2) -> Rays (...)."""
+    xy = (pixel_xy - camera.centre_xy) / camera.focal_xy
+    local = jnp.stack([xy[..., 0], -xy[..., 1], -jnp.ones_like(xy[..., 0])], axis=-1)
+    # Three products and sums, not a matmul: an accelerator may round a matmul's inputs to bfloat16.
+    direction = jnp.sum(c2w[..., :3] * local[..., None, :], axis=-1)
+    direction = direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
+    return Rays(origin=jnp.broadcast_to(c2w[..., 3], direction.shape), direction=direction)
+
+
+def point_to_pixel(camera: Camera, c2w: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where a camera sees a point. c2w (..., 3, 4), position (..., 3) -> pixel_xy (..., 2), depth (...) along -z.
+
+    Only a positive depth means that the point is before the camera; behind it the pixel has no meaning.
+    """
+    offset = position - c2w[..., 3]
+    local = jnp.sum(c2w[..., :3] * offset[..., :, None], axis=-2)
+    depth = -local[..., 2]
+    safe = jnp.where(jnp.abs(depth) > 1e-9, depth, 1e-9)
+    xy = jnp.stack([local[..., 0], -local[..., 1]], axis=-1) / safe[..., None]
+    return xy * camera.focal_xy + camera.centre_xy, depth
+
+
+def view_rays(camera: Camera, c2w: jax.Array) -> Rays:
+    """The rays through all pixel centres of one view. c2w (3, 4) -> Rays (H, W)."""
+    x, y = jnp.meshgrid(jnp.arange(camera.width) + 0.5, jnp.arange(camera.height) + 0.5)
+    return pixel_to_ray(camera, c2w, jnp.stack([x, y], axis=-1).astype(jnp.float32))
+
+
+def world_to_scene(c2w: jax.Array, box_centre: tuple[float, float, float], box_side: float) -> jax.Array:
+    """c2w (..., 3, 4) from world units to scene units, in which the given box is [0, 1]^3."""
+    position = (c2w[..., 3] - jnp.asarray(box_centre, c2w.dtype)) / box_side + 0.5
+    return jnp.concatenate([c2w[..., :3], position[..., None]], axis=-1)

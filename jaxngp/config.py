@@ -1,0 +1,411 @@
+"""Every choice a run can make, as small frozen dataclasses.
+
+A config is a *static* choice: it is hashable, so it is the jit cache key, and each function takes only the
+small config that it needs. Defaults are the paper's (Mueller et al. 2022); `PRESETS` and `SCENES` name the
+combinations people use. The order of precedence is: dataclass defaults < preset < flags < overrides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong: one line that says what, where, and what to do next."""
+
+
+def _check(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise InputError(f"{name} = {value!r}: expected {expected}")
+
+
+def _is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+@dataclass(frozen=True)
+class HashGridConfig:
+    """Multiresolution hash encoding (paper section 3, Table 1)."""
+
+    num_dims: int = 3  # D
+    num_levels: int = 16  # L
+    num_features: int = 2  # F, features per table entry
+    table_size: int = 2**19  # T, entries per level at most
+    min_resolution: int = 16  # N_min, cells per axis of the coarsest level
+    max_resolution: int = 2048  # N_max, cells per axis of the finest level
+    dense_levels: bool = True  # store a level that fits the table 1:1 instead of hashing it
+    half_voxel_offset: bool = False  # shift every level by half a cell, as tiny-cuda-nn does
+    smoothstep: bool = False  # smoothstep instead of linear interpolation (paper appendix A)
+    init_scale: float = 1e-4  # table entries start uniform in [-init_scale, init_scale]
+
+    def __post_init__(self) -> None:
+        _check(self.num_dims in (2, 3), "encoding.num_dims", self.num_dims, "2 or 3")
+        _check(self.num_levels >= 1, "encoding.num_levels", self.num_levels, "at least 1")
+        _check(self.num_features in (1, 2, 4, 8), "encoding.num_features", self.num_features, "1, 2, 4 or 8")
+        _check(
+            _is_power_of_two(self.table_size) and self.table_size <= 2**28,
+            "encoding.table_size",
+            self.table_size,
+            "a power of two up to 2**28",
+        )
+        _check(self.min_resolution >= 1, "encoding.min_resolution", self.min_resolution, "at least 1")
+        _check(
+            self.min_resolution <= self.max_resolution <= 2**20,
+            "encoding.max_resolution",
+            self.max_resolution,
+            f"at least min_resolution = {self.min_resolution} and at most 2**20",
+        )
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_levels * self.num_features
+
+
+DirectionEncoding = Literal["spherical_harmonics", "frequency"]
+
+
+@dataclass(frozen=True)
+class FieldConfig:
+    """The radiance field: hash encoding, density MLP, colour MLP (paper section 5.4)."""
+
+    encoding: HashGridConfig = HashGridConfig()
+    hidden_width: int = 64
+    density_layers: int = 1  # hidden layers of the density MLP
+    colour_layers: int = 2  # hidden layers of the colour MLP
+    num_geometry_features: int = 16  # outputs of the density MLP; the first is log density
+    direction_encoding: DirectionEncoding = "spherical_harmonics"
+    direction_degree: int = 4  # harmonic degree, or number of frequencies
+    use_bias: bool = False
+    mask_outside_box: bool = False  # zero density and colour outside the unit cube
+
+    def __post_init__(self) -> None:
+        _check(self.encoding.num_dims == 3, "field.encoding.num_dims", self.encoding.num_dims, "3 for a NeRF")
+        for name in ("hidden_width", "density_layers", "num_geometry_features", "direction_degree"):
+            _check(getattr(self, name) >= 1, f"field.{name}", getattr(self, name), "at least 1")
+        _check(self.colour_layers >= 0, "field.colour_layers", self.colour_layers, "at least 0")
+        known = typing.get_args(DirectionEncoding)
+        _check(self.direction_encoding in known, "field.direction_encoding", self.direction_encoding, f"one of {known}")
+        limit = 5 if self.direction_encoding == "spherical_harmonics" else 16
+        _check(self.direction_degree <= limit, "field.direction_degree", self.direction_degree, f"at most {limit}")
+
+
+@dataclass(frozen=True)
+class OccupancyConfig:
+    """Occupancy grid over the unit cube (paper appendix E.2)."""
+
+    resolution: int = 128  # G, cells per axis
+    decay: float = 0.95  # of the stored density at every refresh
+    threshold: float = 0.01  # optical thickness of one march step above which a cell is occupied
+    refresh_every: int = 16  # training steps between refreshes
+    warmup_steps: int = 256  # until then a refresh evaluates every cell, later a quarter of them
+    carve: bool = True  # cells outside the silhouette of any view with alpha stay empty
+
+    def __post_init__(self) -> None:
+        _check(
+            self.resolution % 32 == 0 and 32 <= self.resolution <= 512,
+            "occupancy.resolution",
+            self.resolution,
+            "a multiple of 32 from 32 to 512",
+        )
+        _check(0 < self.decay <= 1, "occupancy.decay", self.decay, "in (0, 1]")
+        _check(self.threshold > 0, "occupancy.threshold", self.threshold, "positive")
+        _check(self.refresh_every >= 1, "occupancy.refresh_every", self.refresh_every, "at least 1")
+        _check(self.warmup_steps >= 0, "occupancy.warmup_steps", self.warmup_steps, "at least 0")
+
+
+@dataclass(frozen=True)
+class MarchConfig:
+    """Sampling by marching through the occupied cells of the unit cube (paper appendix E.1)."""
+
+    num_steps: int = 1024  # candidate steps along the cube's diagonal; dt = sqrt(3) / num_steps
+    num_samples: int = 2**18  # size of the packed sample buffer of one training step
+    min_transmittance: float = 1e-4  # a ray ends where less light than this gets through
+    occupancy: OccupancyConfig = OccupancyConfig()
+
+    def __post_init__(self) -> None:
+        _check(
+            self.num_steps % 32 == 0 and 32 <= self.num_steps <= 4096,
+            "sampler.num_steps",
+            self.num_steps,
+            "a multiple of 32 from 32 to 4096",
+        )
+        _check(
+            self.num_samples >= self.num_steps,
+            "sampler.num_samples",
+            self.num_samples,
+            f"at least num_steps = {self.num_steps}, so that any one ray fits the buffer",
+        )
+        _check(0 <= self.min_transmittance < 1, "sampler.min_transmittance", self.min_transmittance, "in [0, 1)")
+
+    @property
+    def step_size(self) -> float:
+        """dt, in scene units."""
+        return 3**0.5 / self.num_steps
+
+
+@dataclass(frozen=True)
+class StratifiedConfig:
+    """Sampling by one jittered sample per bin between near and far; lengths in scene units."""
+
+    num_bins: int = 192
+    near: float = 2 / 3
+    far: float = 2.0
+    last_interval: float = 1e10 / 3  # the last sample stands for everything behind it
+
+    def __post_init__(self) -> None:
+        _check(self.num_bins >= 2, "sampler.num_bins", self.num_bins, "at least 2")
+        _check(0 <= self.near < self.far, "sampler.near, far", (self.near, self.far), "0 <= near < far")
+        _check(self.last_interval > 0, "sampler.last_interval", self.last_interval, "positive")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam with the paper's constants (section 4), a stepped decay, and an average of the weights."""
+
+    learning_rate: float = 1e-2
+    beta1: float = 0.9
+    beta2: float = 0.99
+    epsilon: float = 1e-15
+    weight_decay: float = 1e-6  # L2 on the MLP weights, inside the gradient; never on the tables
+    decay_factor: float = 0.33  # the learning rate is multiplied by this ...
+    decay_start: float = 0.4  # ... first at this fraction of the training budget ...
+    decay_interval: float = 0.2  # ... and again after each further fraction
+    warmup_steps: int = 0  # linear rise of the learning rate over the first steps
+    ema_decay: float = 0.95  # of the weight average that is evaluated; 0 evaluates the weights themselves
+
+    def __post_init__(self) -> None:
+        _check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "positive")
+        for name in ("beta1", "beta2", "ema_decay"):
+            _check(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "in [0, 1)")
+        _check(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "positive")
+        _check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
+        _check(0 < self.decay_factor <= 1, "optimizer.decay_factor", self.decay_factor, "in (0, 1]")
+        _check(self.decay_start >= 0, "optimizer.decay_start", self.decay_start, "at least 0")
+        _check(self.decay_interval > 0, "optimizer.decay_interval", self.decay_interval, "positive")
+        _check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "at least 0")
+
+
+Loss = Literal["huber", "l2"]
+Background = Literal["random", "white", "black"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    num_rays: int = 2**16  # rays drawn per step; those whose samples fill the buffer are used
+    loss: Loss = "huber"
+    background: Background = "random"  # behind transparent pixels, per ray
+    max_steps: int = 35_000
+    max_seconds: float = 0.0  # of training, compilation excluded; 0 means no limit
+    steps_per_dispatch: int = 16  # steps in one call of the compiled program
+    checkpoint_seconds: float = 60.0  # between checkpoints; one is always written at the end
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_rays", "max_steps", "steps_per_dispatch"):
+            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        _check(self.loss in typing.get_args(Loss), "train.loss", self.loss, f"one of {typing.get_args(Loss)}")
+        known = typing.get_args(Background)
+        _check(self.background in known, "train.background", self.background, f"one of {known}")
+        _check(self.max_seconds >= 0, "train.max_seconds", self.max_seconds, "at least 0")
+        _check(self.checkpoint_seconds > 0, "train.checkpoint_seconds", self.checkpoint_seconds, "positive")
+        _check(0 <= self.seed < 2**32, "train.seed", self.seed, "in [0, 2**32)")
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    """Which images, and the box of the world that becomes the unit cube of scene units."""
+
+    name: str = "bricks"  # a scene of SCENES, or a path to a folder of views or a ray table
+    data_dir: str = ""  # where to look first; see jaxngp.data.locate
+    downscale: int = 1  # box filter over downscale x downscale pixels
+    image_size: int = 200  # pixels per side at which the built-in scene is rendered
+    box_centre: tuple[float, float, float] = (0.0, 0.0, 0.0)  # world units
+    box_side: float = 3.0  # world units
+
+    def __post_init__(self) -> None:
+        _check(bool(self.name), "scene.name", self.name, "a name or a path")
+        _check(self.downscale >= 1, "scene.downscale", self.downscale, "at least 1")
+        _check(16 <= self.image_size <= 4096, "scene.image_size", self.image_size, "from 16 to 4096")
+        _check(len(self.box_centre) == 3, "scene.box_centre", self.box_centre, "three numbers")
+        _check(self.box_side > 0, "scene.box_side", self.box_side, "positive")
+
+
+@dataclass(frozen=True)
+class NerfConfig:
+    """All of one NeRF run: what `config.json` in a workdir holds."""
+
+    scene: SceneConfig = SceneConfig()
+    field: FieldConfig = FieldConfig()
+    sampler: MarchConfig | StratifiedConfig = MarchConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+
+
+_BASE = NerfConfig()
+_SMALL = NerfConfig(
+    field=FieldConfig(
+        encoding=HashGridConfig(num_levels=8, num_features=4, table_size=2**16, max_resolution=512),
+        colour_layers=1,
+    ),
+    sampler=MarchConfig(num_steps=256, num_samples=2**15),
+    train=TrainConfig(num_rays=2**13, max_steps=20_000, max_seconds=60.0),
+)
+_HUNDRED_LINES = NerfConfig(
+    field=FieldConfig(
+        encoding=HashGridConfig(dense_levels=False),
+        direction_encoding="frequency",
+        use_bias=True,
+        mask_outside_box=True,
+    ),
+    sampler=StratifiedConfig(),
+    optimizer=OptimizerConfig(decay_factor=1.0, ema_decay=0.0),
+    train=TrainConfig(num_rays=2**14, loss="l2", background="white", max_steps=3906, steps_per_dispatch=1),
+)
+
+PRESETS: dict[str, NerfConfig] = {"base": _BASE, "small": _SMALL, "hundred_lines": _HUNDRED_LINES}
+"""`base`: the paper's, for a GPU. `small`: a minute on a CPU. `hundred_lines`: no grid, 192 bins a ray."""
+
+_BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
+SCENES: dict[str, SceneConfig] = {
+    "bricks": SceneConfig(),
+    **{name: SceneConfig(name=name) for name in _BLENDER_SCENES},
+}
+"""The built-in scene and the eight of NeRF-synthetic; any other scene is given as a path."""
+
+
+def scene_config(name: str) -> SceneConfig:
+    """The config of a named scene, or of the scene at a path."""
+    if name in SCENES:
+        return SCENES[name]
+    if "/" in name or "\\" in name or "." in name:
+        return SceneConfig(name=name)
+    raise InputError(f"unknown scene {name!r}: give one of {', '.join(SCENES)}, or a path that contains a '/'")
+
+
+# Reading and writing.
+
+
+def to_json(config: Any) -> str:
+    """A config as JSON text; `from_json` gives the equal config back."""
+    return json.dumps(_to_plain(config), indent=2) + "\n"
+
+
+def from_json(text: str, kind: type = NerfConfig) -> Any:
+    """The config of type `kind` that `text` holds. Raises InputError where the text does not fit the type."""
+    try:
+        plain = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"config is not JSON: {error}") from None
+    return _from_plain(plain, kind, "config")
+
+
+def apply_overrides(config: Any, overrides: typing.Iterable[str]) -> Any:
+    """`config` with each `dotted.path=value` set; a value keeps the type of the field it replaces."""
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"override {override!r}: expected dotted.path=value")
+        config = _set(config, path.strip().split("."), text.strip(), path.strip())
+    return config
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """The dotted paths at which two configs differ, each with both values."""
+    a, b = (dict(_leaves(_to_plain(config))) for config in (old, new))
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
+
+
+def _to_plain(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return value
+    plain = {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return {"type": type(value).__name__, **plain} if isinstance(value, MarchConfig | StratifiedConfig) else plain
+
+
+def _leaves(plain: Any, path: str = "") -> typing.Iterator[tuple[str, Any]]:
+    if isinstance(plain, dict):
+        for key, value in plain.items():
+            yield from _leaves(value, f"{path}.{key}" if path else key)
+    else:
+        yield path, list(plain) if isinstance(plain, tuple) else plain
+
+
+def _from_plain(plain: Any, kind: Any, path: str) -> Any:
+    if isinstance(kind, types.UnionType):  # a tagged union of dataclasses
+        names = {k.__name__: k for k in typing.get_args(kind)}
+        tag = plain.get("type") if isinstance(plain, dict) else None
+        if not isinstance(tag, str) or tag not in names:
+            raise InputError(f"{path}.type = {tag!r}: expected one of {', '.join(names)}")
+        return _from_plain({k: v for k, v in plain.items() if k != "type"}, names[tag], path)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(plain, dict):
+            raise InputError(f"{path}: expected an object with the fields of {kind.__name__}")  # type: ignore[union-attr]
+        hints = typing.get_type_hints(kind)
+        _check_names(set(plain), set(hints), path)
+        if missing := sorted(set(hints) - set(plain)):
+            raise InputError(f"{path}: {missing[0]!r} is missing")
+        return kind(**{name: _from_plain(value, hints[name], f"{path}.{name}") for name, value in plain.items()})  # type: ignore[operator]
+    return _coerce(plain, kind, path)
+
+
+def _coerce(value: Any, kind: Any, path: str) -> Any:
+    """`value` as the field type `kind`, or InputError; the only conversions are int -> float and list -> tuple."""
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        choices = typing.get_args(kind)
+        if value in choices:
+            return value
+        raise InputError(f"{path} = {value!r}: expected one of {', '.join(map(repr, choices))}")
+    if origin is tuple:
+        kinds = typing.get_args(kind)
+        if isinstance(value, list | tuple) and len(value) == len(kinds):
+            return tuple(_coerce(v, k, path) for v, k in zip(value, kinds, strict=True))
+        raise InputError(f"{path} = {value!r}: expected a list of {len(kinds)} values")
+    if kind is float and type(value) is int:
+        value = float(value) if abs(value) < 2**1023 else value
+    if type(value) is not kind or (kind is float and not -1e300 < value < 1e300):
+        raise InputError(f"{path} = {value!r}: expected {kind.__name__}")
+    return value
+
+
+def _check_names(given: set[str], known: set[str], path: str) -> None:
+    if unknown := sorted(given - known):
+        raise InputError(f"{path}: no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}")
+
+
+def _set(config: Any, names: list[str], text: str, path: str) -> Any:
+    if not dataclasses.is_dataclass(config):
+        raise InputError(f"override {path!r}: {names[0]!r} goes below a value; its parent holds no fields")
+    hints = typing.get_type_hints(type(config))
+    _check_names({names[0]}, set(hints), f"override {path!r}")
+    old = getattr(config, names[0])
+    if len(names) > 1:
+        new = _set(old, names[1:], text, path)
+    elif dataclasses.is_dataclass(old):
+        fields = ", ".join(f.name for f in dataclasses.fields(old))
+        raise InputError(f"override {path!r}: names a group; its fields are {fields}")
+    else:
+        new = _coerce(_parse(text, hints[names[0]]), hints[names[0]], path)
+    return replace(config, **{names[0]: new})
+
+
+def _parse(text: str, kind: Any) -> Any:
+    """The value that `text` spells; powers may be written 2**19."""
+    if kind is str or typing.get_origin(kind) is Literal:
+        return text
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    base, power, exponent = text.partition("**")
+    try:
+        if power and kind is int and 0 <= int(exponent) <= 64:
+            return int(base) ** int(exponent)
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
