@@ -1,0 +1,145 @@
+"""From rays to samples: march through occupied cells and pack what is found (paper appendix E.1), or fill bins."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from jaxngp.cameras import Rays
+from jaxngp.config import MarchConfig, StratifiedConfig
+from jaxngp.occupancy import OccupancyGrid, nth_set_bit, occupied_at, pack_bits
+
+
+@struct.dataclass
+class Samples:
+    """N samples of R rays, packed: those of one ray stand together, in order of t; rays in order.
+
+    t (N,), dt (N,) scene units; ray (N,) i32, sorted; valid (N,) bool, False in the unused end of the buffer;
+    ray_complete (R,) bool: all samples of this ray are here; num_dropped () i32: samples that did not fit.
+    """
+
+    t: jax.Array
+    dt: jax.Array
+    ray: jax.Array
+    valid: jax.Array
+    ray_complete: jax.Array
+    num_dropped: jax.Array
+
+
+@struct.dataclass
+class Candidates:
+    """The steps of R rays that fall into occupied cells.
+
+    words (R, S / 32) u32: bit i % 32 of word i // 32 stands for the step from t_start + i dt to t_start + (i + 1) dt.
+    """
+
+    words: jax.Array
+    t_start: jax.Array  # (R,)
+
+
+def box_interval(rays: Rays) -> tuple[jax.Array, jax.Array]:
+    """Where rays are inside the unit cube: t_near >= 0 and t_far, each (...); t_far <= t_near if they miss it.
+
+    By slabs (Kay and Kajiya 1986). A component of the direction that is nearly 0 counts as tiny: then the two
+    planes lie far away on either side, or, for an origin outside them, both on one side.
+    """
+    direction = rays.direction
+    tiny = jnp.where(direction < 0, -1e-12, 1e-12)
+    inverse = 1 / jnp.where(jnp.abs(direction) < 1e-12, tiny, direction)
+    t0, t1 = (0 - rays.origin) * inverse, (1 - rays.origin) * inverse
+    t_near = jnp.maximum(jnp.max(jnp.minimum(t0, t1), axis=-1), 0)
+    return t_near, jnp.min(jnp.maximum(t0, t1), axis=-1)
+
+
+def find_candidates(rays: Rays, grid: OccupancyGrid, jitter: jax.Array, *, config: MarchConfig) -> Candidates:
+    """Test all steps of R rays against the grid. jitter (R,) in [0, 1): where in its step a sample lies.
+
+    The tests are packed into words as they are made: no (R, S) array of positions or flags is stored.
+    """
+    t_near, t_far = box_interval(rays)
+    t = t_near[:, None] + (jnp.arange(config.num_steps) + jitter[:, None]) * config.step_size
+    x, y, z = (rays.origin[:, axis, None] + t * rays.direction[:, axis, None] for axis in range(3))
+    return Candidates(words=pack_bits(occupied_at(grid, x, y, z) & (t < t_far[:, None])), t_start=t_near)
+
+
+def march_rays(rays: Rays, grid: OccupancyGrid, jitter: jax.Array, *, config: MarchConfig) -> Samples:
+    """The samples of R rays in occupied cells, packed into a buffer of config.num_samples.
+
+    Rays are taken in order while all of their samples fit; the samples of the others are counted as dropped. One
+    jitter a ray keeps its samples a fixed distance apart, so that their intervals tile the way through the box.
+    """
+    candidates = find_candidates(rays, grid, jitter, config=config)
+    size, num_rays = config.num_samples, len(jitter)
+    counts = jnp.sum(lax.population_count(candidates.words), axis=-1, dtype=jnp.int32)
+    end = jnp.cumsum(counts)
+    complete = end <= size
+    num_kept = jnp.max(jnp.where(complete, end, 0))
+
+    slot = jnp.arange(size, dtype=jnp.int32)
+    ray = jnp.cumsum(jnp.zeros(size, jnp.int32).at[end].add(1, mode="drop", indices_are_sorted=True))
+    ray = jnp.minimum(ray, num_rays - 1)
+    step = nth_candidate(candidates.words, ray, slot - (end - counts)[ray])
+    valid = slot < num_kept
+    return Samples(
+        t=candidates.t_start[ray] + (step + jitter[ray]) * config.step_size,
+        dt=jnp.where(valid, config.step_size, 0.0),
+        ray=ray,
+        valid=valid,
+        ray_complete=complete,
+        num_dropped=end[-1] - num_kept,
+    )
+
+
+def nth_candidate(words: jax.Array, ray: jax.Array, n: jax.Array) -> jax.Array:
+    """The number of the n-th step (counted from 0) that is set for a ray; some valid step where it has no n-th.
+
+    words (R, W) u32, ray (N,) i32, n (N,) i32 -> (N,) i32.
+    """
+    num_words = words.shape[1]
+    end = jnp.cumsum(lax.population_count(words).astype(jnp.int32), axis=1)
+    word = jnp.zeros_like(ray)
+    for width in (1 << b for b in reversed(range((num_words - 1).bit_length()))):
+        # The words before `word + width` hold no more than n set steps: go on behind them.
+        middle = jnp.minimum(word + width, num_words - 1)
+        word = jnp.where(end[ray, middle - 1] <= n, middle, word) if num_words > 1 else word
+    before = jnp.where(word > 0, end[ray, word - 1], 0)
+    return word * 32 + nth_set_bit(words[ray, word], jnp.clip(n - before, 0, 31)).astype(jnp.int32)
+
+
+def stratified_samples(num_rays: int, jitter: jax.Array, *, config: StratifiedConfig) -> Samples:
+    """One sample per bin and ray, as the 100-line reference takes them. jitter (R, num_bins) in [0, 1).
+
+    Bins are bounded by the midpoints between evenly spaced points from near to far; dt reaches to the next sample.
+    """
+    edges = jnp.linspace(config.near, config.far, config.num_bins)
+    middles = (edges[1:] + edges[:-1]) / 2
+    lower, upper = jnp.concatenate([edges[:1], middles]), jnp.concatenate([middles, edges[-1:]])
+    t = lower + (upper - lower) * jitter
+    dt = jnp.concatenate([jnp.diff(t, axis=1), jnp.full((num_rays, 1), config.last_interval)], axis=1)
+    return Samples(
+        t=t.reshape(-1),
+        dt=dt.reshape(-1),
+        ray=jnp.repeat(jnp.arange(num_rays, dtype=jnp.int32), config.num_bins),
+        valid=jnp.ones(t.size, bool),
+        ray_complete=jnp.ones(num_rays, bool),
+        num_dropped=jnp.int32(0),
+    )
+
+
+def jitter_shape(num_rays: int, *, sampler: MarchConfig | StratifiedConfig) -> tuple[int, ...]:
+    """The shape of the uniform noise that `sample_rays` takes."""
+    return (num_rays,) if isinstance(sampler, MarchConfig) else (num_rays, sampler.num_bins)
+
+
+def sample_rays(
+    rays: Rays, grid: OccupancyGrid | None, jitter: jax.Array, *, sampler: MarchConfig | StratifiedConfig
+) -> Samples:
+    """Samples of R rays as `sampler` says; only marching needs the grid."""
+    if isinstance(sampler, StratifiedConfig):
+        return stratified_samples(rays.origin.shape[0], jitter, config=sampler)
+    if grid is None:
+        raise ValueError("grid = None: marching needs an OccupancyGrid")
+    return march_rays(rays, grid, jitter, config=sampler)

@@ -1,0 +1,167 @@
+"""The occupancy grid: which cells of the unit cube may hold density (paper appendix E.2).
+
+A cell (x, y, z) has the number x + G (y + G z); bit i % 32 of word i // 32 says whether cell i is occupied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from jaxngp.cameras import PosedImages, point_to_pixel
+from jaxngp.config import MarchConfig, OccupancyConfig
+
+DensityFn = Callable[[jax.Array], jax.Array]
+"""position (N, 3) in scene units -> density (N,) per scene unit."""
+
+EMPTY = -1.0
+"""The stored density of a cell that stays empty: no camera sees it, or a silhouette excludes it."""
+
+_CHUNK = 2**15  # cells whose density is evaluated at once: the network's activations stay in a CPU's cache
+
+
+@struct.dataclass
+class OccupancyGrid:
+    """density (G^3,) f32 per scene unit, or EMPTY; occupied (G^3 / 32,) u32, one bit a cell."""
+
+    density: jax.Array
+    occupied: jax.Array
+
+    @property
+    def resolution(self) -> int:
+        return round(self.density.shape[0] ** (1 / 3))
+
+
+def pack_bits(flags: jax.Array) -> jax.Array:
+    """(..., 32 n) bool -> (..., n) u32, the first flag in the lowest bit."""
+    words = flags.reshape(*flags.shape[:-1], -1, 32).astype(jnp.uint32)
+    return jnp.sum(words << jnp.arange(32, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+
+
+def nth_set_bit(word: jax.Array, n: jax.Array) -> jax.Array:
+    """The place (0 to 31) of the n-th set bit, counted from 0, of a u32 word that has more than n of them."""
+    place = jnp.zeros_like(word)
+    n = n.astype(jnp.uint32)
+    for width in (16, 8, 4, 2, 1):
+        below = lax.population_count(word & np.uint32((1 << width) - 1))
+        above = n >= below
+        n = jnp.where(above, n - below, n)
+        place = place + jnp.where(above, np.uint32(width), np.uint32(0))
+        word = jnp.where(above, word >> width, word)
+    return place
+
+
+def init_occupancy(candidates: jax.Array) -> OccupancyGrid:
+    """A grid in which every candidate cell is occupied and every other stays empty. candidates (G^3,) bool."""
+    return OccupancyGrid(density=jnp.where(candidates, 0.0, EMPTY), occupied=pack_bits(candidates))
+
+
+def is_occupied(grid: OccupancyGrid, position: jax.Array) -> jax.Array:
+    """Whether the cells that hold the points are occupied. position (..., 3) in [0, 1] -> (...) bool."""
+    return occupied_at(grid, *(position[..., axis] for axis in range(3)))
+
+
+def occupied_at(grid: OccupancyGrid, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
+    """`is_occupied` with one array per axis, which spares a CPU the (..., 3) temporaries."""
+    resolution = grid.resolution
+    column, row, layer = (jnp.clip((p * resolution).astype(jnp.int32), 0, resolution - 1) for p in (x, y, z))
+    cell = column + resolution * (row + resolution * layer)
+    word = grid.occupied.at[cell >> 5].get(mode="promise_in_bounds")
+    return (word >> (cell & 31).astype(jnp.uint32)) & 1 != 0
+
+
+def cell_centre(cell: jax.Array, *, resolution: int) -> jax.Array:
+    """(...) i32 cell numbers -> (..., 3) scene units."""
+    axes = jnp.stack([cell % resolution, cell // resolution % resolution, cell // resolution**2], axis=-1)
+    return (axes.astype(jnp.float32) + 0.5) / resolution
+
+
+def candidate_cells(images: PosedImages, *, config: OccupancyConfig) -> jax.Array:
+    """(G^3,) bool: the cells that at least one camera sees and, if carving, that no silhouette excludes.
+
+    A view excludes a cell whose whole footprint in it has alpha 0: light through those pixels met nothing, so the
+    cell holds nothing. Views whose pixels are all opaque exclude nothing.
+    """
+    camera, resolution = images.camera, config.resolution
+    centre = cell_centre(jnp.arange(resolution**3), resolution=resolution)
+
+    def add_view(carry: tuple[jax.Array, jax.Array], view: tuple[jax.Array, jax.Array]) -> tuple:
+        seen, excluded = carry
+        c2w, alpha = view
+        pixel, depth = point_to_pixel(camera, c2w, centre)
+        inside = (depth > 0) & jnp.all((pixel >= 0) & (pixel < jnp.array([camera.width, camera.height])), axis=-1)
+        # Half a cell's diagonal, in pixels, and half a pixel for the pixel's own extent.
+        radius = 0.5 * 3**0.5 / resolution * jnp.max(camera.focal_xy) / jnp.maximum(depth, 1e-6) + 0.5
+        empty = inside & _footprint_is_empty(alpha > 0, pixel, radius)
+        return (seen | inside, excluded | empty), None
+
+    none = jnp.zeros(resolution**3, bool)
+    (seen, excluded), _ = lax.scan(add_view, (none, none), (images.c2w, images.rgba[..., 3]))
+    return seen & ~excluded if config.carve else seen
+
+
+def _footprint_is_empty(mask: jax.Array, pixel: jax.Array, radius: jax.Array) -> jax.Array:
+    """Whether `mask` (H, W) is False in the squares of half-side radius (N,) around pixel (N, 2), clipped to the image.
+
+    By a summed-area table: four reads a square, whatever its size.
+    """
+    height, width = mask.shape
+    area = jnp.pad(jnp.cumsum(jnp.cumsum(mask.astype(jnp.int32), axis=0), axis=1), ((1, 0), (1, 0)))
+    low = jnp.floor(pixel - radius[:, None]).astype(jnp.int32)
+    high = jnp.ceil(pixel + radius[:, None]).astype(jnp.int32)
+    left, right = (jnp.clip(v[:, 0], 0, width) for v in (low, high))
+    top, bottom = (jnp.clip(v[:, 1], 0, height) for v in (low, high))
+    return area[bottom, right] - area[top, right] - area[bottom, left] + area[top, left] == 0
+
+
+def sample_cells(words: jax.Array, choice: jax.Array) -> jax.Array:
+    """The numbers of the set bits of given ranks. words (n,) u32, choice (M,) i32 in [0, number of set bits) -> (M,).
+
+    With no bit set there is nothing to choose; the result is then a valid cell that means nothing.
+    """
+    end = jnp.cumsum(lax.population_count(words).astype(jnp.int32))
+    word = jnp.minimum(jnp.searchsorted(end, choice, side="right"), words.shape[0] - 1).astype(jnp.int32)
+    count = lax.population_count(words[word]).astype(jnp.int32)
+    place = nth_set_bit(words[word], jnp.clip(choice - (end[word] - count), 0, 31))
+    return jnp.clip(word * 32 + place.astype(jnp.int32), 0, words.shape[0] * 32 - 1)
+
+
+def update_occupancy(
+    grid: OccupancyGrid, key: jax.Array, density_fn: DensityFn, warmup: jax.Array, *, config: MarchConfig
+) -> OccupancyGrid:
+    """One refresh: decay every cell, look at some of them at a random point each, keep the larger density.
+
+    While `warmup` () bool is True every candidate cell is looked at; afterwards a quarter as many drawn from all
+    candidates and as many from the occupied ones. A cell is occupied above min(mean density, threshold).
+    """
+    candidates = pack_bits(grid.density >= 0)
+    num_candidates = jnp.sum(lax.population_count(candidates), dtype=jnp.int32)
+    num_occupied = jnp.sum(lax.population_count(grid.occupied), dtype=jnp.int32)
+    num_uniform = jnp.where(warmup, num_candidates, num_candidates // 4)
+    num_looks = num_uniform + jnp.where(warmup, 0, jnp.minimum(num_candidates // 4, num_occupied))
+
+    def look(chunk: jax.Array, fresh: jax.Array) -> jax.Array:
+        cell_key, uniform_key, point_key = jax.random.split(jax.random.fold_in(key, chunk), 3)
+        rank = chunk * _CHUNK + jnp.arange(_CHUNK)
+        drawn = jax.random.randint(cell_key, rank.shape, 0, jnp.maximum(num_candidates, 1))
+        uniform = sample_cells(candidates, jnp.where(warmup, rank, drawn))
+        drawn = jax.random.randint(uniform_key, rank.shape, 0, jnp.maximum(num_occupied, 1))
+        cell = jnp.where(rank < num_uniform, uniform, sample_cells(grid.occupied, drawn))
+        offset = (jax.random.uniform(point_key, (_CHUNK, 3)) - 0.5) / grid.resolution
+        density = density_fn(cell_centre(cell, resolution=grid.resolution) + offset)
+        return fresh.at[cell].max(jnp.where(rank < num_looks, density, EMPTY))
+
+    num_chunks = (num_looks + _CHUNK - 1) // _CHUNK
+    fresh = lax.fori_loop(0, num_chunks, look, jnp.full_like(grid.density, EMPTY))
+    density = jnp.where(grid.density < 0, EMPTY, jnp.maximum(grid.density * config.occupancy.decay, fresh))
+    return OccupancyGrid(density=density, occupied=pack_bits(density > _threshold(density, config)))
+
+
+def _threshold(density: jax.Array, config: MarchConfig) -> jax.Array:
+    mean = jnp.mean(jnp.maximum(density, 0))
+    return jnp.minimum(mean, config.occupancy.threshold / config.step_size)
