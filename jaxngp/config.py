@@ -67,6 +67,7 @@ class HashGridConfig:
 
 
 DirectionEncoding = Literal["spherical_harmonics", "frequency"]
+MlpInit = Literal["glorot", "torch"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class FieldConfig:
     direction_encoding: DirectionEncoding = "spherical_harmonics"
     direction_degree: int = 4  # harmonic degree, or number of frequencies
     use_bias: bool = False
+    mlp_init: MlpInit = "glorot"  # "torch" draws weights and biases as torch.nn.Linear does
     mask_outside_box: bool = False  # zero density and colour outside the unit cube
 
     def __post_init__(self) -> None:
@@ -90,7 +92,9 @@ class FieldConfig:
         _check(self.colour_layers >= 0, "field.colour_layers", self.colour_layers, "at least 0")
         known = typing.get_args(DirectionEncoding)
         _check(self.direction_encoding in known, "field.direction_encoding", self.direction_encoding, f"one of {known}")
-        limit = 5 if self.direction_encoding == "spherical_harmonics" else 16
+        known = typing.get_args(MlpInit)
+        _check(self.mlp_init in known, "field.mlp_init", self.mlp_init, f"one of {known}")
+        limit = 8 if self.direction_encoding == "spherical_harmonics" else 16
         _check(self.direction_degree <= limit, "field.direction_degree", self.direction_degree, f"at most {limit}")
 
 
@@ -262,6 +266,7 @@ _HUNDRED_LINES = NerfConfig(
         encoding=HashGridConfig(dense_levels=False),
         direction_encoding="frequency",
         use_bias=True,
+        mlp_init="torch",
         mask_outside_box=True,
     ),
     sampler=StratifiedConfig(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import lax
 
@@ -104,7 +103,7 @@ def nth_candidate(words: jax.Array, ray: jax.Array, n: jax.Array) -> jax.Array:
     for width in (1 << b for b in reversed(range((num_words - 1).bit_length()))):
         # The words before `word + width` hold no more than n set steps: go on behind them.
         middle = jnp.minimum(word + width, num_words - 1)
-        word = jnp.where(end[ray, middle - 1] <= n, middle, word) if num_words > 1 else word
+        word = jnp.where(end[ray, middle - 1] <= n, middle, word)
     before = jnp.where(word > 0, end[ray, word - 1], 0)
     return word * 32 + nth_set_bit(words[ray, word], jnp.clip(n - before, 0, 31)).astype(jnp.int32)
 

@@ -84,8 +84,8 @@ def cell_centre(cell: jax.Array, *, resolution: int) -> jax.Array:
 def candidate_cells(images: PosedImages, *, config: OccupancyConfig) -> jax.Array:
     """(G^3,) bool: the cells that at least one camera sees and, if carving, that no silhouette excludes.
 
-    A view excludes a cell whose whole footprint in it has alpha 0: light through those pixels met nothing, so the
-    cell holds nothing. Views whose pixels are all opaque exclude nothing.
+    A view excludes a cell whose footprint lies inside its image and has alpha 0 everywhere: light through those
+    pixels met nothing, so the cell holds nothing. Views whose pixels are all opaque exclude nothing.
     """
     camera, resolution = images.camera, config.resolution
     centre = cell_centre(jnp.arange(resolution**3), resolution=resolution)
@@ -106,7 +106,7 @@ def candidate_cells(images: PosedImages, *, config: OccupancyConfig) -> jax.Arra
 
 
 def _footprint_is_empty(mask: jax.Array, pixel: jax.Array, radius: jax.Array) -> jax.Array:
-    """Whether `mask` (H, W) is False in the squares of half-side radius (N,) around pixel (N, 2), clipped to the image.
+    """Whether the squares of half-side radius (N,) around pixel (N, 2) lie in the image and `mask` (H, W) is False there.
 
     By a summed-area table: four reads a square, whatever its size.
     """
@@ -114,9 +114,10 @@ def _footprint_is_empty(mask: jax.Array, pixel: jax.Array, radius: jax.Array) ->
     area = jnp.pad(jnp.cumsum(jnp.cumsum(mask.astype(jnp.int32), axis=0), axis=1), ((1, 0), (1, 0)))
     low = jnp.floor(pixel - radius[:, None]).astype(jnp.int32)
     high = jnp.ceil(pixel + radius[:, None]).astype(jnp.int32)
+    within = jnp.all((low >= 0) & (high <= jnp.array([width, height])), axis=-1)
     left, right = (jnp.clip(v[:, 0], 0, width) for v in (low, high))
     top, bottom = (jnp.clip(v[:, 1], 0, height) for v in (low, high))
-    return area[bottom, right] - area[top, right] - area[bottom, left] + area[top, left] == 0
+    return within & (area[bottom, right] - area[top, right] - area[bottom, left] + area[top, left] == 0)
 
 
 def sample_cells(words: jax.Array, choice: jax.Array) -> jax.Array:

@@ -1,0 +1,182 @@
+"""Flax modules: what the networks compute, and the parameters they hold (paper section 5.4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxngp.config import FieldConfig, HashGridConfig, InputError, MlpInit
+from jaxngp.encodings import frequency_encode, hash_encode, init_table, sh_encode
+from jaxngp.hashing import level_sizes
+
+Params = dict[str, Any]
+"""A nested dict of arrays, as flax gives it."""
+
+MAX_LOG_DENSITY = 15.0
+
+
+@jax.custom_jvp
+def clamped_exp(x: jax.Array) -> jax.Array:
+    """exp(min(x, 15)), the density of a network's output: finite, and with a gradient that never dies or explodes.
+
+    The derivative is exp(clip(x, -15, 15)) everywhere, so that an output above the clamp can still come down.
+    """
+    return jnp.exp(jnp.minimum(x, MAX_LOG_DENSITY))
+
+
+@clamped_exp.defjvp
+def _clamped_exp_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (x,), (tangent,) = primals, tangents
+    return clamped_exp(x), tangent * jnp.exp(jnp.clip(x, -MAX_LOG_DENSITY, MAX_LOG_DENSITY))
+
+
+class Mlp(nn.Module):
+    """num_layers hidden layers of `width` with ReLU, then a linear one: (N, inputs) -> (N, outputs)."""
+
+    width: int
+    num_layers: int
+    outputs: int
+    use_bias: bool = False
+    init: MlpInit = "glorot"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for _ in range(self.num_layers):
+            x = nn.relu(self._dense(x, self.width))
+        return self._dense(x, self.outputs)
+
+    def _dense(self, x: jax.Array, outputs: int) -> jax.Array:
+        bound = 1 / math.sqrt(x.shape[-1])  # torch.nn.Linear: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), biases too
+        torch_uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
+        glorot = self.init == "glorot"
+        return nn.Dense(
+            outputs,
+            use_bias=self.use_bias,
+            kernel_init=nn.initializers.glorot_uniform() if glorot else torch_uniform,
+            bias_init=nn.initializers.zeros_init() if glorot else torch_uniform,
+        )(x)
+
+
+class HashEncoding(nn.Module):
+    """`encodings.hash_encode` with its table as the parameter `table`: (N, D) in [0, 1] -> (N, L * F)."""
+
+    grid: HashGridConfig
+
+    @nn.compact
+    def __call__(self, position: jax.Array) -> jax.Array:
+        table = self.param("table", lambda key: init_table(key, grid=self.grid))
+        return hash_encode(table, position, grid=self.grid)
+
+
+class NerfField(nn.Module):
+    """Position and direction to density and colour: hash encoding -> density MLP -> colour MLP.
+
+    The first output of the density MLP is the log of the density per scene unit; all of them, with the encoded
+    direction, enter the colour MLP, and a sigmoid gives sRGB.
+    """
+
+    config: FieldConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.encoding = HashEncoding(c.encoding)
+        self.density_mlp = Mlp(c.hidden_width, c.density_layers, c.num_geometry_features, c.use_bias, c.mlp_init)
+        self.colour_mlp = Mlp(c.hidden_width, c.colour_layers, 3, c.use_bias, c.mlp_init)
+
+    def __call__(self, position: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """position (N, 3) scene units, direction (N, 3) unit -> density (N,), rgb (N, 3)."""
+        density, geometry = self._geometry(position)
+        encoded = _encode_direction(direction, self.config)
+        rgb = nn.sigmoid(self.colour_mlp(jnp.concatenate([geometry, encoded], axis=-1)))
+        if self.config.mask_outside_box:
+            rgb = jnp.where(_inside(position)[:, None], rgb, 0)
+        return density, rgb
+
+    def density(self, position: jax.Array) -> jax.Array:
+        """position (N, 3) scene units -> density (N,) per scene unit."""
+        return self._geometry(position)[0]
+
+    def _geometry(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        geometry = self.density_mlp(self.encoding(position))
+        density = clamped_exp(geometry[:, 0])
+        if self.config.mask_outside_box:
+            density = jnp.where(_inside(position), density, 0)
+        return density, geometry
+
+
+def _inside(position: jax.Array) -> jax.Array:
+    return jnp.all((position > 0) & (position < 1), axis=-1)
+
+
+def _encode_direction(direction: jax.Array, config: FieldConfig) -> jax.Array:
+    if config.direction_encoding == "frequency":
+        return frequency_encode(direction, num_frequencies=config.direction_degree)
+    return sh_encode(direction, degree=config.direction_degree)
+
+
+def init_params(key: jax.Array, *, config: FieldConfig) -> Params:
+    """Fresh parameters of a NerfField: {"encoding": {"table"}, "density_mlp": {...}, "colour_mlp": {...}}."""
+    point = jnp.full((1, 3), 0.5)
+    return NerfField(config).init(key, point, point)["params"]
+
+
+def evaluate_field(
+    params: Params, position: jax.Array, direction: jax.Array, *, config: FieldConfig
+) -> tuple[jax.Array, jax.Array]:
+    """A NerfField as a function: density (N,) per scene unit and rgb (N, 3)."""
+    return NerfField(config).apply({"params": params}, position, direction)
+
+
+def evaluate_density(params: Params, position: jax.Array, *, config: FieldConfig) -> jax.Array:
+    """Only the density (N,) of a NerfField, per scene unit."""
+    return NerfField(config).apply({"params": params}, position, method="density")
+
+
+def params_from_reference(state_dict: Mapping[str, np.ndarray], *, config: FieldConfig, box_side: float = 3.0) -> Params:
+    """Parameters with which the `hundred_lines` field computes what the 100-line PyTorch reference does.
+
+    state_dict: the reference's, name -> array: lookup_tables.0 ... (T, F) each, density_MLP.{0,2} and
+    color_MLP.{0,2,4} .weight (outputs, inputs) and .bias. The reference's density is per world unit; ours is per
+    scene unit, box_side times that. The factor goes into the bias of the log density, and the colour MLP, which
+    reads the log density too, gets a bias that takes it back. Raises InputError if a name is missing or misshapen.
+    """
+    sizes = level_sizes(config.encoding)
+    tables = [
+        _take(state_dict, f"lookup_tables.{level}", (rows, config.encoding.num_features))
+        for level, rows in enumerate(sizes)
+    ]
+    width, geometry = config.hidden_width, config.num_geometry_features
+    directions = 3 + 6 * config.direction_degree
+    density = _reference_mlp(state_dict, "density_MLP", (config.encoding.num_outputs, width, geometry))
+    colour = _reference_mlp(state_dict, "color_MLP", (geometry + directions, *[width] * config.colour_layers, 3))
+    shift = math.log(box_side)
+    density["Dense_1"]["bias"] = density["Dense_1"]["bias"] + np.eye(1, geometry, dtype=np.float32)[0] * shift
+    colour["Dense_0"]["bias"] = colour["Dense_0"]["bias"] - colour["Dense_0"]["kernel"][0] * shift
+    params = {"encoding": {"table": np.concatenate(tables)}, "density_mlp": density, "colour_mlp": colour}
+    return jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), params)
+
+
+def _reference_mlp(state_dict: Mapping[str, np.ndarray], name: str, widths: tuple[int, ...]) -> Params:
+    # In torch.nn.Sequential the linear layers stand at even places, the ReLUs between them.
+    return {
+        f"Dense_{i}": {
+            "kernel": _take(state_dict, f"{name}.{2 * i}.weight", (outputs, inputs)).T,
+            "bias": _take(state_dict, f"{name}.{2 * i}.bias", (outputs,)),
+        }
+        for i, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+    }
+
+
+def _take(state_dict: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name not in state_dict:
+        raise InputError(f"state_dict has no {name!r}: its names are {', '.join(sorted(state_dict))}")
+    array = np.asarray(state_dict[name], np.float32)
+    if array.shape != shape:
+        raise InputError(f"state_dict[{name!r}] has shape {array.shape}: this config needs {shape}")
+    return array

@@ -1,0 +1,50 @@
+"""All that a training run is at one moment."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from jaxngp.config import MarchConfig, NerfConfig
+from jaxngp.fields import Params, init_params
+from jaxngp.occupancy import OccupancyGrid, init_occupancy
+from jaxngp.training.optimizer import make_optimizer
+
+
+@struct.dataclass
+class TrainState:
+    """Arrays only: exactly what a checkpoint holds. The key never changes; a step uses fold_in(key, step)."""
+
+    step: jax.Array  # () i32
+    params: Params
+    ema_params: Params  # the average of params that is evaluated; empty where config.ema_decay is 0
+    opt_state: optax.OptState
+    occupancy: OccupancyGrid | None  # None where the sampler needs none
+    key: jax.Array  # () typed PRNG key
+
+    @property
+    def eval_params(self) -> Params:
+        """The parameters to evaluate and render with."""
+        return self.ema_params or self.params
+
+
+def init_state(seed: int, *, config: NerfConfig) -> TrainState:
+    """A fresh state; every cell of its occupancy grid is occupied. Equal seeds give equal states.
+
+    Takes a seed, not a key: training donates the state's buffers, and would delete a key that the caller holds.
+    """
+    key = jax.random.key(seed)
+    params = init_params(jax.random.fold_in(key, 2**31), config=config.field)
+    occupancy = None
+    if isinstance(config.sampler, MarchConfig):
+        occupancy = init_occupancy(jnp.ones(config.sampler.occupancy.resolution**3, bool))
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {},
+        opt_state=make_optimizer(config.optimizer).init(params),
+        occupancy=occupancy,
+        key=key,
+    )

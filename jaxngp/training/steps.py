@@ -1,0 +1,166 @@
+"""One loss, one step: what the compiled training programs compute."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from jaxngp.cameras import PosedImages, Rays, pixel_to_ray
+from jaxngp.config import Background, MarchConfig, NerfConfig
+from jaxngp.data.rays import RayTable
+from jaxngp.fields import Params, evaluate_density, evaluate_field
+from jaxngp.losses import colour_loss
+from jaxngp.marching import jitter_shape
+from jaxngp.metrics import psnr
+from jaxngp.occupancy import OccupancyGrid, candidate_cells, init_occupancy, update_occupancy
+from jaxngp.rendering import render_rays
+from jaxngp.training.optimizer import make_optimizer
+from jaxngp.training.state import TrainState
+
+TrainingData = PosedImages | RayTable
+
+
+@struct.dataclass
+class PixelBatch:
+    """R pixels: their rays and rgba (R, 4) f32 in [0, 1], colour not multiplied by alpha."""
+
+    rays: Rays
+    rgba: jax.Array
+
+
+@struct.dataclass
+class StepNoise:
+    """All randomness of a step after the choice of pixels."""
+
+    jitter: jax.Array  # of jitter_shape, in [0, 1)
+    background: jax.Array  # (R, 3) sRGB
+
+
+@struct.dataclass
+class Metrics:
+    """Of one step, or averaged over the steps of one dispatch; they stay on the device until they are read."""
+
+    loss: jax.Array
+    psnr: jax.Array  # of the batch, from its mean squared error
+    rays: jax.Array  # used: those whose samples fit the buffer
+    samples: jax.Array  # used
+    dropped_samples: jax.Array  # did not fit the buffer; their rays left the loss
+    occupied_fraction: jax.Array  # of the grid's cells
+
+
+def draw_pixels(key: jax.Array, data: TrainingData, *, num_rays: int) -> PixelBatch:
+    """Pixels drawn uniformly and independently from all pixels of all views."""
+    if isinstance(data, RayTable):
+        row = jax.random.randint(key, (num_rays,), 0, data.rgb.shape[0])
+        rays = jax.tree.map(lambda a: a[row], data.rays)
+        return PixelBatch(rays=rays, rgba=jnp.concatenate([data.rgb[row], jnp.ones((num_rays, 1))], axis=1))
+    num_views, height, width, _ = data.rgba.shape
+    view, y, x = (
+        jax.random.randint(k, (num_rays,), 0, n)
+        for k, n in zip(jax.random.split(key, 3), (num_views, height, width), strict=True)
+    )
+    rays = pixel_to_ray(data.camera, data.c2w[view], jnp.stack([x, y], axis=-1) + 0.5)
+    return PixelBatch(rays=rays, rgba=data.rgba[view, y, x].astype(jnp.float32) / 255)
+
+
+def draw_noise(key: jax.Array, *, config: NerfConfig) -> StepNoise:
+    """Jitter, and a background colour per ray."""
+    jitter_key, background_key = jax.random.split(key)
+    num_rays = config.train.num_rays
+    return StepNoise(
+        jitter=jax.random.uniform(jitter_key, jitter_shape(num_rays, sampler=config.sampler)),
+        background=draw_background(background_key, num_rays, background=config.train.background),
+    )
+
+
+def draw_background(key: jax.Array, num_rays: int, *, background: Background) -> jax.Array:
+    """(num_rays, 3) sRGB: random colours, one a ray, or the fixed one."""
+    if background == "random":
+        return jax.random.uniform(key, (num_rays, 3))
+    return jnp.full((num_rays, 3), 1.0 if background == "white" else 0.0)
+
+
+def nerf_loss(
+    params: Params, batch: PixelBatch, noise: StepNoise, grid: OccupancyGrid | None, *, config: NerfConfig
+) -> tuple[jax.Array, Metrics]:
+    """The mean loss over the rays whose samples fit, each before its own background, and what happened on the way."""
+    field_fn = functools.partial(evaluate_field, params, config=config.field)
+    out, samples = render_rays(
+        field_fn, batch.rays, grid, noise.jitter, noise.background, sampler=config.sampler
+    )
+    alpha = batch.rgba[:, 3:]
+    target = batch.rgba[:, :3] * alpha + noise.background * (1 - alpha)
+    used = samples.ray_complete[:, None]
+    count = 3 * jnp.maximum(jnp.sum(used), 1)
+    loss = jnp.sum(jnp.where(used, colour_loss(out.rgb, target, loss=config.train.loss), 0)) / count
+    squared_error = jnp.sum(jnp.where(used, (out.rgb - target) ** 2, 0)) / count
+    metrics = Metrics(
+        loss=loss,
+        psnr=psnr(squared_error),
+        rays=jnp.sum(used).astype(jnp.float32),
+        samples=jnp.sum(samples.valid).astype(jnp.float32),
+        dropped_samples=samples.num_dropped.astype(jnp.float32),
+        occupied_fraction=_occupied_fraction(grid),
+    )
+    return loss, metrics
+
+
+def _occupied_fraction(grid: OccupancyGrid | None) -> jax.Array:
+    if grid is None:
+        return jnp.float32(1)
+    return jnp.sum(lax.population_count(grid.occupied)) / jnp.float32(grid.density.shape[0])
+
+
+def nerf_step(
+    state: TrainState, data: TrainingData, learning_rate: jax.Array, *, config: NerfConfig
+) -> tuple[TrainState, Metrics]:
+    """Draw pixels and noise, take the gradient, apply Adam."""
+    pixel_key, noise_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+    batch = draw_pixels(pixel_key, data, num_rays=config.train.num_rays)
+    noise = draw_noise(noise_key, config=config)
+    gradient, metrics = jax.grad(nerf_loss, has_aux=True)(state.params, batch, noise, state.occupancy, config=config)
+    updates, opt_state = make_optimizer(config.optimizer).update(gradient, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def nerf_steps(
+    state: TrainState, data: TrainingData, learning_rates: jax.Array, *, config: NerfConfig
+) -> tuple[TrainState, Metrics]:
+    """As many steps as there are learning_rates (K,), in one dispatch; metrics are their means.
+
+    The average of the weights is brought up to date once, with the decay of K steps.
+    """
+    state, metrics = lax.scan(
+        lambda state, rate: nerf_step(state, data, rate, config=config), state, learning_rates
+    )
+    keep = config.optimizer.ema_decay ** learning_rates.shape[0]
+    if config.optimizer.ema_decay:
+        ema = jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, state.ema_params, state.params)
+        state = state.replace(ema_params=ema)
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def refresh_occupancy(state: TrainState, *, config: NerfConfig) -> TrainState:
+    """The state with its occupancy grid brought up to date (paper appendix E.2)."""
+    if not isinstance(config.sampler, MarchConfig) or state.occupancy is None:
+        return state
+    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2**31)
+    density_fn = functools.partial(evaluate_density, state.params, config=config.field)
+    warmup = state.step < config.sampler.occupancy.warmup_steps
+    return state.replace(occupancy=update_occupancy(state.occupancy, key, density_fn, warmup, config=config.sampler))
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def restrict_occupancy(state: TrainState, images: PosedImages, *, config: NerfConfig) -> TrainState:
+    """The state with the cells that no camera sees, or that a silhouette excludes, marked as empty for good."""
+    if not isinstance(config.sampler, MarchConfig):
+        return state
+    candidates = candidate_cells(images, config=config.sampler.occupancy)
+    return state.replace(occupancy=init_occupancy(candidates))
