@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 
@@ -71,3 +72,32 @@ def world_to_scene(c2w: jax.Array, box_centre: tuple[float, float, float], box_s
     """c2w (..., 3, 4) from world units to scene units, in which the given box is [0, 1]^3."""
     position = (c2w[..., 3] - jnp.asarray(box_centre, c2w.dtype)) / box_side + 0.5
     return jnp.concatenate([c2w[..., :3], position[..., None]], axis=-1)
+
+
+def resize_camera(camera: Camera, width: int, height: int) -> Camera:
+    """The camera with another image size and the same vertical field of view, its principal point in proportion."""
+    scale = jnp.array([width / camera.width, height / camera.height])
+    return Camera(
+        focal_xy=jnp.asarray(camera.focal_xy) * (height / camera.height),
+        centre_xy=jnp.asarray(camera.centre_xy) * scale,
+        width=width,
+        height=height,
+    )
+
+
+def orbit_poses(c2w: np.ndarray, num_poses: int) -> np.ndarray:
+    """Poses (num_poses, 3, 4) on a circle about the vertical axis through the middle of the unit cube.
+
+    Distance and height over the middle are the medians of those of c2w (V, 3, 4), the poses of a scene; z is up.
+    """
+    middle = np.full(3, 0.5)
+    offset = np.asarray(c2w, np.float64)[:, :, 3] - middle
+    distance, height = np.median(np.linalg.norm(offset, axis=1)), np.median(offset[:, 2])
+    height = np.clip(height, -0.9 * distance, 0.9 * distance)
+    radius = np.sqrt(distance**2 - height**2)
+    angle = np.arange(num_poses) * 2 * np.pi / num_poses
+    origin = np.stack([radius * np.cos(angle), radius * np.sin(angle), np.full(num_poses, height)], axis=-1)
+    backward = origin / distance
+    right = np.stack([-np.sin(angle), np.cos(angle), np.zeros(num_poses)], axis=-1)
+    up = np.cross(backward, right)
+    return np.stack([right, up, backward, origin + middle], axis=-1).astype(np.float32)

@@ -299,7 +299,7 @@ def scene_config(name: str) -> SceneConfig:
 
 def to_json(config: Any) -> str:
     """A config as JSON text; `from_json` gives the equal config back."""
-    return json.dumps(_to_plain(config), indent=2) + "\n"
+    return json.dumps(to_plain(config), indent=2) + "\n"
 
 
 def from_json(text: str, kind: type = NerfConfig) -> Any:
@@ -323,14 +323,15 @@ def apply_overrides(config: Any, overrides: typing.Iterable[str]) -> Any:
 
 def differences(old: Any, new: Any) -> list[str]:
     """The dotted paths at which two configs differ, each with both values."""
-    a, b = (dict(_leaves(_to_plain(config))) for config in (old, new))
+    a, b = (dict(_leaves(to_plain(config))) for config in (old, new))
     return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
 
 
-def _to_plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """A config as nested dicts, as JSON has them."""
     if not dataclasses.is_dataclass(value):
         return value
-    plain = {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    plain = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return {"type": type(value).__name__, **plain} if isinstance(value, MarchConfig | StratifiedConfig) else plain
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -131,6 +132,12 @@ def evaluate_field(
 ) -> tuple[jax.Array, jax.Array]:
     """A NerfField as a function: density (N,) per scene unit and rgb (N, 3)."""
     return NerfField(config).apply({"params": params}, position, direction)
+
+
+@functools.cache
+def field_maker(config: FieldConfig) -> Callable[[Params], Callable]:
+    """params -> `evaluate_field` with them; the same function object for equal configs, as static arguments need."""
+    return lambda params: functools.partial(evaluate_field, params, config=config)
 
 
 def evaluate_density(params: Params, position: jax.Array, *, config: FieldConfig) -> jax.Array:

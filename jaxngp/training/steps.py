@@ -130,20 +130,26 @@ def nerf_step(
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def nerf_steps(
-    state: TrainState, data: TrainingData, learning_rates: jax.Array, *, config: NerfConfig
+    state: TrainState, data: TrainingData, learning_rates: jax.Array, num_steps: jax.Array, *, config: NerfConfig
 ) -> tuple[TrainState, Metrics]:
-    """As many steps as there are learning_rates (K,), in one dispatch; metrics are their means.
+    """The first num_steps () i32 of the steps whose learning_rates (K,) are given; metrics are their means.
 
-    The average of the weights is brought up to date once, with the decay of K steps.
+    The number is an argument, so that one program serves the last, shorter dispatch of a run too. The average of
+    the weights is brought up to date once, with the decay of num_steps steps.
     """
-    state, metrics = lax.scan(
-        lambda state, rate: nerf_step(state, data, rate, config=config), state, learning_rates
-    )
-    keep = config.optimizer.ema_decay ** learning_rates.shape[0]
+    shapes = jax.eval_shape(functools.partial(nerf_step, config=config), state, data, learning_rates[0])[1]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def one(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+        state, metrics = nerf_step(carry[0], data, learning_rates[i], config=config)
+        return state, jax.tree.map(jnp.add, carry[1], metrics)
+
+    state, sums = lax.fori_loop(0, num_steps, one, (state, zeros))
     if config.optimizer.ema_decay:
+        keep = config.optimizer.ema_decay ** num_steps.astype(jnp.float32)
         ema = jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, state.ema_params, state.params)
         state = state.replace(ema_params=ema)
-    return state, jax.tree.map(jnp.mean, metrics)
+    return state, jax.tree.map(lambda s: s / num_steps, sums)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")

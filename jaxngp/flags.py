@@ -1,0 +1,164 @@
+"""Command lines onto configs; the one module that knows absl.
+
+Every command has flags of its own, none of which it ignores. What the user got wrong ends in one line and exit
+code 2, never in a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+from absl import flags, logging
+
+from jaxngp.config import PRESETS, SCENES, InputError, NerfConfig, apply_overrides, differences, from_json, scene_config
+from jaxngp.data import cache_dir
+
+Flags = flags.FlagValues
+
+
+def run(command: str, define: Callable[[Flags], None], body: Callable[[Flags], None], summary: str) -> None:
+    """Parse the command line with the flags that `define` adds, call `body`, and exit with what that means."""
+    values = Flags()
+    flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=values)
+    define(values)
+    try:
+        rest = values(sys.argv)[1:]
+        if values.help:
+            print(f"usage: python -m jaxngp.{command} [flags]\n\n{summary}\n\n{_help(values)}")
+            return
+        if rest:
+            raise InputError(f"{rest[0]!r}: expected only flags, as in --scene=lego; see --help")
+        _prepare_jax()
+        body(values)
+    except (InputError, flags.Error) as error:
+        _fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}")
+
+
+def _fail(message: str) -> None:
+    print(f"jaxngp: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _help(values: Flags) -> str:
+    lines = []
+    for name in sorted(values):
+        flag = values[name]
+        if flag.short_name == name:
+            continue
+        default = "" if flag.default in (None, "", []) else f" (default: {flag.default_as_str.strip(chr(39))})"
+        text = textwrap.fill(f"{flag.help}{default}", 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines.append(f"  --{name}\n{text}")
+    return "\n".join(lines)
+
+
+def _prepare_jax() -> None:
+    """Keep compiled programs between runs, and keep quiet about what is of no concern."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    logging.set_verbosity(logging.ERROR)  # orbax reports every step of a save
+
+
+# What each command takes.
+
+
+def define_train_flags(values: Flags) -> None:
+    """The flags of `python -m jaxngp.train`."""
+    d = {"flag_values": values}
+    scenes = ", ".join(SCENES)
+    flags.DEFINE_string("scene", "bricks", f"One of {scenes}; or the path of a folder of views or a ray table.", **d)
+    flags.DEFINE_enum("preset", "auto", ["auto", *PRESETS], "auto is small on a CPU and base on a GPU.", **d)
+    flags.DEFINE_string("workdir", None, "Where everything is written; runs/<scene> if not given.", **d)
+    flags.DEFINE_string("data_dir", None, "Folder that holds the scene, looked at first.", **d)
+    flags.DEFINE_integer("downscale", None, "Shrink the images by this factor.", lower_bound=1, **d)
+    flags.DEFINE_integer("image_size", None, "Pixels per side of the built-in scene.", **d)
+    flags.DEFINE_integer("seed", None, "Of all randomness.", **d)
+    flags.DEFINE_integer("max_steps", None, "Training steps.", **d)
+    flags.DEFINE_float("max_seconds", None, "Seconds of training, compilation excluded; 0 is no limit.", **d)
+    flags.DEFINE_multi_string(
+        "override", [], "Set any field of the config: --override=sampler.num_samples=2**16. May be repeated.", **d
+    )
+    flags.DEFINE_bool("restart", False, "Throw away what the workdir holds and train anew.", **d)
+    define_evaluation_flags(values)
+
+
+def define_workdir_flags(values: Flags) -> None:
+    """The flags of the commands that read a trained workdir."""
+    flags.DEFINE_string("workdir", None, "Of the training run.", required=False, flag_values=values)
+    flags.DEFINE_string("data_dir", None, "Folder that holds the scene, if it has moved.", flag_values=values)
+
+
+def define_evaluation_flags(values: Flags) -> None:
+    """The flags of everything that evaluates."""
+    splits = ["auto", "test", "val", "train", "held-out"]
+    flags.DEFINE_enum(
+        "eval_split", "auto", splits, "auto is test, else val, else every 8th view.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "eval_views", 0, "Evaluate this many evenly spaced views; 0 is all.", lower_bound=0, flag_values=values
+    )
+    flags.DEFINE_enum(
+        "background", "white", ["white", "black"], "Behind transparent pixels, in evaluation.", flag_values=values
+    )
+
+
+def train_config(values: Flags) -> NerfConfig:
+    """Dataclass defaults < preset < flags that were given < overrides."""
+    preset = values.preset
+    if preset == "auto":
+        preset = "small" if jax.default_backend() == "cpu" else "base"
+    config = PRESETS[preset]
+    scene = _given(scene_config(values.scene), values, ("data_dir", "downscale", "image_size"))
+    if values.image_size is not None and scene.name != "bricks":
+        raise InputError("--image_size is the size of the built-in scene; use --downscale for any other")
+    if scene.data_dir:
+        scene = replace(scene, data_dir=str(Path(scene.data_dir).expanduser().resolve()))
+    train = config.train
+    if values.max_steps is not None and values.max_seconds is None:
+        train = replace(train, max_seconds=0.0)  # who asks for steps means to get them
+    if values.max_seconds and values.max_steps is None:
+        train = replace(train, max_steps=10**7)  # and who asks for seconds, those
+    train = _given(train, values, ("seed", "max_steps", "max_seconds"))
+    return apply_overrides(replace(config, scene=scene, train=train), values.override)
+
+
+def _given(config, values: Flags, names: Sequence[str]):  # type: ignore[no-untyped-def]
+    return replace(config, **{name: values[name].value for name in names if values[name].value is not None})
+
+
+def read_config(workdir: Path) -> NerfConfig:
+    """The config that a training run left in its workdir."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise InputError(f"{path}: not found; give the --workdir of a run of python -m jaxngp.train")
+    try:
+        return from_json(path.read_text(encoding="utf-8"), NerfConfig)
+    except (InputError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}; it was written by another version or edited") from None
+
+
+def trained_config(values: Flags) -> tuple[Path, NerfConfig]:
+    """The workdir of a command that reads one, and its config with the flags that were given."""
+    if not values.workdir:
+        raise InputError("--workdir is missing: give the folder of a run of python -m jaxngp.train")
+    workdir = Path(values.workdir)
+    config = read_config(workdir)
+    return workdir, replace(config, scene=_given(config.scene, values, ("data_dir",)))
+
+
+def check_same_config(workdir: Path, config: NerfConfig) -> None:
+    """Raises InputError if a workdir holds a run with another config."""
+    if (workdir / "config.json").exists() and (changes := differences(read_config(workdir), config)):
+        raise InputError(
+            f"{workdir} holds a run with another config ({'; '.join(changes)}): give another --workdir, "
+            "or --restart to throw that run away"
+        )

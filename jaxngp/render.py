@@ -1,0 +1,87 @@
+"""Render novel views of a trained run: an orbit around the scene, or the poses of a split.
+
+Writes PNGs, depth PNGs and an animation into a folder of the workdir.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from absl import flags as absl_flags
+from tqdm import tqdm
+
+from jaxngp import flags
+from jaxngp.cameras import Camera, PosedImages, orbit_poses, resize_camera
+from jaxngp.config import InputError, NerfConfig
+from jaxngp.data import load_evaluation
+from jaxngp.fields import field_maker
+from jaxngp.rendering import render_image
+from jaxngp.training.checkpoints import Checkpoints
+from jaxngp.training.report import depth_image, to_uint8, write_animation, write_png
+from jaxngp.training.state import TrainState
+
+
+def define_flags(values: flags.Flags) -> None:
+    flags.define_workdir_flags(values)
+    d = {"flag_values": values}
+    paths = ["orbit", "train", "val", "test", "held-out"]
+    absl_flags.DEFINE_enum("path", "orbit", paths, "An orbit, or the poses of a split.", **d)
+    absl_flags.DEFINE_integer("frames", 60, "Frames of the orbit, or evenly spaced poses; 0 is all.", lower_bound=0, **d)
+    absl_flags.DEFINE_integer("width", 0, "Of a frame in pixels; 0 is that of the images.", lower_bound=0, **d)
+    absl_flags.DEFINE_integer("height", 0, "Likewise.", lower_bound=0, **d)
+    absl_flags.DEFINE_float("fps", 20.0, "Frames per second of the animation.", lower_bound=0.1, upper_bound=50.0, **d)
+    absl_flags.DEFINE_enum("animation", "gif", ["gif", "webp"], "Format of the animation.", **d)
+    absl_flags.DEFINE_enum("background", "white", ["white", "black"], "Behind what is transparent.", **d)
+
+
+def main(values: flags.Flags) -> None:
+    workdir, config = flags.trained_config(values)
+    with Checkpoints(workdir) as checkpoints:
+        state = checkpoints.restore_trained(config).state
+    camera, poses = camera_path(config, values.path, values.frames)
+    if values.width or values.height:
+        camera = resize_camera(camera, values.width or camera.width, values.height or camera.height)
+    folder = workdir / "renders" / values.path
+    shutil.rmtree(folder, ignore_errors=True)
+    frames = write_frames(state, camera, poses, folder, config=config, background=values.background)
+    animation = folder / f"{values.path}.{values.animation}"
+    write_animation(animation, frames, values.fps)
+    print(f"{len(frames)} frames of {camera.width}x{camera.height}: {animation}")
+
+
+def camera_path(config: NerfConfig, path: str, num_frames: int) -> tuple[Camera, np.ndarray]:
+    """The camera and poses (V, 3, 4) in scene units of an orbit, or of a split."""
+    views = load_evaluation(config.scene, "auto" if path == "orbit" else path, 0 if path == "orbit" else num_frames)
+    if not isinstance(views.images, PosedImages):
+        raise InputError("a ray table has no camera: render it with python -m jaxngp.evaluate instead")
+    poses = views.images.c2w
+    return views.images.camera, orbit_poses(poses, num_frames or 60) if path == "orbit" else poses
+
+
+def write_frames(
+    state: TrainState, camera: Camera, poses: np.ndarray, folder: Path, *, config: NerfConfig, background: str
+) -> list[np.ndarray]:
+    """Render each pose, write its PNG and its depth PNG, and return the frames (H, W, 3) u8."""
+    backdrop = jnp.full(3, 1.0 if background == "white" else 0.0)
+    frames = []
+    for index, c2w in enumerate(tqdm(poses, desc="rendering", unit="frame")):
+        out = render_image(
+            state.eval_params,
+            camera,
+            jnp.asarray(c2w),
+            state.occupancy,
+            backdrop,
+            make_field=field_maker(config.field),
+            sampler=config.sampler,
+        )
+        frames.append(to_uint8(out.rgb))
+        write_png(folder / f"frame_{index:04d}.png", frames[-1])
+        write_png(folder / f"depth_{index:04d}.png", depth_image(out.depth, out.opacity))
+    return frames
+
+
+if __name__ == "__main__":
+    flags.run("render", define_flags, main, __doc__)

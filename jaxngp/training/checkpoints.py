@@ -1,0 +1,96 @@
+"""Checkpoints: the state of a run on disk, by orbax, which makes a finished one visible in a single rename."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxngp.config import InputError, NerfConfig
+from jaxngp.training.loop import Progress, budget_fraction
+from jaxngp.training.state import TrainState, init_state
+
+SCHEMA = 1
+"""Changes whenever a checkpoint of before can no longer be read."""
+
+_KEEP = 2
+_NOTED = ("step", "seconds", "compile_seconds", "num_samples")  # of a Progress, beside its state
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. Close it, or use it in a `with` block: saving goes on in the background."""
+
+    def __init__(self, workdir: Path) -> None:
+        import orbax.checkpoint as ocp  # here, since importing it takes longer than reading a scene
+
+        self._ocp = ocp
+        self._path = (workdir / "checkpoints").resolve()
+        self._manager: Any = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._manager is not None:
+            self._manager.close()
+
+    def _open(self) -> Any:
+        if self._manager is None:
+            options = self._ocp.CheckpointManagerOptions(max_to_keep=_KEEP, create=True)
+            self._manager = self._ocp.CheckpointManager(self._path, options=options)
+        return self._manager
+
+    def save(self, progress: Progress) -> None:
+        """Save a run; the arrays are copied before this returns."""
+        if self.latest_step() == progress.step:
+            return
+        note = {"schema": SCHEMA, **{name: getattr(progress, name) for name in _NOTED}}
+        args = self._ocp.args.Composite(
+            state=self._ocp.args.StandardSave(progress.state), progress=self._ocp.args.JsonSave(note)
+        )
+        self._open().save(progress.step, args=args)
+
+    def latest_step(self) -> int | None:
+        """The step of the newest finished checkpoint, or None."""
+        return self._open().latest_step() if self._path.is_dir() else None
+
+    def restore(self, config: NerfConfig) -> Progress | None:
+        """The newest checkpoint, or None where there is none. Raises InputError where it cannot be used."""
+        step = self.latest_step()
+        if step is None:
+            return None
+        ocp, manager = self._ocp, self._open()
+        template = jax.eval_shape(lambda: init_state(config.train.seed, config=config))
+        try:
+            note = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
+            if note.get("schema") != SCHEMA:
+                raise InputError(
+                    f"{self._path / str(step)}: checkpoint schema {note.get('schema')}, this version reads {SCHEMA}; "
+                    "use the version that wrote it, or another --workdir"
+                )
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(_on_this_device(template)))
+            state = manager.restore(step, args=args).state
+        except (ValueError, KeyError, OSError) as error:
+            if isinstance(error, InputError):
+                raise
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{self._path / str(step)}: not a usable checkpoint ({reason}); remove this folder to go on from the "
+                "one before it, or give --restart"
+            ) from error
+        fraction = budget_fraction(note["step"], note["seconds"], config)
+        return Progress(state=state, metrics=None, fraction=fraction, **{name: note[name] for name in _NOTED})
+
+    def restore_trained(self, config: NerfConfig) -> Progress:
+        """The newest checkpoint. Raises InputError where there is none."""
+        progress = self.restore(config)
+        if progress is None:
+            raise InputError(f"{self._path}: no checkpoint; train first, with python -m jaxngp.train --workdir=...")
+        return progress
+
+
+def _on_this_device(template: TrainState) -> TrainState:
+    """Shapes that ask for the default device, so that a checkpoint of another machine can be read here."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), template)

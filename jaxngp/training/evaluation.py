@@ -1,0 +1,147 @@
+"""Views of a trained scene beside the truth: how good they are, and what they look like."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxngp.cameras import Rays, view_rays
+from jaxngp.config import InputError, NerfConfig
+from jaxngp.data import Split
+from jaxngp.data.rays import RayTable
+from jaxngp.fields import field_maker
+from jaxngp.metrics import mean_squared_error, psnr, ssim
+from jaxngp.rendering import render_ray_grid
+from jaxngp.training.report import contact_sheet, depth_image, error_image, to_uint8, write_png
+from jaxngp.training.state import TrainState
+
+EvalBackground = Literal["white", "black"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewResult:
+    """One view: its name, prediction and truth (H, W, 3) sRGB in [0, 1], depth and opacity (H, W), and its figures."""
+
+    name: str
+    prediction: np.ndarray
+    truth: np.ndarray
+    depth: np.ndarray
+    opacity: np.ndarray
+    psnr: float
+    ssim: float
+    seconds: float  # to render it
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The means over views, and all that a PSNR means nothing without."""
+
+    psnr: float  # dB, mean of the views' PSNR
+    ssim: float
+    split: str
+    background: str
+    colour_space: str
+    num_views: int
+    views: tuple[str, ...]
+    view_psnr: tuple[float, ...]
+    resolution: tuple[int, int]  # width, height
+    seconds_per_view: float  # median, compilation excluded
+
+    def __str__(self) -> str:
+        width, height = self.resolution
+        return (
+            f"PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.4f} ({self.split} split, {self.num_views} views of "
+            f"{width}x{height}, {self.background} background, {self.colour_space})"
+        )
+
+
+def evaluate_views(
+    state: TrainState, split: Split, *, config: NerfConfig, background: EvalBackground = "white"
+) -> Iterator[ViewResult]:
+    """Render every view of a split and compare; each result is yielded as it is ready."""
+    width, height = split.resolution
+    if not split.views:
+        raise InputError(f"the {split.name} rays have no image size, so there is no view to evaluate")
+    backdrop = jnp.full(3, 1.0 if background == "white" else 0.0)
+    for index, name in enumerate(split.views):
+        rays, truth = _view(split, index, backdrop)
+        started = time.perf_counter()
+        out = render_ray_grid(
+            state.eval_params,
+            rays,
+            state.occupancy,
+            backdrop,
+            make_field=field_maker(config.field),
+            sampler=config.sampler,
+        )
+        seconds = time.perf_counter() - started
+        prediction = np.clip(out.rgb, 0, 1)
+        similarity = float(ssim(prediction, truth)) if min(width, height) >= 11 else float("nan")
+        yield ViewResult(
+            name=name,
+            prediction=prediction,
+            truth=truth,
+            depth=out.depth,
+            opacity=out.opacity,
+            psnr=float(psnr(mean_squared_error(prediction, truth))),
+            ssim=similarity,
+            seconds=seconds,
+        )
+
+
+def summarise(results: Sequence[ViewResult], split: Split, background: EvalBackground) -> Evaluation:
+    """The means over the results of `evaluate_views`."""
+    return Evaluation(
+        psnr=float(np.mean([r.psnr for r in results])),
+        ssim=float(np.mean([r.ssim for r in results])),
+        split=split.name,
+        background=background,
+        colour_space="sRGB",
+        num_views=len(results),
+        views=tuple(r.name for r in results),
+        view_psnr=tuple(r.psnr for r in results),
+        resolution=split.resolution,
+        seconds_per_view=float(np.median([r.seconds for r in results][1:] or [results[0].seconds])),
+    )
+
+
+def _view(split: Split, index: int, background: jax.Array) -> tuple[Rays, np.ndarray]:
+    """Rays (H, W) of a view, and its true colours (H, W, 3) f32 over the background."""
+    data = split.images
+    if isinstance(data, RayTable):
+        shape = (data.height, data.width, 3)
+        rows = slice(index * data.height * data.width, (index + 1) * data.height * data.width)
+        return jax.tree.map(lambda a: jnp.asarray(a[rows]).reshape(shape), data.rays), data.rgb[rows].reshape(shape)
+    rgba = np.asarray(data.rgba[index], np.float32) / 255
+    truth = rgba[..., :3] * rgba[..., 3:] + np.asarray(background) * (1 - rgba[..., 3:])
+    return jax.jit(view_rays)(data.camera, data.c2w[index]), truth
+
+
+_SHEET_ROWS = 8
+
+
+def write_views(results: Iterable[ViewResult], folder: Path) -> Iterator[ViewResult]:
+    """Pass results on, and write folder/img_{i}.png for each and a contact sheet of some beside the truth.
+
+    The folder is emptied first, so that it never mixes the views of two runs.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    rows = []
+    for index, result in enumerate(results):
+        prediction = to_uint8(result.prediction)
+        write_png(folder / f"img_{index}.png", prediction)
+        depth = depth_image(result.depth, result.opacity)
+        error = error_image(result.prediction, result.truth)
+        rows.append([to_uint8(result.truth), prediction, error, depth])
+        yield result
+    chosen = np.unique(np.linspace(0, len(rows) - 1, _SHEET_ROWS).round().astype(int)) if rows else []
+    sheet = contact_sheet([rows[i] for i in chosen], ["ground truth", "prediction", "error x 4", "depth"])
+    write_png(folder / "contact_sheet.png", sheet)

@@ -1,0 +1,113 @@
+"""A training run as a generator: it yields after every dispatch, and whoever iterates decides what to do then."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxngp.cameras import PosedImages
+from jaxngp.config import MarchConfig, NerfConfig
+from jaxngp.training.optimizer import learning_rate
+from jaxngp.training.state import TrainState, init_state
+from jaxngp.training.steps import Metrics, TrainingData, nerf_steps, refresh_occupancy, restrict_occupancy
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run stands. The next iteration donates the buffers of `state`: copy or save what is to be kept.
+
+    `seconds` is the time spent in training since step 0, earlier runs included; compilation, and whatever the caller
+    does between two iterations, is not in it. `compile_seconds` is what compilation took when the run began.
+    """
+
+    state: TrainState
+    metrics: Metrics | None  # means over the last dispatch; None before the first
+    step: int
+    seconds: float
+    compile_seconds: float
+    num_samples: float  # used in all steps so far
+    fraction: float  # of the budget of steps or seconds, whichever is further
+
+    @property
+    def finished(self) -> bool:
+        return self.fraction >= 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+    """The compiled programs of a run, each compiled once, before the clock starts."""
+
+    steps: Callable[..., tuple[TrainState, Metrics]]
+    refresh: Callable[[TrainState], TrainState]
+    restrict: Callable[..., TrainState]
+    seconds: float
+
+
+def train(config: NerfConfig, data: TrainingData, *, resume: Progress | None = None) -> Iterator[Progress]:
+    """Train from scratch, or from where `resume` stands, until the budget of steps or seconds is spent.
+
+    Yields once before the first step and after every dispatch of up to train.steps_per_dispatch steps.
+    """
+    data = jax.device_put(data)
+    state = resume.state if resume else init_state(config.train.seed, config=config)
+    programs = _compile(state, data, config)
+    if resume:
+        progress = resume
+    else:
+        started = time.perf_counter()
+        state = jax.block_until_ready(programs.restrict(state, data))
+        seconds = time.perf_counter() - started
+        progress = Progress(state, None, 0, seconds, programs.seconds, 0.0, budget_fraction(0, seconds, config))
+    yield progress
+    while not progress.finished:
+        progress = _dispatch(progress, data, programs, config)
+        yield progress
+
+
+def budget_fraction(step: int, seconds: float, config: NerfConfig) -> float:
+    """How much of the budget is spent, by steps or by seconds, whichever is more. In [0, 1]."""
+    limit = config.train.max_seconds
+    return min(max(step / config.train.max_steps, seconds / limit if limit else 0.0), 1.0)
+
+
+def _dispatch(progress: Progress, data: TrainingData, programs: _Programs, config: NerfConfig) -> Progress:
+    started = time.perf_counter()
+    size = config.train.steps_per_dispatch
+    num_steps = min(size, config.train.max_steps - progress.step)
+    rates = jnp.asarray(_learning_rates(progress, size, config))
+    state, metrics = programs.steps(progress.state, data, rates, jnp.int32(num_steps))
+    step = progress.step + num_steps
+    every = config.sampler.occupancy.refresh_every if isinstance(config.sampler, MarchConfig) else 0
+    if every and step // every > progress.step // every:
+        state = programs.refresh(state)
+    jax.block_until_ready((state, metrics))
+    seconds = progress.seconds + time.perf_counter() - started
+    num_samples = progress.num_samples + num_steps * float(metrics.samples)
+    fraction = budget_fraction(step, seconds, config)
+    return Progress(state, metrics, step, seconds, progress.compile_seconds, num_samples, fraction)
+
+
+def _learning_rates(progress: Progress, size: int, config: NerfConfig) -> np.ndarray:
+    """(size,) f32: by step where the budget is one of steps, else as of now for the whole dispatch."""
+    step = progress.step + np.arange(size)
+    fraction = np.maximum(step / config.train.max_steps, progress.fraction)
+    return learning_rate(step, fraction, config=config.optimizer)
+
+
+def _compile(state: TrainState, data: TrainingData, config: NerfConfig) -> _Programs:
+    started = time.perf_counter()
+    rates = jnp.zeros(config.train.steps_per_dispatch)
+    steps = nerf_steps.lower(state, data, rates, jnp.int32(0), config=config).compile()
+    refresh: Callable[..., Any] = lambda state: state  # noqa: E731
+    restrict: Callable[..., Any] = lambda state, data: state  # noqa: E731
+    if isinstance(config.sampler, MarchConfig):
+        refresh = refresh_occupancy.lower(state, config=config).compile()
+        if isinstance(data, PosedImages):
+            restrict = restrict_occupancy.lower(state, data, config=config).compile()
+    return _Programs(steps, refresh, restrict, time.perf_counter() - started)

@@ -1,0 +1,94 @@
+"""A running training as a person sees it: the progress bar, the log, and Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxngp.training.loop import Progress
+
+
+class ProgressBar:
+    """How much of the budget is spent, with step, loss, PSNR, samples per second and time left.
+
+    The device is asked for its numbers only when the bar is drawn or `log_entry` is called.
+    """
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._last: tuple[int, float] = (0, 0.0)  # step, seconds
+        self._rate = 0.0
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, progress: Progress) -> None:
+        """Draw where a run stands."""
+        if self._bar is None:
+            print(f"compiled in {progress.compile_seconds:.1f} s", file=sys.stderr)
+            layout = "{percentage:3.0f}%|{bar:24}| {desc} [{elapsed}, {remaining} left]"
+            interval = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
+            self._bar = tqdm(total=1.0, initial=progress.fraction, bar_format=layout, mininterval=interval)
+        if progress.metrics is not None:
+            steps, seconds = progress.step - self._last[0], progress.seconds - self._last[1]
+            self._rate = steps * float(progress.metrics.samples) / max(seconds, 1e-9)
+            self._bar.set_description_str(self._text(progress), refresh=False)
+        self._last = (progress.step, progress.seconds)
+        self._bar.update(progress.fraction - self._bar.n)
+
+    def _text(self, progress: Progress) -> str:
+        metrics = progress.metrics
+        assert metrics is not None
+        return (
+            f"step {progress.step}  loss {float(metrics.loss):.5f}  PSNR {float(metrics.psnr):.2f} dB  "
+            f"{self._rate / 1e6:.2f}M samples/s"
+        )
+
+    def log_entry(self, progress: Progress) -> dict[str, float]:
+        """One line of metrics.jsonl. Call it after `show`."""
+        assert progress.metrics is not None
+        means = {name: float(value) for name, value in vars(progress.metrics).items()}
+        return {"step": progress.step, "seconds": progress.seconds, "samples_per_second": self._rate, **means}
+
+
+class Interruption:
+    """Whether SIGINT or SIGTERM has asked the run to stop; it then ends after the step it is in, and saves."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __call__(self) -> bool:
+        return bool(self.signal)
+
+    def exit_if_set(self) -> None:
+        """Leave with the exit code that shells expect: 130 after SIGINT, 143 after SIGTERM."""
+        if self.signal:
+            print("interrupted: the run is saved; the same command goes on from here", file=sys.stderr)
+            sys.exit(128 + self.signal)
+
+
+@contextlib.contextmanager
+def interruption() -> Iterator[Interruption]:
+    """Within the block the first SIGINT or SIGTERM is only noted; a second SIGINT stops at once."""
+    state = Interruption()
+
+    def note(number: int, _: object) -> None:
+        if state.signal:
+            raise KeyboardInterrupt
+        state.signal = number
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield state
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,77 @@
+"""summary.json: what a run is, what it cost and how good it is, in one file and one short table."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+import jaxngp
+from jaxngp.config import NerfConfig
+from jaxngp.data import Split
+from jaxngp.training.evaluation import EvalBackground, Evaluation, evaluate_views, summarise, write_views
+from jaxngp.training.loop import Progress
+from jaxngp.training.report import peak_memory_bytes, table, write_json
+from jaxngp.training.state import TrainState
+
+
+def device_name() -> str:
+    """The device that jax computes on, in words; of a CPU also the number of cores this process may use."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return f"cpu, {cores} cores"
+    return device.device_kind
+
+
+def training_summary(progress: Progress) -> dict[str, Any]:
+    """What training took."""
+    return {
+        "steps": progress.step,
+        "train_seconds": progress.seconds,
+        "compile_seconds": progress.compile_seconds,
+        "samples_per_second": progress.num_samples / progress.seconds if progress.seconds else 0.0,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Where the numbers come from."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "device": device_name(),
+        "jax_version": jax.__version__,
+        "version": jaxngp.__version__,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_device_memory_bytes": stats.get("peak_bytes_in_use", 0),
+    }
+
+
+def evaluate_into(
+    workdir: Path, state: TrainState, split: Split, *, config: NerfConfig, background: EvalBackground
+) -> Evaluation:
+    """Evaluate a split and write its pictures into workdir/novel_views, with a progress bar."""
+    results = evaluate_views(state, split, config=config, background=background)
+    shown = tqdm(results, desc="evaluating", total=split.num_views, unit="view")
+    return summarise(list(write_views(shown, workdir / "novel_views")), split, background)
+
+
+def write_summary(workdir: Path, scene: str, evaluation: Evaluation, training: dict[str, Any]) -> str:
+    """Write summary.json, and return it as a short table to print. `training` is of `training_summary`."""
+    summary = {"scene": scene, **dataclasses.asdict(evaluation), **training, **environment()}
+    write_json(workdir / "summary.json", summary)
+    row = {
+        "scene": scene,
+        "PSNR": evaluation.psnr,
+        "SSIM": evaluation.ssim,
+        "steps": training["steps"],
+        "train s": round(training["train_seconds"], 1),
+        "compile s": round(training["compile_seconds"], 1),
+        "Msamples/s": training["samples_per_second"] / 1e6,
+        "s/view": evaluation.seconds_per_view,
+        "device": summary["device"],
+    }
+    return f"{table([row])}\n{evaluation}"
