@@ -306,7 +306,7 @@ def from_json(text: str, kind: type = NerfConfig) -> Any:
     """The config of type `kind` that `text` holds. Raises InputError where the text does not fit the type."""
     try:
         plain = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, a number without end, nesting without end
         raise InputError(f"config is not JSON: {error}") from None
     return _from_plain(plain, kind, "config")
 
@@ -375,8 +375,9 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
             return tuple(_coerce(v, k, path) for v, k in zip(value, kinds, strict=True))
         raise InputError(f"{path} = {value!r}: expected a list of {len(kinds)} values")
     if kind is float and type(value) is int:
-        value = float(value) if abs(value) < 2**1023 else value
-    if type(value) is not kind or (kind is float and not -1e300 < value < 1e300):
+        value = float(value) if abs(value) < 2**63 else value
+    bound = {float: 1e300, int: 2**63}.get(kind)
+    if type(value) is not kind or (bound and not -bound < value < bound):
         raise InputError(f"{path} = {value!r}: expected {kind.__name__}")
     return value
 
@@ -410,7 +411,7 @@ def _parse(text: str, kind: Any) -> Any:
         return {"true": True, "false": False}.get(text.lower(), text)
     base, power, exponent = text.partition("**")
     try:
-        if power and kind is int and 0 <= int(exponent) <= 64:
+        if power and kind is int and len(base) < 20 and 0 <= int(exponent) <= 64:
             return int(base) ** int(exponent)
         return json.loads(text)
     except (ValueError, RecursionError):

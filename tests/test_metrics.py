@@ -13,7 +13,6 @@ from hypothesis.extra import numpy as hnp
 from jaxngp import metrics
 
 SHAPE = (14, 17, 3)
-ssim = jax.jit(metrics.ssim)
 
 unit_images = hnp.arrays(np.float32, SHAPE, elements=st.floats(0, 1, width=32))
 
@@ -48,25 +47,25 @@ def ssim_by_definition(a: np.ndarray, b: np.ndarray) -> float:
 @settings(deadline=None, max_examples=30)
 @given(images, images)
 def test_ssim_is_its_definition(a: np.ndarray, b: np.ndarray) -> None:
-    np.testing.assert_allclose(ssim(a, b), ssim_by_definition(a, b), atol=2e-6)
+    np.testing.assert_allclose(metrics.ssim(a, b), ssim_by_definition(a, b), atol=2e-6)
 
 
 @settings(deadline=None)
 @given(images, images)
 def test_ssim_is_symmetric_and_at_most_one(a: np.ndarray, b: np.ndarray) -> None:
-    np.testing.assert_allclose(ssim(a, b), ssim(b, a), atol=1e-6)
-    assert ssim(a, b) <= 1 + 1e-6
+    np.testing.assert_allclose(metrics.ssim(a, b), metrics.ssim(b, a), atol=1e-6)
+    assert metrics.ssim(a, b) <= 1 + 1e-6
 
 
 @settings(deadline=None)
 @given(images)
 def test_ssim_of_an_image_with_itself_is_one(a: np.ndarray) -> None:
-    np.testing.assert_allclose(ssim(a, a), 1.0, atol=1e-6)
+    np.testing.assert_allclose(metrics.ssim(a, a), 1.0, atol=1e-6)
 
 
 def test_ssim_of_two_constants_is_their_luminance_term() -> None:
     a, b = np.full(SHAPE, 0.2, np.float32), np.full(SHAPE, 0.8, np.float32)
-    np.testing.assert_allclose(ssim(a, b), (2 * 0.2 * 0.8 + 1e-4) / (0.2**2 + 0.8**2 + 1e-4), rtol=1e-6)
+    np.testing.assert_allclose(metrics.ssim(a, b), (2 * 0.2 * 0.8 + 1e-4) / (0.2**2 + 0.8**2 + 1e-4), rtol=1e-6)
 
 
 def test_noise_lowers_psnr_and_ssim() -> None:
@@ -75,14 +74,9 @@ def test_noise_lowers_psnr_and_ssim() -> None:
     noise = rng.normal(size=truth.shape).astype(np.float32)
     noisy = [truth + amount * noise for amount in (0.01, 0.03, 0.1, 0.3)]
     psnrs = [float(metrics.psnr(metrics.mean_squared_error(truth, x))) for x in noisy]
-    ssims = [float(ssim(truth, x)) for x in noisy]
+    ssims = [float(metrics.ssim(truth, x)) for x in noisy]
     assert psnrs == sorted(psnrs, reverse=True)
     assert ssims == sorted(ssims, reverse=True)
-
-
-def test_ssim_has_a_finite_gradient_where_images_are_equal() -> None:
-    a = jnp.full(SHAPE, 0.5)
-    assert jnp.all(jnp.isfinite(jax.jit(jax.grad(metrics.ssim))(a, a)))
 
 
 @pytest.mark.parametrize(("mse", "expected"), [(1.0, 0.0), (0.1, 10.0), (1e-3, 30.0), (0.25, 6.0206), (0.0, np.inf)])
@@ -103,8 +97,13 @@ def test_ssim_refuses_what_holds_no_window(shape: tuple[int, ...]) -> None:
         metrics.ssim(jnp.zeros(shape), jnp.zeros(shape))
 
 
+def test_ssim_may_be_compiled() -> None:
+    a, b = np.random.default_rng(0).uniform(size=(2, *SHAPE)).astype(np.float32)
+    np.testing.assert_allclose(jax.jit(metrics.ssim)(a, b), metrics.ssim(a, b), atol=1e-6)
+
+
 def test_ssim_takes_an_image_as_small_as_the_window() -> None:
-    assert ssim(jnp.zeros((11, 11, 3)), jnp.zeros((11, 11, 3))) == 1
+    assert metrics.ssim(jnp.zeros((11, 11, 3)), jnp.zeros((11, 11, 3))) == 1
 
 
 @pytest.mark.parametrize("metric", [metrics.ssim, metrics.mean_squared_error])

@@ -151,10 +151,15 @@ def _common_palette(frames: Sequence[Image8]) -> Image.Image:
     return Image.fromarray(np.concatenate(pixels)[None]).quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=2)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes `text` as UTF-8."""
+    with _replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Writes `value` as indented JSON; arrays become lists, paths text, and numbers that JSON lacks become null."""
-    with _replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(_to_plain(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(_to_plain(value), indent=2, allow_nan=False) + "\n")
 
 
 def append_jsonl(path: str | os.PathLike[str], value: Any) -> None:

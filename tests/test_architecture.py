@@ -1,0 +1,118 @@
+"""The map of the package, asserted: what each module may import, and that importing it touches no device."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# A module imports only modules of earlier lines, or of its own subpackage. Subpackages count as one.
+LAYERS = (
+    "config",
+    "cameras hashing compositing losses metrics fusion",
+    "encodings occupancy",
+    "fields marching",
+    "rendering",
+    "data",
+    "training",
+    "flags",
+    "train evaluate render",
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
+ENTRYPOINTS = frozenset(LAYERS[-1].split())
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file of every module of the package, the package itself included."""
+    files = sorted((ROOT / "jaxngp").rglob("*.py"))
+    return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+
+
+MODULES = modules()
+INSIDE = {name: path for name, path in MODULES.items() if name != "jaxngp"}
+
+
+def imported_names(source: str, package: str) -> Iterator[str]:
+    """The dotted name of all that `source` imports, at any depth; `package` is what relative imports start from."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def imports_of(path: Path) -> set[str]:
+    return set(imported_names(path.read_text(encoding="utf-8"), ".".join(path.parent.relative_to(ROOT).parts)))
+
+
+def part(name: str) -> str:
+    """The module or subpackage directly below jaxngp that a dotted name lies in; "" for jaxngp itself."""
+    return (name.split(".") + [""])[1] if name.startswith("jaxngp.") else ""
+
+
+def is_below(name: str, top: str) -> bool:
+    return name == top or name.startswith(f"{top}.")
+
+
+def test_imported_names() -> None:
+    source = "import a.b as c\nfrom d import e, f\ndef g():\n    from . import h\n    from ..i import j"
+    assert list(imported_names(source, "p.q")) == ["a.b", "d.e", "d.f", "p.q.h", "p.i.j"]
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    assert not imports_of(MODULES["jaxngp"])
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_every_module_has_a_rank(name: str) -> None:
+    assert part(name) in RANK, f"{name} has no place in LAYERS, nor on the map of the package"
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_module_imports_only_what_comes_before_it(name: str) -> None:
+    own = part(name)
+    for imported in imports_of(INSIDE[name]):
+        used = part(imported)
+        if used in RANK and used != own:
+            assert RANK[used] < RANK[own], f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_outside_libraries_stay_where_they_belong(name: str) -> None:
+    for imported in imports_of(INSIDE[name]):
+        message = f"{name} imports {imported}"
+        assert not is_below(imported, "jax._src"), message
+        assert not is_below(imported, "experiments"), message
+        assert not is_below(imported, "tests"), message
+        assert not is_below(imported, "flax.linen") or name == "jaxngp.fields", message
+        assert not is_below(imported, "PIL") or part(name) == "data" or name == "jaxngp.training.report", message
+        assert not is_below(imported, "absl.flags") or RANK[part(name)] >= RANK["flags"], message
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), *(ROOT / "experiments").rglob("*.py")], ids=lambda p: p.stem)
+def test_nobody_imports_an_entrypoint(path: Path) -> None:
+    assert not {name for name in imports_of(path) if part(name) in ENTRYPOINTS}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_no_module_is_named_for_what_it_is_not(name: str) -> None:
+    assert not {"utils", "util", "common", "helpers", "misc", "types"} & set(name.split("."))
+
+
+def test_importing_touches_no_device() -> None:
+    """jax is given a platform that does not exist: whatever needs a device fails, as the last line makes sure."""
+    imports = "\n".join(f"import {name}" for name in MODULES)
+    program = f"{imports}\nimport jax\ntry:\n    jax.devices()\nexcept RuntimeError:\n    print('no device')"
+    env = os.environ | {"JAX_PLATFORMS": "nowhere"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "no device"
