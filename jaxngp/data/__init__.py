@@ -74,6 +74,13 @@ def locate(scene: SceneConfig) -> Location:
 
     The built-in scene is rendered into the cache directory where it is not there yet. Raises InputError.
     """
+    try:
+        return _locate(scene)
+    except OSError as error:  # a folder that may not be listed, a name that is too long, a disk that is full
+        raise InputError(f"scene {scene.name!r}: {error.filename}: {error.strerror}; correct that or move it") from None
+
+
+def _locate(scene: SceneConfig) -> Location:
     if scene.name not in SCENES:
         return _locate_path(Path(scene.name).expanduser())
     if scene.name == "bricks":
@@ -113,7 +120,7 @@ def _locate_builtin(scene: SceneConfig) -> Location:
 
 
 def _locate_path(path: Path) -> Location:
-    if not os.path.exists(path):
+    if not path.exists():
         raise InputError(f"scene {str(path)!r}: neither a path that exists nor one of {', '.join(SCENES)}")
     if splits := _blender_splits(path):
         return Location(path, "blender", splits)
@@ -126,7 +133,7 @@ def _locate_path(path: Path) -> Location:
 
 
 def _blender_splits(folder: Path) -> tuple[str, ...]:
-    return tuple(split for split in SPLITS if os.path.isfile(_transforms_path(folder, split)))
+    return tuple(split for split in SPLITS if _transforms_path(folder, split).is_file())
 
 
 def _transforms_path(folder: Path, split: str) -> Path:
@@ -162,7 +169,10 @@ def load_evaluation(scene: SceneConfig, split: str = "auto", num_views: int = 0)
             raise InputError(f"{location.path}: image size unknown, so no view to evaluate; {rays.SIZE_ADVICE}")
         views = _evaluation_views(location, split, count)
         if num_views < 0 or num_views > len(views):
-            raise InputError(f"eval_views = {num_views}: {location.path} has {len(views)} {split} views; give 0 to all")
+            raise InputError(
+                f"eval_views = {num_views}: {location.path} has {len(views)} {split} views; "
+                "give at most as many, or 0 for all of them"
+            )
         return views[np.arange(num_views) * len(views) // num_views] if num_views else views
 
     return _load(scene, location, "train" if split == "held-out" else split, split, select)
@@ -188,14 +198,32 @@ def _no_split(split: str, location: Location) -> InputError:
     return InputError(f"{location.path}: has no {split!r} split, only {', '.join(known)}; take one of these{hint}")
 
 
-def _load(
-    scene: SceneConfig, location: Location, source: str, name: str, select: Callable[[int], np.ndarray]
-) -> Split:
-    """The views of the split `source` that `select` picks from their number, under the name `name`."""
+def _load(scene: SceneConfig, location: Location, source: str, name: str, select: Callable[[int], np.ndarray]) -> Split:
+    """The views of the split `source` that `select` picks, given how many there are; the result is called `name`."""
     if location.kind == "rays":
-        return _load_rays(scene, location, source, name, select)
+        return _load_rays(scene, rays.find_tables(location.path)[source], name, select)
     transforms = blender.read_transforms(_transforms_path(location.path, source))
-    frames = [transforms.frames[view] for view in select(len(transforms.frames))]
+    frames = [_frame_to_scene(transforms.frames[view], scene) for view in select(len(transforms.frames))]
     images, has_alpha = blender.load_views(transforms, frames, scene.downscale)
-    c2w = np.concatenate([images.c2w[..., :3], _to_scene(images.c2w[..., 3:], scene)], axis=-1)
-    return Split(name, tuple(frame.name for frame in frames), images.replace(c2w=c2w), has_alpha)  # type: ignore[attr-defined]
+    return Split(name, tuple(frame.name for frame in frames), images, has_alpha)
+
+
+def _load_rays(scene: SceneConfig, path: Path, name: str, select: Callable[[int], np.ndarray]) -> Split:
+    if scene.downscale != 1:
+        raise InputError(f"scene.downscale = {scene.downscale}: {path} is a ray table, which stays as it is; give 1")
+    rows, size = rays.read_ray_table(path)
+    views = select(rays.count_views(path, rows, size))
+    table = rays.make_ray_table(path, rows, size, views)
+    table = table.replace(rays=table.rays.replace(origin=_to_scene(np.asarray(table.rays.origin), scene)))  # type: ignore[attr-defined]
+    return Split(name, tuple(f"view_{view}" for view in views), table, has_alpha=False)
+
+
+def _frame_to_scene(frame: blender.Frame, scene: SceneConfig) -> blender.Frame:
+    position = _to_scene(frame.c2w[:, 3], scene)
+    return replace(frame, c2w=np.concatenate([frame.c2w[:, :3], position[:, None]], axis=1))
+
+
+def _to_scene(position: np.ndarray, scene: SceneConfig) -> np.ndarray:
+    """World to scene units, for points (..., 3): `cameras.world_to_scene` without a device."""
+    centre = np.asarray(scene.box_centre, position.dtype)
+    return (position - centre) / position.dtype.type(scene.box_side) + position.dtype.type(0.5)

@@ -1,4 +1,4 @@
-"""NeRF-synthetic scenes: a `transforms_<split>.json` and the images that it names -> PosedImages in world units.
+"""NeRF-synthetic scenes: a `transforms_<split>.json` and the images that it names.
 
 The json gives the horizontal field of view (`camera_angle_x`, radians) or the focal length in pixels (`fl_x`), and
 for every frame a `file_path` (relative to the json, with or without the extension) and a camera-to-world matrix
@@ -34,7 +34,7 @@ ALPHA_MODES = ("RGBA", "LA", "PA")
 
 @dataclass(frozen=True)
 class Frame:
-    """One view: its name, its image file, and c2w (3, 4) f64, camera to world units."""
+    """One view: its name, its image file, and c2w (3, 4) f64, camera to world units as it is read."""
 
     name: str
     image: Path
@@ -135,7 +135,7 @@ def _image_path(frame: object, path: Path, index: int) -> Path:
     if not isinstance(name, str) or not name.isprintable() or not Path(name).name:
         raise InputError(f"{path}: frame {index} has no 'file_path' that is the name of a file; export the file again")
     parts = os.path.normpath(name)
-    if os.path.isabs(parts) or parts.split(os.sep)[0] == os.pardir:
+    if Path(parts).is_absolute() or Path(parts).parts[0] == os.pardir:
         raise InputError(f"{path}: frame {index}: {name!r} leaves the scene's folder; move the image into it")
     return path.parent / (parts if Path(parts).suffix.lower() in IMAGE_SUFFIXES else parts + ".png")
 
@@ -162,9 +162,10 @@ def _pose(frame: dict[str, Any], path: Path, index: int) -> np.ndarray:
 
 
 def load_views(transforms: Transforms, frames: Sequence[Frame], downscale: int) -> tuple[PosedImages, bool]:
-    """The images of `frames` -> PosedImages (numpy, c2w in *world* units), and whether any has an alpha channel.
+    """The images of `frames` as numpy arrays, and whether any has an alpha channel.
 
-    All images must be of one size, which `downscale` divides. An image without alpha gets alpha 255.
+    c2w stays in the units that the frames have. All images must be of one size, which `downscale` divides. An image
+    without alpha gets alpha 255.
     """
     width, height = _probe(frames[0].image)
     size = _reduced_size(width, height, downscale, transforms.path)
@@ -181,7 +182,8 @@ def load_views(transforms: Transforms, frames: Sequence[Frame], downscale: int) 
         bar = tqdm(loaded, transforms.path.name, len(frames), delay=1.0, disable=None, leave=False, unit="image")
         has_alpha = any([*bar])
     c2w = np.stack([frame.c2w for frame in frames]).astype(np.float32)
-    return PosedImages(camera=_camera(transforms, (width, height), downscale), c2w=c2w, rgba=rgba), has_alpha
+    camera = _camera(transforms, (width, height), downscale)
+    return PosedImages(camera=camera, c2w=c2w, rgba=rgba), has_alpha  # type: ignore[arg-type]
 
 
 def box_downscale(rgba: np.ndarray, downscale: int) -> np.ndarray:
@@ -229,7 +231,8 @@ def _reduced_size(width: int, height: int, downscale: int, path: Path) -> tuple[
         common = math.gcd(width, height)
         divisors = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
         raise InputError(
-            f"scene.downscale = {downscale}: does not divide the {width}x{height} images of {path}; use one of {divisors}"
+            f"scene.downscale = {downscale}: does not divide the {width}x{height} images of {path}; "
+            f"use one of {divisors}"
         )
     return width // downscale, height // downscale
 
@@ -241,7 +244,7 @@ def _probe(path: Path) -> tuple[int, int]:
 
 
 def _read_image(path: Path, size: tuple[int, int], first: Path) -> tuple[np.ndarray, bool]:
-    """rgba (H, W, 4) u8 of an image of the given (width, height), and whether it has an alpha channel."""
+    """The pixels (H, W, 4) u8 of an image of the given (width, height), and whether it has an alpha channel."""
     with _open(path) as image:
         if image.size != size:
             raise InputError(
