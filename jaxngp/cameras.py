@@ -54,12 +54,23 @@ def point_to_pixel(camera: Camera, c2w: jax.Array, position: jax.Array) -> tuple
 
     Only a positive depth means that the point is before the camera; behind it the pixel has no meaning.
     """
-    offset = position - c2w[..., 3]
-    local = jnp.sum(c2w[..., :3] * offset[..., :, None], axis=-2)
-    depth = -local[..., 2]
-    safe = jnp.where(jnp.abs(depth) > 1e-9, depth, 1e-9)
-    xy = jnp.stack([local[..., 0], -local[..., 1]], axis=-1) / safe[..., None]
-    return xy * camera.focal_xy + camera.centre_xy, depth
+    x, y, depth = project(camera, c2w, *(position[..., axis] for axis in range(3)))
+    return jnp.stack([x, y], axis=-1), depth
+
+
+def project(
+    camera: Camera, c2w: jax.Array, x: jax.Array, y: jax.Array, z: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`point_to_pixel` with one array (...) per axis, in and out; large inputs are spared the (..., 3) temporaries."""
+    offset = (x - c2w[..., 0, 3], y - c2w[..., 1, 3], z - c2w[..., 2, 3])
+    local_x, local_y, local_z = (
+        c2w[..., 0, axis] * offset[0] + c2w[..., 1, axis] * offset[1] + c2w[..., 2, axis] * offset[2]
+        for axis in range(3)
+    )
+    inverse = 1 / jnp.where(jnp.abs(local_z) > 1e-9, -local_z, 1e-9)
+    pixel_x = local_x * inverse * camera.focal_xy[0] + camera.centre_xy[0]
+    pixel_y = -local_y * inverse * camera.focal_xy[1] + camera.centre_xy[1]
+    return pixel_x, pixel_y, -local_z
 
 
 def view_rays(camera: Camera, c2w: jax.Array) -> Rays:

@@ -400,7 +400,7 @@ def _set(config: Any, names: list[str], text: str, path: str) -> Any:
         raise InputError(f"override {path!r}: names a group; its fields are {fields}")
     else:
         new = _coerce(_parse(text, hints[names[0]]), hints[names[0]], path)
-    return replace(config, **{names[0]: new})
+    return replace(config, **{names[0]: new})  # type: ignore[type-var]
 
 
 def _parse(text: str, kind: Any) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxngp.config import FieldConfig, HashGridConfig, InputError, MlpInit
 from jaxngp.encodings import frequency_encode, hash_encode, init_table, sh_encode
+from jaxngp.fusion import walled
 from jaxngp.hashing import level_sizes
 
 Params = dict[str, Any]
@@ -44,7 +45,7 @@ class Mlp(nn.Module):
     num_layers: int
     outputs: int
     use_bias: bool = False
-    init: MlpInit = "glorot"
+    initial: MlpInit = "glorot"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -55,7 +56,7 @@ class Mlp(nn.Module):
     def _dense(self, x: jax.Array, outputs: int) -> jax.Array:
         bound = 1 / math.sqrt(x.shape[-1])  # torch.nn.Linear: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), biases too
         torch_uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
-        glorot = self.init == "glorot"
+        glorot = self.initial == "glorot"
         return nn.Dense(
             outputs,
             use_bias=self.use_bias,
@@ -117,8 +118,10 @@ def _inside(position: jax.Array) -> jax.Array:
 
 def _encode_direction(direction: jax.Array, config: FieldConfig) -> jax.Array:
     if config.direction_encoding == "frequency":
-        return frequency_encode(direction, num_frequencies=config.direction_degree)
-    return sh_encode(direction, degree=config.direction_degree)
+        encode = functools.partial(frequency_encode, num_frequencies=config.direction_degree)
+    else:
+        encode = functools.partial(sh_encode, degree=config.direction_degree)
+    return walled(encode, direction)  # fused into the concatenation that follows, it would take three times as long
 
 
 def init_params(key: jax.Array, *, config: FieldConfig) -> Params:
@@ -131,7 +134,8 @@ def evaluate_field(
     params: Params, position: jax.Array, direction: jax.Array, *, config: FieldConfig
 ) -> tuple[jax.Array, jax.Array]:
     """A NerfField as a function: density (N,) per scene unit and rgb (N, 3)."""
-    return NerfField(config).apply({"params": params}, position, direction)
+    density, rgb = NerfField(config).apply({"params": params}, position, direction)
+    return jnp.asarray(density), jnp.asarray(rgb)
 
 
 @functools.cache
@@ -142,10 +146,12 @@ def field_maker(config: FieldConfig) -> Callable[[Params], Callable]:
 
 def evaluate_density(params: Params, position: jax.Array, *, config: FieldConfig) -> jax.Array:
     """Only the density (N,) of a NerfField, per scene unit."""
-    return NerfField(config).apply({"params": params}, position, method="density")
+    return jnp.asarray(NerfField(config).apply({"params": params}, position, method="density"))
 
 
-def params_from_reference(state_dict: Mapping[str, np.ndarray], *, config: FieldConfig, box_side: float = 3.0) -> Params:
+def params_from_reference(
+    state_dict: Mapping[str, np.ndarray], *, config: FieldConfig, box_side: float = 3.0
+) -> Params:
     """Parameters with which the `hundred_lines` field computes what the 100-line PyTorch reference does.
 
     state_dict: the reference's, name -> array: lookup_tables.0 ... (T, F) each, density_MLP.{0,2} and

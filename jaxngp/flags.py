@@ -12,14 +12,27 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 from absl import flags, logging
 
-from jaxngp.config import PRESETS, SCENES, InputError, NerfConfig, apply_overrides, differences, from_json, scene_config
+from jaxngp.config import (
+    PRESETS,
+    SCENES,
+    InputError,
+    NerfConfig,
+    SceneConfig,
+    TrainConfig,
+    apply_overrides,
+    differences,
+    from_json,
+    scene_config,
+)
 from jaxngp.data import cache_dir
 
 Flags = flags.FlagValues
+Group = TypeVar("Group", SceneConfig, TrainConfig)
 
 
 def run(command: str, define: Callable[[Flags], None], body: Callable[[Flags], None], summary: str) -> None:
@@ -54,7 +67,7 @@ def _help(values: Flags) -> str:
         flag = values[name]
         if flag.short_name == name:
             continue
-        default = "" if flag.default in (None, "", []) else f" (default: {flag.default_as_str.strip(chr(39))})"
+        default = "" if flag.default in (None, "", []) else f" (default: {str(flag.default_as_str).strip(chr(39))})"
         text = textwrap.fill(f"{flag.help}{default}", 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
         lines.append(f"  --{name}\n{text}")
     return "\n".join(lines)
@@ -73,21 +86,29 @@ def _prepare_jax() -> None:
 
 def define_train_flags(values: Flags) -> None:
     """The flags of `python -m jaxngp.train`."""
-    d = {"flag_values": values}
     scenes = ", ".join(SCENES)
-    flags.DEFINE_string("scene", "bricks", f"One of {scenes}; or the path of a folder of views or a ray table.", **d)
-    flags.DEFINE_enum("preset", "auto", ["auto", *PRESETS], "auto is small on a CPU and base on a GPU.", **d)
-    flags.DEFINE_string("workdir", None, "Where everything is written; runs/<scene> if not given.", **d)
-    flags.DEFINE_string("data_dir", None, "Folder that holds the scene, looked at first.", **d)
-    flags.DEFINE_integer("downscale", None, "Shrink the images by this factor.", lower_bound=1, **d)
-    flags.DEFINE_integer("image_size", None, "Pixels per side of the built-in scene.", **d)
-    flags.DEFINE_integer("seed", None, "Of all randomness.", **d)
-    flags.DEFINE_integer("max_steps", None, "Training steps.", **d)
-    flags.DEFINE_float("max_seconds", None, "Seconds of training, compilation excluded; 0 is no limit.", **d)
-    flags.DEFINE_multi_string(
-        "override", [], "Set any field of the config: --override=sampler.num_samples=2**16. May be repeated.", **d
+    flags.DEFINE_string(
+        "scene", "bricks", f"One of {scenes}; or the path of a folder of views or a ray table.", flag_values=values
     )
-    flags.DEFINE_bool("restart", False, "Throw away what the workdir holds and train anew.", **d)
+    flags.DEFINE_enum(
+        "preset", "auto", ["auto", *PRESETS], "auto is small on a CPU and base on a GPU.", flag_values=values
+    )
+    flags.DEFINE_string("workdir", None, "Where everything is written; runs/<scene> if not given.", flag_values=values)
+    flags.DEFINE_string("data_dir", None, "Folder that holds the scene, looked at first.", flag_values=values)
+    flags.DEFINE_integer("downscale", None, "Shrink the images by this factor.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("image_size", None, "Pixels per side of the built-in scene.", flag_values=values)
+    flags.DEFINE_integer("seed", None, "Of all randomness.", flag_values=values)
+    flags.DEFINE_integer("max_steps", None, "Training steps.", flag_values=values)
+    flags.DEFINE_float(
+        "max_seconds", None, "Seconds of training, compilation excluded; 0 is no limit.", flag_values=values
+    )
+    flags.DEFINE_multi_string(
+        "override",
+        [],
+        "Set any field of the config: --override=sampler.num_samples=2**16. May be repeated.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool("restart", False, "Throw away what the workdir holds and train anew.", flag_values=values)
     define_evaluation_flags(values)
 
 
@@ -100,15 +121,28 @@ def define_workdir_flags(values: Flags) -> None:
 def define_evaluation_flags(values: Flags) -> None:
     """The flags of everything that evaluates."""
     splits = ["auto", "test", "val", "train", "held-out"]
-    flags.DEFINE_enum(
-        "eval_split", "auto", splits, "auto is test, else val, else every 8th view.", flag_values=values
-    )
+    flags.DEFINE_enum("eval_split", "auto", splits, "auto is test, else val, else every 8th view.", flag_values=values)
     flags.DEFINE_integer(
         "eval_views", 0, "Evaluate this many evenly spaced views; 0 is all.", lower_bound=0, flag_values=values
     )
     flags.DEFINE_enum(
         "background", "white", ["white", "black"], "Behind transparent pixels, in evaluation.", flag_values=values
     )
+
+
+def define_render_flags(values: Flags) -> None:
+    """The flags of `python -m jaxngp.render`."""
+    define_workdir_flags(values)
+    paths = ["orbit", "train", "val", "test", "held-out"]
+    flags.DEFINE_enum("path", "orbit", paths, "An orbit, or the poses of a split.", flag_values=values)
+    flags.DEFINE_integer(
+        "frames", 60, "Frames of the orbit, or evenly spaced poses of the split; 0 is all.", 0, flag_values=values
+    )
+    flags.DEFINE_integer("width", 0, "Of a frame in pixels; 0 is that of the images.", 0, flag_values=values)
+    flags.DEFINE_integer("height", 0, "Likewise.", 0, flag_values=values)
+    flags.DEFINE_float("fps", 20.0, "Frames per second of the animation.", 0.1, 50.0, flag_values=values)
+    flags.DEFINE_enum("animation", "gif", ["gif", "webp"], "Format of the animation.", flag_values=values)
+    flags.DEFINE_enum("background", "white", ["white", "black"], "Behind what is transparent.", flag_values=values)
 
 
 def train_config(values: Flags) -> NerfConfig:
@@ -131,8 +165,10 @@ def train_config(values: Flags) -> NerfConfig:
     return apply_overrides(replace(config, scene=scene, train=train), values.override)
 
 
-def _given(config, values: Flags, names: Sequence[str]):  # type: ignore[no-untyped-def]
-    return replace(config, **{name: values[name].value for name in names if values[name].value is not None})
+def _given(config: Group, values: Flags, names: Sequence[str]) -> Group:
+    """A group of the config with those of its fields for which a flag was given."""
+    given: dict[str, Any] = {name: values[name].value for name in names if values[name].value is not None}
+    return replace(config, **given)
 
 
 def read_config(workdir: Path) -> NerfConfig:

@@ -69,7 +69,7 @@ def corner_offsets(num_dims: int) -> np.ndarray:
 
 
 def spatial_hash(cell: Coordinates, *, table_size: int) -> jax.Array:
-    """Eq. 4: the XOR over axes of coordinate times prime, modulo 2^32, modulo a power of two T. u32 -> u32 in [0, T)."""
+    """Eq. 4: the XOR over axes of coordinate times prime modulo 2^32, modulo a power of two T. u32 -> u32 in [0, T)."""
     result = jnp.uint32(0)
     for coordinate, prime in zip(cell, PRIMES, strict=False):
         result = result ^ (coordinate.astype(jnp.uint32) * np.uint32(prime))

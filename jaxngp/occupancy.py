@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from jaxngp.cameras import PosedImages, point_to_pixel
+from jaxngp.cameras import PosedImages, project
 from jaxngp.config import MarchConfig, OccupancyConfig
 
 DensityFn = Callable[[jax.Array], jax.Array]
@@ -77,8 +77,13 @@ def occupied_at(grid: OccupancyGrid, x: jax.Array, y: jax.Array, z: jax.Array) -
 
 def cell_centre(cell: jax.Array, *, resolution: int) -> jax.Array:
     """(...) i32 cell numbers -> (..., 3) scene units."""
-    axes = jnp.stack([cell % resolution, cell // resolution % resolution, cell // resolution**2], axis=-1)
-    return (axes.astype(jnp.float32) + 0.5) / resolution
+    return jnp.stack(cell_axes(cell, resolution=resolution), axis=-1)
+
+
+def cell_axes(cell: jax.Array, *, resolution: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`cell_centre` as one array (...) per axis."""
+    x, y, z = cell % resolution, cell // resolution % resolution, cell // resolution**2
+    return (x + 0.5) / resolution, (y + 0.5) / resolution, (z + 0.5) / resolution
 
 
 def candidate_cells(images: PosedImages, *, config: OccupancyConfig) -> jax.Array:
@@ -88,16 +93,16 @@ def candidate_cells(images: PosedImages, *, config: OccupancyConfig) -> jax.Arra
     pixels met nothing, so the cell holds nothing. Views whose pixels are all opaque exclude nothing.
     """
     camera, resolution = images.camera, config.resolution
-    centre = cell_centre(jnp.arange(resolution**3), resolution=resolution)
+    x, y, z = cell_axes(jnp.arange(resolution**3), resolution=resolution)
 
     def add_view(carry: tuple[jax.Array, jax.Array], view: tuple[jax.Array, jax.Array]) -> tuple:
         seen, excluded = carry
         c2w, alpha = view
-        pixel, depth = point_to_pixel(camera, c2w, centre)
-        inside = (depth > 0) & jnp.all((pixel >= 0) & (pixel < jnp.array([camera.width, camera.height])), axis=-1)
+        pixel_x, pixel_y, depth = project(camera, c2w, x, y, z)
+        inside = (depth > 0) & (pixel_x >= 0) & (pixel_x < camera.width) & (pixel_y >= 0) & (pixel_y < camera.height)
         # Half a cell's diagonal, in pixels, and half a pixel for the pixel's own extent.
         radius = 0.5 * 3**0.5 / resolution * jnp.max(camera.focal_xy) / jnp.maximum(depth, 1e-6) + 0.5
-        empty = inside & _footprint_is_empty(alpha > 0, pixel, radius)
+        empty = inside & _footprint_is_empty(alpha > 0, pixel_x, pixel_y, radius)
         return (seen | inside, excluded | empty), None
 
     none = jnp.zeros(resolution**3, bool)
@@ -105,19 +110,22 @@ def candidate_cells(images: PosedImages, *, config: OccupancyConfig) -> jax.Arra
     return seen & ~excluded if config.carve else seen
 
 
-def _footprint_is_empty(mask: jax.Array, pixel: jax.Array, radius: jax.Array) -> jax.Array:
-    """Whether the squares of half-side radius (N,) around pixel (N, 2) lie in the image and `mask` (H, W) is False there.
+def _footprint_is_empty(mask: jax.Array, x: jax.Array, y: jax.Array, radius: jax.Array) -> jax.Array:
+    """Whether the squares of half-side radius (N,) around pixels x, y (N,) lie in the image and `mask` is False there.
 
-    By a summed-area table: four reads a square, whatever its size.
+    mask (H, W). By a summed-area table: four reads a square, whatever its size.
     """
     height, width = mask.shape
     area = jnp.pad(jnp.cumsum(jnp.cumsum(mask.astype(jnp.int32), axis=0), axis=1), ((1, 0), (1, 0)))
-    low = jnp.floor(pixel - radius[:, None]).astype(jnp.int32)
-    high = jnp.ceil(pixel + radius[:, None]).astype(jnp.int32)
-    within = jnp.all((low >= 0) & (high <= jnp.array([width, height])), axis=-1)
-    left, right = (jnp.clip(v[:, 0], 0, width) for v in (low, high))
-    top, bottom = (jnp.clip(v[:, 1], 0, height) for v in (low, high))
-    return within & (area[bottom, right] - area[top, right] - area[bottom, left] + area[top, left] == 0)
+    left, top = (jnp.floor(v - radius).astype(jnp.int32) for v in (x, y))
+    right, bottom = (jnp.ceil(v + radius).astype(jnp.int32) for v in (x, y))
+    within = (left >= 0) & (top >= 0) & (right <= width) & (bottom <= height)
+
+    def count(row: jax.Array, column: jax.Array) -> jax.Array:
+        index = jnp.clip(row, 0, height) * (width + 1) + jnp.clip(column, 0, width)
+        return area.reshape(-1).at[index].get(mode="promise_in_bounds")
+
+    return within & (count(bottom, right) - count(top, right) - count(bottom, left) + count(top, left) == 0)
 
 
 def sample_cells(words: jax.Array, choice: jax.Array) -> jax.Array:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from absl import flags as absl_flags
 from tqdm import tqdm
 
 from jaxngp import flags
@@ -22,19 +21,6 @@ from jaxngp.rendering import render_image
 from jaxngp.training.checkpoints import Checkpoints
 from jaxngp.training.report import depth_image, to_uint8, write_animation, write_png
 from jaxngp.training.state import TrainState
-
-
-def define_flags(values: flags.Flags) -> None:
-    flags.define_workdir_flags(values)
-    d = {"flag_values": values}
-    paths = ["orbit", "train", "val", "test", "held-out"]
-    absl_flags.DEFINE_enum("path", "orbit", paths, "An orbit, or the poses of a split.", **d)
-    absl_flags.DEFINE_integer("frames", 60, "Frames of the orbit, or evenly spaced poses; 0 is all.", lower_bound=0, **d)
-    absl_flags.DEFINE_integer("width", 0, "Of a frame in pixels; 0 is that of the images.", lower_bound=0, **d)
-    absl_flags.DEFINE_integer("height", 0, "Likewise.", lower_bound=0, **d)
-    absl_flags.DEFINE_float("fps", 20.0, "Frames per second of the animation.", lower_bound=0.1, upper_bound=50.0, **d)
-    absl_flags.DEFINE_enum("animation", "gif", ["gif", "webp"], "Format of the animation.", **d)
-    absl_flags.DEFINE_enum("background", "white", ["white", "black"], "Behind what is transparent.", **d)
 
 
 def main(values: flags.Flags) -> None:
@@ -57,7 +43,7 @@ def camera_path(config: NerfConfig, path: str, num_frames: int) -> tuple[Camera,
     views = load_evaluation(config.scene, "auto" if path == "orbit" else path, 0 if path == "orbit" else num_frames)
     if not isinstance(views.images, PosedImages):
         raise InputError("a ray table has no camera: render it with python -m jaxngp.evaluate instead")
-    poses = views.images.c2w
+    poses = np.asarray(views.images.c2w)
     return views.images.camera, orbit_poses(poses, num_frames or 60) if path == "orbit" else poses
 
 
@@ -84,4 +70,4 @@ def write_frames(
 
 
 if __name__ == "__main__":
-    flags.run("render", define_flags, main, __doc__)
+    flags.run("render", flags.define_render_flags, main, __doc__)

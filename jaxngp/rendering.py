@@ -219,5 +219,5 @@ def render_ray_grid(
     for rows in index:
         part = jax.tree.map(lambda a, rows=rows: a[rows], flat) if num_chunks > 1 else flat
         out, _ = render_chunk(params, part, grid, background, make_field=make_field, sampler=sampler)
-        parts.append(jax.tree.map(np.asarray, out))
+        parts.append(jax.tree.map(np.asarray, out))  # off the device: a view may be larger than what is left of it
     return jax.tree.map(lambda *a: np.concatenate(a)[:total].reshape(*shape, *a[0].shape[1:]), *parts)

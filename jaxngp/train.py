@@ -24,7 +24,7 @@ def main(values: flags.Flags) -> None:
     config = flags.train_config(values)
     workdir = Path(values.workdir or f"runs/{Path(config.scene.name).stem}")
     if values.restart:
-        shutil.rmtree(workdir, ignore_errors=True)
+        clear(workdir)
     flags.check_same_config(workdir, config)
     training = load_training(config.scene)
     evaluation = load_evaluation(config.scene, values.eval_split, values.eval_views)
@@ -34,6 +34,14 @@ def main(values: flags.Flags) -> None:
     result = evaluate_into(workdir, progress.state, evaluation, config=config, background=values.background)
     print(write_summary(workdir, config.scene.name, result, training_summary(progress)))
     print(f"novel views: {workdir / 'novel_views'}   next: python -m jaxngp.render --workdir={workdir}")
+
+
+def clear(workdir: Path) -> None:
+    """Remove what a run writes, and nothing else that may lie there."""
+    for name in ("config.json", "metrics.jsonl", "summary.json"):
+        (workdir / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "novel_views", "renders"):
+        shutil.rmtree(workdir / name, ignore_errors=True)
 
 
 def fit(config: NerfConfig, training: Split, workdir: Path) -> Progress:

@@ -27,17 +27,23 @@ EvalBackground = Literal["white", "black"]
 
 
 @dataclasses.dataclass(frozen=True)
-class ViewResult:
-    """One view: its name, prediction and truth (H, W, 3) sRGB in [0, 1], depth and opacity (H, W), and its figures."""
+class ViewScore:
+    """How good the prediction of one view is."""
 
     name: str
+    psnr: float  # dB
+    ssim: float  # not a number for an image smaller than its window
+    seconds: float  # to render it
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewPicture:
+    """One view: prediction and truth (H, W, 3) sRGB in [0, 1], depth and opacity (H, W)."""
+
     prediction: np.ndarray
     truth: np.ndarray
     depth: np.ndarray
     opacity: np.ndarray
-    psnr: float
-    ssim: float
-    seconds: float  # to render it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +71,8 @@ class Evaluation:
 
 def evaluate_views(
     state: TrainState, split: Split, *, config: NerfConfig, background: EvalBackground = "white"
-) -> Iterator[ViewResult]:
-    """Render every view of a split and compare; each result is yielded as it is ready."""
+) -> Iterator[tuple[ViewScore, ViewPicture]]:
+    """Render every view of a split and compare; each is yielded as it is ready."""
     width, height = split.resolution
     if not split.views:
         raise InputError(f"the {split.name} rays have no image size, so there is no view to evaluate")
@@ -83,33 +89,28 @@ def evaluate_views(
             sampler=config.sampler,
         )
         seconds = time.perf_counter() - started
-        prediction = np.clip(out.rgb, 0, 1)
+        prediction = np.clip(np.asarray(out.rgb), 0, 1)
         similarity = float(ssim(prediction, truth)) if min(width, height) >= 11 else float("nan")
-        yield ViewResult(
-            name=name,
-            prediction=prediction,
-            truth=truth,
-            depth=out.depth,
-            opacity=out.opacity,
-            psnr=float(psnr(mean_squared_error(prediction, truth))),
-            ssim=similarity,
-            seconds=seconds,
+        error = float(psnr(mean_squared_error(prediction, truth)))
+        yield (
+            ViewScore(name, error, similarity, seconds),
+            ViewPicture(prediction, truth, *map(np.asarray, (out.depth, out.opacity))),
         )
 
 
-def summarise(results: Sequence[ViewResult], split: Split, background: EvalBackground) -> Evaluation:
-    """The means over the results of `evaluate_views`."""
+def summarise(scores: Sequence[ViewScore], split: Split, background: EvalBackground) -> Evaluation:
+    """The means over the scores of `evaluate_views`."""
     return Evaluation(
-        psnr=float(np.mean([r.psnr for r in results])),
-        ssim=float(np.mean([r.ssim for r in results])),
+        psnr=float(np.mean([s.psnr for s in scores])),
+        ssim=float(np.mean([s.ssim for s in scores])),
         split=split.name,
         background=background,
         colour_space="sRGB",
-        num_views=len(results),
-        views=tuple(r.name for r in results),
-        view_psnr=tuple(r.psnr for r in results),
+        num_views=len(scores),
+        views=tuple(s.name for s in scores),
+        view_psnr=tuple(s.psnr for s in scores),
         resolution=split.resolution,
-        seconds_per_view=float(np.median([r.seconds for r in results][1:] or [results[0].seconds])),
+        seconds_per_view=float(np.median([s.seconds for s in scores][1:] or [scores[0].seconds])),
     )
 
 
@@ -119,7 +120,9 @@ def _view(split: Split, index: int, background: jax.Array) -> tuple[Rays, np.nda
     if isinstance(data, RayTable):
         shape = (data.height, data.width, 3)
         rows = slice(index * data.height * data.width, (index + 1) * data.height * data.width)
-        return jax.tree.map(lambda a: jnp.asarray(a[rows]).reshape(shape), data.rays), data.rgb[rows].reshape(shape)
+        return jax.tree.map(lambda a: jnp.asarray(a[rows]).reshape(shape), data.rays), np.asarray(
+            data.rgb[rows]
+        ).reshape(shape)
     rgba = np.asarray(data.rgba[index], np.float32) / 255
     truth = rgba[..., :3] * rgba[..., 3:] + np.asarray(background) * (1 - rgba[..., 3:])
     return jax.jit(view_rays)(data.camera, data.c2w[index]), truth
@@ -128,20 +131,20 @@ def _view(split: Split, index: int, background: jax.Array) -> tuple[Rays, np.nda
 _SHEET_ROWS = 8
 
 
-def write_views(results: Iterable[ViewResult], folder: Path) -> Iterator[ViewResult]:
-    """Pass results on, and write folder/img_{i}.png for each and a contact sheet of some beside the truth.
+def write_pictures(pictures: Iterable[ViewPicture], folder: Path, *, num_views: int) -> None:
+    """Write folder/img_{i}.png for each picture, and a contact sheet of some of them beside the truth.
 
     The folder is emptied first, so that it never mixes the views of two runs.
     """
     shutil.rmtree(folder, ignore_errors=True)
+    on_sheet = set(np.linspace(0, num_views - 1, _SHEET_ROWS).round().astype(int).tolist())
     rows = []
-    for index, result in enumerate(results):
-        prediction = to_uint8(result.prediction)
+    for index, picture in enumerate(pictures):
+        prediction = to_uint8(picture.prediction)
         write_png(folder / f"img_{index}.png", prediction)
-        depth = depth_image(result.depth, result.opacity)
-        error = error_image(result.prediction, result.truth)
-        rows.append([to_uint8(result.truth), prediction, error, depth])
-        yield result
-    chosen = np.unique(np.linspace(0, len(rows) - 1, _SHEET_ROWS).round().astype(int)) if rows else []
-    sheet = contact_sheet([rows[i] for i in chosen], ["ground truth", "prediction", "error x 4", "depth"])
+        if index in on_sheet:
+            depth = depth_image(picture.depth, picture.opacity)
+            error = error_image(picture.prediction, picture.truth)
+            rows.append([to_uint8(picture.truth), prediction, error, depth])
+    sheet = contact_sheet(rows, ["ground truth", "prediction", "error x 4", "depth"])
     write_png(folder / "contact_sheet.png", sheet)

@@ -105,7 +105,7 @@ def _compile(state: TrainState, data: TrainingData, config: NerfConfig) -> _Prog
     rates = jnp.zeros(config.train.steps_per_dispatch)
     steps = nerf_steps.lower(state, data, rates, jnp.int32(0), config=config).compile()
     refresh: Callable[..., Any] = lambda state: state  # noqa: E731
-    restrict: Callable[..., Any] = lambda state, data: state  # noqa: E731
+    restrict: Callable[..., Any] = lambda state, _: state  # noqa: E731
     if isinstance(config.sampler, MarchConfig):
         refresh = refresh_occupancy.lower(state, config=config).compile()
         if isinstance(data, PosedImages):

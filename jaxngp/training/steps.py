@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -89,9 +90,7 @@ def nerf_loss(
 ) -> tuple[jax.Array, Metrics]:
     """The mean loss over the rays whose samples fit, each before its own background, and what happened on the way."""
     field_fn = functools.partial(evaluate_field, params, config=config.field)
-    out, samples = render_rays(
-        field_fn, batch.rays, grid, noise.jitter, noise.background, sampler=config.sampler
-    )
+    out, samples = render_rays(field_fn, batch.rays, grid, noise.jitter, noise.background, sampler=config.sampler)
     alpha = batch.rgba[:, 3:]
     target = batch.rgba[:, :3] * alpha + noise.background * (1 - alpha)
     used = samples.ray_complete[:, None]
@@ -125,7 +124,7 @@ def nerf_step(
     gradient, metrics = jax.grad(nerf_loss, has_aux=True)(state.params, batch, noise, state.occupancy, config=config)
     updates, opt_state = make_optimizer(config.optimizer).update(gradient, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    return replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -148,7 +147,7 @@ def nerf_steps(
     if config.optimizer.ema_decay:
         keep = config.optimizer.ema_decay ** num_steps.astype(jnp.float32)
         ema = jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, state.ema_params, state.params)
-        state = state.replace(ema_params=ema)
+        state = replace(state, ema_params=ema)
     return state, jax.tree.map(lambda s: s / num_steps, sums)
 
 
@@ -160,7 +159,7 @@ def refresh_occupancy(state: TrainState, *, config: NerfConfig) -> TrainState:
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2**31)
     density_fn = functools.partial(evaluate_density, state.params, config=config.field)
     warmup = state.step < config.sampler.occupancy.warmup_steps
-    return state.replace(occupancy=update_occupancy(state.occupancy, key, density_fn, warmup, config=config.sampler))
+    return replace(state, occupancy=update_occupancy(state.occupancy, key, density_fn, warmup, config=config.sampler))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -169,4 +168,4 @@ def restrict_occupancy(state: TrainState, images: PosedImages, *, config: NerfCo
     if not isinstance(config.sampler, MarchConfig):
         return state
     candidates = candidate_cells(images, config=config.sampler.occupancy)
-    return state.replace(occupancy=init_occupancy(candidates))
+    return replace(state, occupancy=init_occupancy(candidates))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,15 @@ from tqdm import tqdm
 import jaxngp
 from jaxngp.config import NerfConfig
 from jaxngp.data import Split
-from jaxngp.training.evaluation import EvalBackground, Evaluation, evaluate_views, summarise, write_views
+from jaxngp.training.evaluation import (
+    EvalBackground,
+    Evaluation,
+    ViewPicture,
+    ViewScore,
+    evaluate_views,
+    summarise,
+    write_pictures,
+)
 from jaxngp.training.loop import Progress
 from jaxngp.training.report import peak_memory_bytes, table, write_json
 from jaxngp.training.state import TrainState
@@ -54,9 +63,16 @@ def evaluate_into(
     workdir: Path, state: TrainState, split: Split, *, config: NerfConfig, background: EvalBackground
 ) -> Evaluation:
     """Evaluate a split and write its pictures into workdir/novel_views, with a progress bar."""
-    results = evaluate_views(state, split, config=config, background=background)
-    shown = tqdm(results, desc="evaluating", total=split.num_views, unit="view")
-    return summarise(list(write_views(shown, workdir / "novel_views")), split, background)
+    scores: list[ViewScore] = []
+
+    def pictures() -> Iterator[ViewPicture]:  # one at a time: a hundred of them may not fit the memory
+        views = evaluate_views(state, split, config=config, background=background)
+        for score, picture in tqdm(views, desc="evaluating", total=split.num_views, unit="view"):
+            scores.append(score)
+            yield picture
+
+    write_pictures(pictures(), workdir / "novel_views", num_views=split.num_views)
+    return summarise(scores, split, background)
 
 
 def write_summary(workdir: Path, scene: str, evaluation: Evaluation, training: dict[str, Any]) -> str:
