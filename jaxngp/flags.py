@@ -35,13 +35,19 @@ Flags = flags.FlagValues
 Group = TypeVar("Group", SceneConfig, TrainConfig)
 
 
-def run(command: str, define: Callable[[Flags], None], body: Callable[[Flags], None], summary: str) -> None:
+def run(
+    command: str,
+    define: Callable[[Flags], None],
+    body: Callable[[Flags], None],
+    summary: str,
+    argv: Sequence[str] | None = None,
+) -> None:
     """Parse the command line with the flags that `define` adds, call `body`, and exit with what that means."""
     values = Flags()
     flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=values)
     define(values)
     try:
-        rest = values(sys.argv)[1:]
+        rest = values(list(argv or sys.argv))[1:]
         if values.help:
             print(f"usage: python -m jaxngp.{command} [flags]\n\n{summary}\n\n{_help(values)}")
             return

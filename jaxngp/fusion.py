@@ -21,6 +21,7 @@ def walled(function: Callable[..., Any], *args: Any) -> Any:
     a conditional would wait for the host and fusing is right, this is a plain call.
     """
     first = jax.tree.leaves(args)[0]
+    function = jax.jit(function, inline=True)  # so that the two branches and eval_shape trace it once
 
     def conditional(*args: Any) -> Any:
         shapes = jax.eval_shape(function, *args)

@@ -5,6 +5,7 @@ A cell or vertex is given as its D coordinates along the first axis: an array (D
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -19,6 +20,7 @@ PRIMES = (1, 2654435761, 805459861)
 Coordinates = jax.Array | Sequence[jax.Array]
 
 
+@functools.cache
 def level_resolutions(grid: HashGridConfig) -> tuple[int, ...]:
     """N_l = floor(N_min b^l) with b = (N_max / N_min)^(1 / (L - 1)), Eq. 2-3: cells per axis of each level.
 
@@ -50,6 +52,7 @@ def is_dense(grid: HashGridConfig, resolution: int) -> bool:
     return grid.dense_levels and num_vertices(grid, resolution) ** grid.num_dims <= grid.table_size
 
 
+@functools.cache
 def level_sizes(grid: HashGridConfig) -> tuple[int, ...]:
     """Table rows of each level."""
     return tuple(

@@ -31,6 +31,7 @@ def main(values: flags.Flags) -> None:
     write_json(workdir / "config.json", to_plain(config))
     print(to_json(config), end="")
     progress = fit(config, training, workdir)
+    print(f"trained for {progress.step} steps in {progress.seconds:.1f} s")
     result = evaluate_into(workdir, progress.state, evaluation, config=config, background=values.background)
     print(write_summary(workdir, config.scene.name, result, training_summary(progress)))
     print(f"novel views: {workdir / 'novel_views'}   next: python -m jaxngp.render --workdir={workdir}")

@@ -52,8 +52,12 @@ class _Programs:
 def train(config: NerfConfig, data: TrainingData, *, resume: Progress | None = None) -> Iterator[Progress]:
     """Train from scratch, or from where `resume` stands, until the budget of steps or seconds is spent.
 
-    Yields once before the first step and after every dispatch of up to train.steps_per_dispatch steps.
+    Yields once before the first step and after every dispatch of up to train.steps_per_dispatch steps; of a run that
+    is finished, only where it stands.
     """
+    if resume and resume.finished:
+        yield resume
+        return
     data = jax.device_put(data)
     state = resume.state if resume else init_state(config.train.seed, config=config)
     programs = _compile(state, data, config)

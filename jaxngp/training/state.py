@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -35,6 +38,11 @@ def init_state(seed: int, *, config: NerfConfig) -> TrainState:
 
     Takes a seed, not a key: training donates the state's buffers, and would delete a key that the caller holds.
     """
+    return _init_state(np.uint32(seed), config=config)
+
+
+@functools.partial(jax.jit, static_argnames="config")  # a dozen small programs otherwise
+def _init_state(seed: np.uint32, *, config: NerfConfig) -> TrainState:
     key = jax.random.key(seed)
     params = init_params(jax.random.fold_in(key, 2**31), config=config.field)
     occupancy = None
@@ -43,7 +51,7 @@ def init_state(seed: int, *, config: NerfConfig) -> TrainState:
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        ema_params=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {},
+        ema_params=params if config.optimizer.ema_decay else {},
         opt_state=make_optimizer(config.optimizer).init(params),
         occupancy=occupancy,
         key=key,

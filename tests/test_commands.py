@@ -1,0 +1,265 @@
+"""The three commands as a user meets them: what they write, how they go on, and how they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxngp import evaluate, flags, render, train
+from jaxngp.config import PRESETS, from_json
+
+SIZE = 24
+TINY = [
+    "--preset=small",
+    "--max_steps=40",
+    "--override=field.encoding.num_levels=2",
+    "--override=field.encoding.table_size=2**10",
+    "--override=field.encoding.max_resolution=32",
+    "--override=field.hidden_width=16",
+    "--override=sampler.num_steps=64",
+    "--override=sampler.num_samples=2**10",
+    "--override=sampler.occupancy.resolution=32",
+    "--override=train.num_rays=128",
+]
+COMMANDS = {
+    "train": (flags.define_train_flags, train.main),
+    "evaluate": (evaluate.define_flags, evaluate.main),
+    "render": (flags.define_render_flags, render.main),
+}
+
+
+def run(command: str, *arguments: str) -> None:
+    """A command in this process, so that it shares the programs that were compiled before."""
+    define, main = COMMANDS[command]
+    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    try:
+        flags.run(command, define, main, "A summary.", ["jaxngp", *arguments])
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], command: str, *arguments: str) -> str:
+    """The one line with which a command refuses."""
+    with pytest.raises(SystemExit) as exit_info:
+        run(command, *arguments)
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("jaxngp: ")
+    return error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def write_scene(folder: Path, splits: tuple[str, ...] = ("train", "val"), num_views: int = 3) -> Path:
+    """A grey square before nothing, from a few sides."""
+    rgba = np.zeros((SIZE, SIZE, 4), np.uint8)
+    rgba[8:16, 8:16] = (200, 100, 50, 255)
+    for split in splits:
+        frames = []
+        (folder / split).mkdir(parents=True)
+        for view in range(num_views):
+            angle = 0.5 * view
+            c, s = float(np.cos(angle)), float(np.sin(angle))
+            pose = [[c, 0, s, 4 * s], [s, 0, -c, -4 * c], [0, 1, 0, 0], [0, 0, 0, 1]]
+            Image.fromarray(rgba).save(folder / split / f"r_{view}.png")
+            frames.append({"file_path": f"./{split}/r_{view}", "transform_matrix": pose})
+        text = json.dumps({"camera_angle_x": 0.7, "frames": frames})
+        (folder / f"transforms_{split}.json").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scene(tmp_path_factory.mktemp("scenes") / "square")
+
+
+@pytest.fixture(scope="module")
+def trained(scene: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("runs") / "square"
+    run("train", f"--scene={scene}", f"--workdir={workdir}", *TINY)
+    return workdir
+
+
+def test_training_leaves_config_log_checkpoint_pictures_and_summary(trained: Path) -> None:
+    config = from_json((trained / "config.json").read_text())
+    assert config.train.max_steps == 40
+    assert config.field.hidden_width == 16
+    log = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [16, 32, 40]
+    assert {"loss", "psnr", "samples", "dropped_samples", "occupied_fraction", "seconds"} <= set(log[0])
+    assert (trained / "checkpoints" / "40").is_dir()
+    names = {path.name for path in (trained / "novel_views").iterdir()}
+    assert names == {"img_0.png", "img_1.png", "img_2.png", "contact_sheet.png"}
+    assert image_size(trained / "novel_views" / "img_0.png") == (SIZE, SIZE)
+
+
+def test_the_summary_says_what_a_psnr_means_nothing_without(trained: Path) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    expected = {
+        "psnr", "ssim", "split", "background", "num_views", "resolution", "steps", "train_seconds", "compile_seconds",
+        "samples_per_second", "device", "jax_version", "version", "peak_memory_bytes", "colour_space", "views",
+    }  # fmt: skip
+    assert expected <= set(summary)
+    assert summary["split"] == "val"
+    assert summary["background"] == "white"
+    assert summary["num_views"] == 3
+    assert summary["resolution"] == [SIZE, SIZE]
+    assert summary["steps"] == 40
+    assert summary["views"] == ["r_0", "r_1", "r_2"]
+    assert summary["jax_version"] == jax.__version__
+
+
+def test_the_same_command_again_only_evaluates(trained: Path, scene: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = (trained / "metrics.jsonl").read_text()
+    psnr = json.loads((trained / "summary.json").read_text())["psnr"]
+    run("train", f"--scene={scene}", f"--workdir={trained}", *TINY)
+    assert (trained / "metrics.jsonl").read_text() == log
+    assert json.loads((trained / "summary.json").read_text())["psnr"] == psnr
+    assert "trained for 40 steps" in capsys.readouterr().out
+
+
+def test_another_config_in_the_same_workdir_is_refused(
+    trained: Path, scene: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refusal(capsys, "train", f"--scene={scene}", f"--workdir={trained}", *TINY, "--seed=7")
+    assert "train.seed: 0 -> 7" in error
+    assert "--restart" in error
+
+
+def test_restart_trains_anew_and_leaves_foreign_files(
+    scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "config.json").write_text("{}")
+    arguments = [f"--scene={scene}", f"--workdir={tmp_path}", *TINY, "--eval_views=1"]
+    assert "missing" in refusal(capsys, "train", *arguments)
+    run("train", *arguments, "--restart")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert json.loads((tmp_path / "summary.json").read_text())["num_views"] == 1
+
+
+def test_evaluate_takes_another_split_and_background(trained: Path) -> None:
+    run("evaluate", f"--workdir={trained}", "--eval_split=train", "--eval_views=2", "--background=black")
+    summary = json.loads((trained / "summary.json").read_text())
+    assert (summary["split"], summary["num_views"], summary["background"]) == ("train", 2, "black")
+    assert summary["steps"] == 40
+
+
+@pytest.mark.parametrize("animation", ["gif", "webp"])
+def test_render_writes_frames_depth_and_an_animation(trained: Path, animation: str) -> None:
+    run("render", f"--workdir={trained}", "--frames=3", "--width=20", "--height=12", f"--animation={animation}")
+    folder = trained / "renders" / "orbit"
+    frames = [f"{kind}_{i:04d}.png" for kind in ("depth", "frame") for i in range(3)]
+    assert sorted(path.name for path in folder.iterdir()) == [*frames, f"orbit.{animation}"]
+    assert image_size(folder / "frame_0000.png") == (20, 12)
+
+
+def test_render_follows_the_poses_of_a_split(trained: Path) -> None:
+    run("render", f"--workdir={trained}", "--path=val", "--frames=0")
+    assert image_size(trained / "renders" / "val" / "frame_0002.png") == (SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--scene=lega"], "unknown scene 'lega': give one of bricks"),
+        (["--scene=/no/such/place"], "/no/such/place"),
+        (["--preset=large"], "preset"),
+        (["--override=train.lr=1"], "no field 'lr'; its fields are"),
+        (["--override=train.seed=x"], "expected int"),
+        (["--override=field.encoding.table_size=1000"], "a power of two"),
+        (["--max_steps=many"], "max_steps"),
+        (["--sceen=lego"], "scene"),
+        (["lego"], "expected only flags"),
+        (["--scene=lego", "--image_size=100"], "--downscale"),
+    ],
+)
+def test_a_wrong_argument_is_refused_in_one_line(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert expected in refusal(capsys, "train", *arguments, f"--workdir={tmp_path}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_scene_with_a_truncated_image_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scene = write_scene(tmp_path / "scene")
+    image = scene / "train" / "r_1.png"
+    image.write_bytes(image.read_bytes()[:60])
+    assert str(image) in refusal(capsys, "train", f"--scene={scene}", f"--workdir={tmp_path / 'run'}", *TINY)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_split_is_named(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "val" in refusal(capsys, "evaluate", f"--workdir={trained}", "--eval_split=test")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "render"])
+def test_a_workdir_without_a_run_is_refused(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--workdir" in refusal(capsys, command)
+    assert "config.json" in refusal(capsys, command, f"--workdir={tmp_path}")
+    (tmp_path / "config.json").write_text("{ not json")
+    assert "config.json" in refusal(capsys, command, f"--workdir={tmp_path}")
+    (tmp_path / "config.json").unlink()
+
+
+def test_a_damaged_checkpoint_is_refused(
+    scene: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text((trained / "config.json").read_text())
+    (tmp_path / "checkpoints" / "40").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "40" / "junk").write_text("x")
+    error = refusal(capsys, "evaluate", f"--workdir={tmp_path}")
+    assert str(tmp_path / "checkpoints") in error
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(scene: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "/dev/null" in refusal(capsys, "train", f"--scene={scene}", "--workdir=/dev/null/run", *TINY)
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_help_names_every_flag_and_its_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(command, "--help")
+    text = capsys.readouterr().out
+    assert f"python -m jaxngp.{command}" in text
+    assert "--workdir" in text
+    assert "--background" in text
+    assert "(default: white)" in text
+
+
+def test_precedence_is_preset_then_flag_then_override() -> None:
+    values = flags.Flags()
+    flags.define_train_flags(values)
+    values(["x", "--preset=small", "--seed=3", "--max_steps=7", "--override=train.seed=5", "--downscale=2"])
+    config = flags.train_config(values)
+    assert config.field == PRESETS["small"].field
+    assert (config.train.seed, config.train.max_steps, config.train.max_seconds) == (5, 7, 0.0)
+    assert config.scene.downscale == 2
+
+
+def test_an_interrupted_run_is_saved_and_goes_on(scene: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jaxngp.train", f"--scene={scene}", f"--workdir={tmp_path}", *TINY]
+    command[command.index("--max_steps=40")] = "--max_steps=1000000"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        log = tmp_path / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not log.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert "goes on from here" in error
+    steps = json.loads(log.read_text().splitlines()[-1])["step"]
+    assert os.listdir(tmp_path / "checkpoints") == [str(steps)]  # noqa: PTH208
