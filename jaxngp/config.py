@@ -128,7 +128,9 @@ class MarchConfig:
 
     num_steps: int = 1024  # candidate steps along the cube's diagonal; dt = sqrt(3) / num_steps
     num_samples: int = 2**18  # size of the packed sample buffer of one training step
-    min_transmittance: float = 1e-4  # a ray ends where less light than this gets through
+    min_transmittance: float = 1e-4  # in rendering, a ray ends where less light than this gets through
+    opaque_thickness: float = 2.0  # in training, a cell is opaque if one step in it has this optical thickness, ...
+    opaque_steps: int = 4  # ... and a ray ends after this many steps in opaque cells; 0 never ends it
     occupancy: OccupancyConfig = OccupancyConfig()
 
     def __post_init__(self) -> None:
@@ -145,6 +147,8 @@ class MarchConfig:
             f"at least num_steps = {self.num_steps}, so that any one ray fits the buffer",
         )
         _check(0 <= self.min_transmittance < 1, "sampler.min_transmittance", self.min_transmittance, "in [0, 1)")
+        _check(self.opaque_thickness > 0, "sampler.opaque_thickness", self.opaque_thickness, "positive")
+        _check(self.opaque_steps >= 0, "sampler.opaque_steps", self.opaque_steps, "at least 0")
 
     @property
     def step_size(self) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 
 from jaxngp.cameras import Rays
 from jaxngp.config import MarchConfig, StratifiedConfig
-from jaxngp.occupancy import OccupancyGrid, nth_set_bit, occupied_at, pack_bits
+from jaxngp.occupancy import OccupancyGrid, bit_at, nth_set_bit, pack_bits
 
 
 @struct.dataclass
@@ -54,23 +55,61 @@ def box_interval(rays: Rays) -> tuple[jax.Array, jax.Array]:
 
 
 def find_candidates(rays: Rays, grid: OccupancyGrid, jitter: jax.Array, *, config: MarchConfig) -> Candidates:
-    """Test all steps of R rays against the grid. jitter (R,) in [0, 1): where in its step a sample lies.
+    """Test all steps of R rays against the grid. jitter (R,) in [0, 1): where in its step a sample lies."""
+    t_near, t_far = box_interval(rays)
+    words = _steps_in(grid.occupied, rays, t_near, t_far, jitter, grid.resolution, config)
+    return Candidates(words=words, t_start=t_near)
+
+
+def _steps_in(
+    cells: jax.Array,
+    rays: Rays,
+    t_near: jax.Array,
+    t_far: jax.Array,
+    jitter: jax.Array,
+    resolution: int,
+    config: MarchConfig,
+) -> jax.Array:
+    """The steps (R, S / 32) u32 of rays that fall into a set of cells (G^3 / 32,) u32, inside the box.
 
     The tests are packed into words as they are made: no (R, S) array of positions or flags is stored.
     """
-    t_near, t_far = box_interval(rays)
     t = t_near[:, None] + (jnp.arange(config.num_steps) + jitter[:, None]) * config.step_size
     x, y, z = (rays.origin[:, axis, None] + t * rays.direction[:, axis, None] for axis in range(3))
-    return Candidates(words=pack_bits(occupied_at(grid, x, y, z) & (t < t_far[:, None])), t_start=t_near)
+    return pack_bits(bit_at(cells, x, y, z, resolution=resolution) & (t < t_far[:, None]))
+
+
+def find_visible(rays: Rays, grid: OccupancyGrid, jitter: jax.Array, *, config: MarchConfig) -> Candidates:
+    """`find_candidates` without the steps behind the first `opaque_steps` in opaque cells.
+
+    Half of the samples in occupied cells lie behind a surface, where they cost as much as any other and learn
+    nothing. What is opaque is read off the grid, so this is a guess, good enough to choose where to learn; where it
+    errs the grid's decay soon corrects it. Rendering makes no guess.
+    """
+    candidates = find_candidates(rays, grid, jitter, config=config)
+    if config.opaque_steps == 0:
+        return candidates
+    t_far = box_interval(rays)[1]
+    opaque = _steps_in(grid.opaque, rays, candidates.t_start, t_far, jitter, grid.resolution, config)
+    return Candidates(words=candidates.words & until_nth(opaque, config.opaque_steps), t_start=candidates.t_start)
+
+
+def until_nth(words: jax.Array, n: int) -> jax.Array:
+    """All bits up to the n-th (counted from 1) that is set in each row of words (R, W), or all if there is none."""
+    count = lax.population_count(words).astype(jnp.int32)
+    end = jnp.cumsum(count, axis=1)
+    place = nth_set_bit(words, jnp.clip(n - 1 - (end - count), 0, 31))
+    ending = (np.uint32(2) << place) - 1
+    return jnp.where(end < n, np.uint32(0xFFFFFFFF), jnp.where(end - count < n, ending, np.uint32(0)))
 
 
 def march_rays(rays: Rays, grid: OccupancyGrid, jitter: jax.Array, *, config: MarchConfig) -> Samples:
-    """The samples of R rays in occupied cells, packed into a buffer of config.num_samples.
+    """The samples of R rays in occupied cells that no opaque ones hide, packed into a buffer of config.num_samples.
 
     Rays are taken in order while all of their samples fit; the samples of the others are counted as dropped. One
     jitter a ray keeps its samples a fixed distance apart, so that their intervals tile the way through the box.
     """
-    candidates = find_candidates(rays, grid, jitter, config=config)
+    candidates = find_visible(rays, grid, jitter, config=config)
     size, num_rays = config.num_samples, len(jitter)
     counts = jnp.sum(lax.population_count(candidates.words), axis=-1, dtype=jnp.int32)
     end = jnp.cumsum(counts)

@@ -27,10 +27,14 @@ _CHUNK = 2**15  # cells whose density is evaluated at once: the network's activa
 
 @struct.dataclass
 class OccupancyGrid:
-    """density (G^3,) f32 per scene unit, or EMPTY; occupied (G^3 / 32,) u32, one bit a cell."""
+    """density (G^3,) f32 per scene unit, or EMPTY; occupied and opaque (G^3 / 32,) u32, one bit a cell.
+
+    Opaque cells are a guess at where a ray ends, for training only; an opaque cell is occupied.
+    """
 
     density: jax.Array
     occupied: jax.Array
+    opaque: jax.Array
 
     @property
     def resolution(self) -> int:
@@ -58,20 +62,21 @@ def nth_set_bit(word: jax.Array, n: jax.Array) -> jax.Array:
 
 def init_occupancy(candidates: jax.Array) -> OccupancyGrid:
     """A grid in which every candidate cell is occupied and every other stays empty. candidates (G^3,) bool."""
-    return OccupancyGrid(density=jnp.where(candidates, 0.0, EMPTY), occupied=pack_bits(candidates))
+    occupied = pack_bits(candidates)
+    return OccupancyGrid(density=jnp.where(candidates, 0.0, EMPTY), occupied=occupied, opaque=jnp.zeros_like(occupied))
 
 
 def is_occupied(grid: OccupancyGrid, position: jax.Array) -> jax.Array:
     """Whether the cells that hold the points are occupied. position (..., 3) in [0, 1] -> (...) bool."""
-    return occupied_at(grid, *(position[..., axis] for axis in range(3)))
+    x, y, z = (position[..., axis] for axis in range(3))
+    return bit_at(grid.occupied, x, y, z, resolution=grid.resolution)
 
 
-def occupied_at(grid: OccupancyGrid, x: jax.Array, y: jax.Array, z: jax.Array) -> jax.Array:
-    """`is_occupied` with one array per axis, which spares a CPU the (..., 3) temporaries."""
-    resolution = grid.resolution
+def bit_at(words: jax.Array, x: jax.Array, y: jax.Array, z: jax.Array, *, resolution: int) -> jax.Array:
+    """The bits, (...) bool, of the cells that hold the points; one array (...) per axis spares (..., 3) temporaries."""
     column, row, layer = (jnp.clip((p * resolution).astype(jnp.int32), 0, resolution - 1) for p in (x, y, z))
     cell = column + resolution * (row + resolution * layer)
-    word = grid.occupied.at[cell >> 5].get(mode="promise_in_bounds")
+    word = words.at[cell >> 5].get(mode="promise_in_bounds")
     return (word >> (cell & 31).astype(jnp.uint32)) & 1 != 0
 
 
@@ -168,7 +173,10 @@ def update_occupancy(
     num_chunks = (num_looks + _CHUNK - 1) // _CHUNK
     fresh = lax.fori_loop(0, num_chunks, look, jnp.full_like(grid.density, EMPTY))
     density = jnp.where(grid.density < 0, EMPTY, jnp.maximum(grid.density * config.occupancy.decay, fresh))
-    return OccupancyGrid(density=density, occupied=pack_bits(density > _threshold(density, config)))
+    opaque = density > max(config.opaque_thickness, config.occupancy.threshold) / config.step_size
+    return OccupancyGrid(
+        density=density, occupied=pack_bits(density > _threshold(density, config)), opaque=pack_bits(opaque)
+    )
 
 
 def _threshold(density: jax.Array, config: MarchConfig) -> jax.Array:
