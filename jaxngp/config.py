@@ -172,17 +172,44 @@ class StratifiedConfig:
 
 
 @dataclass(frozen=True)
+class StepDecay:
+    """The learning rate is multiplied by `factor` at `start` and every `interval` after; fractions of the budget.
+
+    The paper's x 0.33 at 20k and every 10k of 50k steps (section 4).
+    """
+
+    factor: float = 0.33
+    start: float = 0.4
+    interval: float = 0.2
+
+    def __post_init__(self) -> None:
+        _check(0 < self.factor <= 1, "decay.factor", self.factor, "in (0, 1]")
+        _check(self.start >= 0, "decay.start", self.start, "at least 0")
+        _check(self.interval > 0, "decay.interval", self.interval, "positive")
+
+
+@dataclass(frozen=True)
+class CosineDecay:
+    """From `start`, a fraction of the budget, the learning rate falls to `final` of itself along half a cosine."""
+
+    start: float = 0.3
+    final: float = 0.02
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.start < 1, "decay.start", self.start, "in [0, 1)")
+        _check(0 <= self.final <= 1, "decay.final", self.final, "in [0, 1]")
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam with the paper's constants (section 4), a stepped decay, and an average of the weights."""
+    """Adam with the paper's constants (section 4), a decay, and an average of the weights."""
 
     learning_rate: float = 1e-2
     beta1: float = 0.9
     beta2: float = 0.99
     epsilon: float = 1e-15
     weight_decay: float = 1e-6  # L2 on the MLP weights, inside the gradient; never on the tables
-    decay_factor: float = 0.33  # the learning rate is multiplied by this ...
-    decay_start: float = 0.4  # ... first at this fraction of the training budget ...
-    decay_interval: float = 0.2  # ... and again after each further fraction
+    decay: StepDecay | CosineDecay = StepDecay()
     warmup_steps: int = 0  # linear rise of the learning rate over the first steps
     ema_decay: float = 0.95  # of the weight average that is evaluated; 0 evaluates the weights themselves
 
@@ -192,9 +219,6 @@ class OptimizerConfig:
             _check(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "in [0, 1)")
         _check(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "positive")
         _check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
-        _check(0 < self.decay_factor <= 1, "optimizer.decay_factor", self.decay_factor, "in (0, 1]")
-        _check(self.decay_start >= 0, "optimizer.decay_start", self.decay_start, "at least 0")
-        _check(self.decay_interval > 0, "optimizer.decay_interval", self.decay_interval, "positive")
         _check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "at least 0")
 
 
@@ -260,9 +284,11 @@ _BASE = NerfConfig()
 _SMALL = NerfConfig(
     field=FieldConfig(
         encoding=HashGridConfig(num_levels=8, num_features=4, table_size=2**16, max_resolution=512),
+        hidden_width=32,
         colour_layers=1,
     ),
-    sampler=MarchConfig(num_steps=256, num_samples=2**15),
+    sampler=MarchConfig(num_steps=256, num_samples=3 * 2**13),
+    optimizer=OptimizerConfig(learning_rate=2e-2, decay=CosineDecay()),
     train=TrainConfig(num_rays=2**13, max_steps=20_000, max_seconds=60.0),
 )
 _HUNDRED_LINES = NerfConfig(
@@ -274,7 +300,7 @@ _HUNDRED_LINES = NerfConfig(
         mask_outside_box=True,
     ),
     sampler=StratifiedConfig(),
-    optimizer=OptimizerConfig(decay_factor=1.0, ema_decay=0.0),
+    optimizer=OptimizerConfig(decay=StepDecay(factor=1.0), ema_decay=0.0),
     train=TrainConfig(num_rays=2**14, loss="l2", background="white", max_steps=3906, steps_per_dispatch=1),
 )
 
@@ -301,6 +327,10 @@ def scene_config(name: str) -> SceneConfig:
 # Reading and writing.
 
 
+_CHOICES = (MarchConfig, StratifiedConfig, StepDecay, CosineDecay)
+"""The members of tagged unions: in JSON they name their type."""
+
+
 def to_json(config: Any) -> str:
     """A config as JSON text; `from_json` gives the equal config back."""
     return json.dumps(to_plain(config), indent=2) + "\n"
@@ -316,7 +346,10 @@ def from_json(text: str, kind: type = NerfConfig) -> Any:
 
 
 def apply_overrides(config: Any, overrides: typing.Iterable[str]) -> Any:
-    """`config` with each `dotted.path=value` set; a value keeps the type of the field it replaces."""
+    """`config` with each `dotted.path=value` set; a value keeps the type of the field it replaces.
+
+    Where a field may hold one of several groups, the value is a group's name: `optimizer.decay=CosineDecay`.
+    """
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals:
@@ -336,7 +369,7 @@ def to_plain(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return value
     plain = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return {"type": type(value).__name__, **plain} if isinstance(value, MarchConfig | StratifiedConfig) else plain
+    return {"type": type(value).__name__, **plain} if isinstance(value, _CHOICES) else plain
 
 
 def _leaves(plain: Any, path: str = "") -> typing.Iterator[tuple[str, Any]]:
@@ -399,6 +432,11 @@ def _set(config: Any, names: list[str], text: str, path: str) -> Any:
     old = getattr(config, names[0])
     if len(names) > 1:
         new = _set(old, names[1:], text, path)
+    elif isinstance(hints[names[0]], types.UnionType):
+        kinds = {kind.__name__: kind for kind in typing.get_args(hints[names[0]])}
+        if text not in kinds:
+            raise InputError(f"override {path!r}: {text!r} is none of {', '.join(kinds)}")
+        new = kinds[text]()
     elif dataclasses.is_dataclass(old):
         fields = ", ".join(f.name for f in dataclasses.fields(old))
         raise InputError(f"override {path!r}: names a group; its fields are {fields}")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import CustomVJPPrimal
 
 from jaxngp.config import HashGridConfig
 from jaxngp.fusion import walled
@@ -58,12 +59,16 @@ def _encode(grid: HashGridConfig, table: jax.Array, position: jax.Array) -> jax.
     )
 
 
-def _encode_fwd(grid: HashGridConfig, table: jax.Array, position: jax.Array) -> tuple[jax.Array, tuple]:
-    return walled(functools.partial(_encode, grid), table, position), (table, position)
+def _encode_fwd(grid: HashGridConfig, table: CustomVJPPrimal, position: CustomVJPPrimal) -> tuple[jax.Array, tuple]:
+    features = walled(functools.partial(_encode, grid), table.value, position.value)
+    # Whether anybody asks for the gradient in position is known here, and passed on as the presence of an array.
+    wanted = jnp.zeros(()) if position.perturbed else None
+    return features, (table.value, position.value, wanted)
 
 
-def _encode_bwd(grid: HashGridConfig, saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _encode_bwd(grid: HashGridConfig, saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     # Without the barrier XLA:GPU shares rows and weights with the forward pass and stores them all in between.
+    *saved, wanted = saved
     table, position, gradient = lax.optimization_barrier((*saved, gradient))
     table_gradient = lax.platform_dependent(
         position,
@@ -71,12 +76,13 @@ def _encode_bwd(grid: HashGridConfig, saved: tuple, gradient: jax.Array) -> tupl
         cpu=functools.partial(table_gradient_unrolled, grid=grid),
         default=functools.partial(table_gradient_broadcast, grid=grid),
     )
-    # Where nobody asks for the gradient in position XLA removes it, gathers and all.
+    if wanted is None:
+        return table_gradient, None
     _, position_vjp = jax.vjp(functools.partial(encode_unrolled, table, grid=grid), position)
     return table_gradient, *position_vjp(gradient)
 
 
-_encode.defvjp(_encode_fwd, _encode_bwd)
+_encode.defvjp(_encode_fwd, _encode_bwd, symbolic_zeros=True)
 
 
 def encode_unrolled(table: jax.Array, position: jax.Array, *, grid: HashGridConfig) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxngp.config import OptimizerConfig
+from jaxngp.config import CosineDecay, OptimizerConfig, StepDecay
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -28,9 +28,17 @@ def _is_mlp_weight(params: optax.Params) -> optax.Params:
 def learning_rate(step: np.ndarray, progress: np.ndarray, *, config: OptimizerConfig) -> np.ndarray:
     """The learning rate of steps (K,) at which fractions (K,) in [0, 1] of the training budget are spent. f32.
 
-    The paper's x 0.33 at 20k and every 10k of 50k steps is decay_start = 0.4 and decay_interval = 0.2: given as
-    fractions, it fits a budget of seconds and a short run as well.
+    Decay is a matter of the fraction, not of the step, so that it fits a short run and a budget of seconds as well.
     """
-    decays = np.maximum(np.floor((progress - config.decay_start) / config.decay_interval) + 1, 0)
     warmup = np.minimum((step + 1) / max(config.warmup_steps, 1), 1)
-    return (config.learning_rate * warmup * config.decay_factor**decays).astype(np.float32)
+    return (config.learning_rate * warmup * _decay(progress, config.decay)).astype(np.float32)
+
+
+def _decay(progress: np.ndarray, decay: StepDecay | CosineDecay) -> np.ndarray:
+    """What the learning rate is multiplied by."""
+    if isinstance(decay, StepDecay):
+        # A little more than the fraction, so that 0.4 + 0.2 counts as reaching 0.6.
+        times = np.floor((progress + 1e-9 - decay.start) / decay.interval) + 1
+        return decay.factor ** np.maximum(times, 0)
+    phase = np.clip((progress - decay.start) / (1 - decay.start), 0, 1)
+    return decay.final + (1 - decay.final) * 0.5 * (1 + np.cos(np.pi * phase))

@@ -1,0 +1,92 @@
+"""The built-in scene, learned for a few seconds: the pictures are right, and so is the geometry behind them."""
+
+from __future__ import annotations
+
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxngp.cameras import Rays, view_rays
+from jaxngp.config import NerfConfig, SceneConfig, apply_overrides
+from jaxngp.config import PRESETS
+from jaxngp.data import Split, builtin, load_evaluation, load_training
+from jaxngp.training.evaluation import ViewPicture, evaluate_views, summarise
+from jaxngp.training.loop import Progress, train
+
+SIZE = 64
+CONFIG = apply_overrides(
+    PRESETS["small"],
+    [
+        f"scene.image_size={SIZE}",
+        "field.encoding.num_levels=6",
+        "field.encoding.table_size=2**14",
+        "field.encoding.max_resolution=192",
+        "sampler.num_steps=160",
+        "sampler.num_samples=2**13",
+        "sampler.occupancy.resolution=64",
+        "train.num_rays=2**12",
+        "train.max_steps=400",
+        "train.max_seconds=0.0",
+    ],
+)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Progress, Split]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAXNGP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        training, evaluation = load_training(CONFIG.scene), load_evaluation(CONFIG.scene, "val", 4)
+    *_, progress = train(CONFIG, training.images)
+    return progress, evaluation
+
+
+def exact_depth(config: SceneConfig, split: Split, view: int) -> tuple[np.ndarray, np.ndarray]:
+    """Depth in scene units, and alpha, of a view's pixel centres, by the scene's own ray caster."""
+    rays = view_rays(split.images.camera, split.images.c2w[view])
+    world = Rays(origin=(rays.origin - 0.5) * config.box_side + jnp.asarray(config.box_centre), direction=rays.direction)
+    surface = builtin.cast_rays(world)
+    return np.asarray(surface.depth) / config.box_side, np.asarray(surface.alpha)
+
+
+def pictures(learned: tuple[Progress, Split], config: NerfConfig) -> list[ViewPicture]:
+    progress, split = learned
+    return [picture for _, picture in evaluate_views(progress.state, split, config=config)]
+
+
+def test_four_hundred_small_steps_learn_the_built_in_scene(learned: tuple[Progress, Split]) -> None:
+    progress, split = learned
+    scores = [score for score, _ in evaluate_views(progress.state, split, config=CONFIG)]
+    result = summarise(scores, split, "white")
+    assert result.psnr > 23.0, result
+    assert result.ssim > 0.80, result
+
+
+def test_the_learned_depth_is_that_of_the_scene(learned: tuple[Progress, Split]) -> None:
+    errors = []
+    for view, picture in enumerate(pictures(learned, CONFIG)):
+        depth, alpha = exact_depth(CONFIG.scene, learned[1], view)
+        solid = (alpha == 1) & (picture.opacity > 0.95)
+        assert solid.mean() > 0.1
+        errors.append(np.abs(picture.depth - depth)[solid])
+    # One march step is 0.011 scene units: half of all pixels are right to that, and nine in ten to a few of them.
+    assert np.median(np.concatenate(errors)) < 0.011
+    assert np.percentile(np.concatenate(errors), 90) < 0.05
+
+
+def test_what_is_seen_through_is_the_background(learned: tuple[Progress, Split]) -> None:
+    progress, split = learned
+    for view, (_, picture) in enumerate(evaluate_views(progress.state, split, config=CONFIG, background="black")):
+        alpha = np.asarray(split.images.rgba[view])[..., 3]
+        outside = alpha == 0
+        assert np.mean(picture.prediction[outside]) < 0.02
+        assert np.mean(picture.opacity[alpha == 255]) > 0.95
+
+
+def test_nothing_is_dropped_in_the_end(learned: tuple[Progress, Split]) -> None:
+    metrics = learned[0].metrics
+    assert metrics is not None
+    assert float(metrics.rays) > 0.2 * CONFIG.train.num_rays
+    assert float(metrics.occupied_fraction) < 0.2
+
+
