@@ -26,7 +26,8 @@ def optical_weights(density: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.A
     density (S,), dt (S,) -> weights (S,), and the transmittance () behind the last sample.
     """
     thickness = density * dt
-    before = jnp.cumsum(thickness) - thickness
+    # Shifted, not cumsum - thickness: the difference of large sums would blur what lies before an opaque sample.
+    before = jnp.concatenate([jnp.zeros_like(thickness[:1]), jnp.cumsum(thickness[:-1])])
     return jnp.exp(-before) * -jnp.expm1(-thickness), jnp.exp(-jnp.sum(thickness))
 
 

@@ -5,6 +5,7 @@ A cell (x, y, z) has the number x + G (y + G z); bit i % 32 of word i // 32 says
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -13,8 +14,9 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from jaxngp.cameras import PosedImages, project
+from jaxngp.cameras import Camera, PosedImages, project
 from jaxngp.config import MarchConfig, OccupancyConfig
+from jaxngp.fusion import walled
 
 DensityFn = Callable[[jax.Array], jax.Array]
 """position (N, 3) in scene units -> density (N,) per scene unit."""
@@ -98,24 +100,40 @@ def candidate_cells(images: PosedImages, *, config: OccupancyConfig) -> jax.Arra
     pixels met nothing, so the cell holds nothing. Views whose pixels are all opaque exclude nothing.
     """
     camera, resolution = images.camera, config.resolution
-    x, y, z = cell_axes(jnp.arange(resolution**3), resolution=resolution)
+    axes = cell_axes(jnp.arange(resolution**3), resolution=resolution)
 
     def add_view(carry: tuple[jax.Array, jax.Array], view: tuple[jax.Array, jax.Array]) -> tuple:
         seen, excluded = carry
         c2w, alpha = view
-        pixel_x, pixel_y, depth = project(camera, c2w, x, y, z)
-        inside = (depth > 0) & (pixel_x >= 0) & (pixel_x < camera.width) & (pixel_y >= 0) & (pixel_y < camera.height)
-        # Half a cell's diagonal, in pixels, and half a pixel for the pixel's own extent.
-        radius = 0.5 * 3**0.5 / resolution * jnp.max(camera.focal_xy) / jnp.maximum(depth, 1e-6) + 0.5
-        empty = inside & _footprint_is_empty(alpha > 0, pixel_x, pixel_y, radius)
+        footprint = functools.partial(_footprint, resolution=resolution)
+        pixel_x, pixel_y, radius, inside = walled(footprint, c2w, camera, axes)
+        empty = inside & _is_empty(alpha > 0, pixel_x, pixel_y, radius) if config.carve else excluded
         return (seen | inside, excluded | empty), None
 
     none = jnp.zeros(resolution**3, bool)
     (seen, excluded), _ = lax.scan(add_view, (none, none), (images.c2w, images.rgba[..., 3]))
-    return seen & ~excluded if config.carve else seen
+    return seen & ~excluded
 
 
-def _footprint_is_empty(mask: jax.Array, x: jax.Array, y: jax.Array, radius: jax.Array) -> jax.Array:
+def _footprint(
+    c2w: jax.Array, camera: Camera, axes: tuple[jax.Array, jax.Array, jax.Array], *, resolution: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Of cells: the pixel x, y of the centre, a radius in pixels around all of it, and whether the centre is in view.
+
+    The ball around a cell, of half its diagonal r, looks the larger the further it is off the optical axis:
+    |d(x / z)| <= |(1, x / z)| r / (z - r). Half a pixel more is for the pixel's own extent.
+    """
+    x, y, depth = project(camera, c2w, *axes)
+    inside = (depth > 0) & (x >= 0) & (x < camera.width) & (y >= 0) & (y < camera.height)
+    slope_x = jnp.abs(x - camera.centre_xy[0]) / camera.focal_xy[0]
+    slope_y = jnp.abs(y - camera.centre_xy[1]) / camera.focal_xy[1]
+    half_diagonal = 0.5 * 3**0.5 / resolution
+    spread = half_diagonal / jnp.maximum(depth - half_diagonal, 1e-6)
+    radius = jnp.max(camera.focal_xy) * spread * jnp.sqrt(1 + jnp.maximum(slope_x, slope_y) ** 2) + 0.5
+    return x, y, radius, inside
+
+
+def _is_empty(mask: jax.Array, x: jax.Array, y: jax.Array, radius: jax.Array) -> jax.Array:
     """Whether the squares of half-side radius (N,) around pixels x, y (N,) lie in the image and `mask` is False there.
 
     mask (H, W). By a summed-area table: four reads a square, whatever its size.

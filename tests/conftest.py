@@ -1,0 +1,14 @@
+"""What holds for every test: hypothesis draws the same values in every run, and compiling is kept cheap."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+# A first call compiles, so the time of one example says nothing. Derandomized: a red test stays red.
+settings.register_profile("laws", deadline=None, derandomize=True, max_examples=40, print_blob=False)
+settings.load_profile("laws")
+
+# Most of the time of these tests goes into compiling programs that run for a millisecond: LLVM does less here.
+os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}".strip()

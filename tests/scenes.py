@@ -1,0 +1,173 @@
+"""Scenes without a network: a field as a function, and what a ray sees of it in closed form, in float64.
+
+A body has constant density s. Along a ray that is inside it from t0 on for a length L, the light that reaches the
+origin is the integral of s exp(-s u) over u in [0, L]; colours are quadratic in u, so that the moments
+M_k = integral of u^k s exp(-s u) give everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxngp.cameras import Camera, PosedImages
+from jaxngp.compositing import RenderOutput
+
+Colour = tuple[float, float, float]
+FieldFn = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+@dataclass(frozen=True)
+class Slab:
+    """The part of the unit cube with low <= z < high, of one colour."""
+
+    low: float
+    high: float
+    density: float
+    rgb: Colour
+
+    def field(self, position: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+        z = position[:, 2]
+        rgb = jnp.broadcast_to(jnp.asarray(self.rgb), position.shape)
+        return jnp.where((z >= self.low) & (z < self.high), self.density, 0.0), rgb
+
+    def make_field(self, _: Any) -> FieldFn:
+        return self.field
+
+    def seen(self, origin: np.ndarray, direction: np.ndarray, background: Any) -> RenderOutput:
+        """What rays (..., 3) see, as numpy arrays."""
+        t0, t1 = slab_interval(origin, direction, np.array([0, 0, self.low]), np.array([1, 1, self.high]))
+        _, moments = exponential_moments(self.density, t1 - t0)
+        return over(moments[0][..., None] * np.array(self.rgb), t0, moments, background)
+
+
+@dataclass(frozen=True)
+class Ball:
+    """A ball inside the unit cube whose colour goes from `inner` to `outer` with the square of the radius."""
+
+    centre: Colour
+    radius: float
+    density: float
+    inner: Colour
+    outer: Colour
+
+    def field(self, position: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inner, outer = jnp.asarray(self.inner), jnp.asarray(self.outer)
+        square = jnp.sum((position - jnp.asarray(self.centre)) ** 2, axis=-1) / self.radius**2
+        return jnp.where(square < 1, self.density, 0.0), inner + jnp.minimum(square, 1)[:, None] * (outer - inner)
+
+    def make_field(self, _: Any) -> FieldFn:
+        return self.field
+
+    def chord(self, origin: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where rays are inside, t0 >= 0 and t1; t1 = t0 where they miss."""
+        offset = np.asarray(origin, np.float64) - np.array(self.centre)
+        along = np.sum(offset * direction, axis=-1)
+        square = along**2 - np.sum(offset**2, axis=-1) + self.radius**2
+        half = np.sqrt(np.maximum(square, 0))
+        t0, t1 = np.maximum(-along - half, 0), np.maximum(-along + half, 0)
+        return t0, np.where(square > 0, t1, t0)
+
+    def seen(self, origin: np.ndarray, direction: np.ndarray, background: Any) -> RenderOutput:
+        """What rays (..., 3) see, as numpy arrays."""
+        direction = np.asarray(direction, np.float64)
+        t0, t1 = self.chord(origin, direction)
+        _, moments = exponential_moments(self.density, t1 - t0)
+        entry = np.asarray(origin, np.float64) + t0[..., None] * direction - np.array(self.centre)
+        # The square of the radius at u is |entry|^2 + 2 u (entry . direction) + u^2.
+        square = (
+            np.sum(entry**2, axis=-1) * moments[0] + 2 * np.sum(entry * direction, axis=-1) * moments[1] + moments[2]
+        )
+        inner, outer = np.array(self.inner), np.array(self.outer)
+        rgb = moments[0][..., None] * inner + (square / self.radius**2)[..., None] * (outer - inner)
+        return over(rgb, t0, moments, background)
+
+
+BALL = Ball(centre=(0.5, 0.45, 0.55), radius=0.3, density=20.0, inner=(0.9, 0.6, 0.1), outer=(0.1, 0.3, 0.8))
+
+
+def slab_interval(
+    origin: np.ndarray, direction: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where rays are inside a box, t0 >= 0 and t1 >= t0, axis by axis in float64."""
+    origin, direction = np.broadcast_arrays(np.asarray(origin, np.float64), np.asarray(direction, np.float64))
+    t0, t1 = np.zeros(origin.shape[:-1]), np.full(origin.shape[:-1], np.inf)
+    for o, d, lo, hi in zip(np.moveaxis(origin, -1, 0), np.moveaxis(direction, -1, 0), low, high, strict=True):
+        parallel = d == 0
+        safe = np.where(parallel, 1, d)
+        a, b = np.sort([(lo - o) / safe, (hi - o) / safe], axis=0)
+        inside = (o >= lo) & (o < hi)
+        t0 = np.maximum(t0, np.where(parallel, np.where(inside, 0, np.inf), a))
+        t1 = np.minimum(t1, np.where(parallel, np.inf, b))
+    missed = t1 <= t0
+    return np.where(missed, 0, t0), np.where(missed, 0, t1)
+
+
+def exponential_moments(density: float, length: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """The transmittance behind a length, and M_0, M_1, M_2."""
+    through = np.exp(-density * length)
+    first = (1 - through) / density - length * through
+    return through, (1 - through, first, 2 * first / density - length**2 * through)
+
+
+def over(rgb: np.ndarray, t0: np.ndarray, moments: tuple[np.ndarray, ...], background: Any) -> RenderOutput:
+    opacity = moments[0]
+    depth = np.where(opacity > 0, t0 + moments[1] / np.where(opacity > 0, opacity, 1), 0)
+    return RenderOutput(rgb + (1 - opacity)[..., None] * np.asarray(background, np.float64), opacity, depth)  # type: ignore[arg-type]
+
+
+# Cameras, in numpy.
+
+
+def make_camera(width: int, height: int, focal: float) -> Camera:
+    return Camera(
+        focal_xy=np.full(2, focal, np.float32),  # type: ignore[arg-type]
+        centre_xy=np.array([width / 2, height / 2], np.float32),  # type: ignore[arg-type]
+        width=width,
+        height=height,
+    )
+
+
+def look_at(origin: Any, target: Any = (0.5, 0.5, 0.5)) -> np.ndarray:
+    """c2w (3, 4) f32 of a camera at `origin` that looks at `target`, with z up."""
+    origin = np.asarray(origin, np.float64)
+    backward = (origin - np.asarray(target)) / np.linalg.norm(origin - np.asarray(target))
+    right = np.cross([0, 0, 1] if abs(backward[2]) < 0.99 else [0, 1, 0], backward)
+    right /= np.linalg.norm(right)
+    return np.stack([right, np.cross(backward, right), backward, origin], axis=1).astype(np.float32)
+
+
+def poses_around(num: int, distance: float) -> np.ndarray:
+    """(num, 3, 4): cameras spread over the sphere around the middle of the cube, all looking at it."""
+    z = 1 - (2 * np.arange(num) + 1) / num
+    angle = np.pi * (1 + 5**0.5) * np.arange(num)
+    ring = np.sqrt(1 - z**2)
+    points = np.stack([ring * np.cos(angle), ring * np.sin(angle), z], axis=-1)
+    return np.stack([look_at(0.5 + distance * point) for point in points])
+
+
+def pixel_rays(camera: Camera, c2w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Origin and unit direction (H, W, 3) of the rays through all pixel centres, in float64."""
+    c2w = np.asarray(c2w, np.float64)
+    y, x = np.mgrid[: camera.height, : camera.width] + 0.5
+    centre, focal = np.asarray(camera.centre_xy, np.float64), np.asarray(camera.focal_xy, np.float64)
+    local = np.stack([(x - centre[0]) / focal[0], -(y - centre[1]) / focal[1], -np.ones_like(x)], axis=-1)
+    direction = local @ c2w[:, :3].T
+    direction /= np.linalg.norm(direction, axis=-1, keepdims=True)
+    return np.broadcast_to(c2w[:, 3], direction.shape), direction
+
+
+def photograph(ball: Ball, camera: Camera, c2w: np.ndarray) -> PosedImages:
+    """What cameras (V, 3, 4) see of a ball: colour not multiplied by alpha."""
+    views = []
+    for pose in c2w:
+        out = ball.seen(*pixel_rays(camera, pose), background=0.0)
+        colour = np.asarray(out.rgb) / np.maximum(np.asarray(out.opacity), 1e-9)[..., None]
+        views.append(np.concatenate([colour, np.asarray(out.opacity)[..., None]], axis=-1))
+    rgba = np.round(np.stack(views).clip(0, 1) * 255).astype(np.uint8)
+    return PosedImages(camera=camera, c2w=c2w, rgba=rgba)  # type: ignore[arg-type]

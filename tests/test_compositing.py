@@ -1,0 +1,230 @@
+"""Compositing: packed samples against one ray after the other, in float64, values and gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from strategies import arrays32, floats32
+
+from jaxngp import compositing
+
+N, R = 24, 5
+
+composite = jax.jit(compositing.composite)
+optical_weights = jax.jit(compositing.optical_weights)
+
+# From clear to opaque in one sample, and side by side.
+densities = hnp.arrays(np.float32, N, elements=floats32(1e-6, 60) | st.sampled_from([0.0, 1e-8, 1.0, 1e4]))
+steps = hnp.arrays(np.float32, N, elements=floats32(1e-4, 0.5) | st.sampled_from([0.0, 2e-3, 2.0]))
+
+
+@dataclasses.dataclass
+class Packed:
+    """The arguments of `composite`."""
+
+    density: np.ndarray
+    rgb: np.ndarray
+    t: np.ndarray
+    dt: np.ndarray
+    ray: np.ndarray
+    background: np.ndarray
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return (getattr(self, f.name) for f in dataclasses.fields(self))
+
+
+@st.composite
+def packed(draw: st.DrawFn) -> Packed:
+    """Samples of five rays, of which some may have none."""
+    dt = draw(steps)
+    ray = np.sort(draw(hnp.arrays(np.int32, N, elements=st.integers(0, R - 1))))
+    return Packed(
+        density=draw(densities),
+        rgb=draw(arrays32((N, 3), 0, 1)),
+        t=np.cumsum(dt, dtype=np.float32),
+        dt=dt,
+        ray=ray,
+        background=draw(arrays32((R, 3), 0, 1)),
+    )
+
+
+def by_definition(p: Packed) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """rgb, opacity and depth (R, ...), ray by ray, in the precision of the arguments; complex ones too."""
+    kind = np.result_type(p.density, p.rgb, np.float64)
+    rgb, opacity, depth = np.zeros((R, 3), kind), np.zeros(R, kind), np.zeros(R, kind)
+    for ray in range(R):
+        light = np.ones((), kind)
+        for i in np.flatnonzero(p.ray == ray):
+            thickness = p.density[i].astype(kind) * float(p.dt[i])
+            weight = light * -np.expm1(-thickness)
+            rgb[ray] += weight * p.rgb[i]
+            opacity[ray] += weight
+            depth[ray] += weight * float(p.t[i])
+            light = light * np.exp(-thickness)
+        rgb[ray] += light * p.background[ray]
+        depth[ray] = depth[ray] / opacity[ray] if opacity[ray] else 0
+    return rgb, opacity, depth
+
+
+@given(packed())
+def test_packed_compositing_is_the_definition_ray_by_ray(p: Packed) -> None:
+    out = composite(*p)
+    rgb, opacity, depth = by_definition(p)
+    np.testing.assert_allclose(out.rgb, rgb, atol=5e-6)
+    np.testing.assert_allclose(out.opacity, opacity, rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(out.depth, depth, rtol=3e-5, atol=1e-6)
+
+
+@jax.jit
+def gradients(p: list[jax.Array], towards: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def loss(density: jax.Array, rgb: jax.Array) -> jax.Array:
+        out = compositing.composite(density, rgb, *p[2:])
+        return jnp.sum(towards[:, :3] * out.rgb) + jnp.sum(towards[:, 3] * out.opacity)
+
+    return jax.grad(loss, argnums=(0, 1))(*p[:2])
+
+
+@given(packed(), arrays32((R, 4), -1, 1))
+def test_the_gradients_are_those_of_the_definition(p: Packed, towards: np.ndarray) -> None:
+    def slope(**changed: np.ndarray) -> float:
+        """The derivative along a step of 1e-30 i: exact, for nothing is subtracted."""
+        rgb, opacity, _ = by_definition(dataclasses.replace(p, **changed))
+        return float((np.sum(towards[:, :3] * rgb) + np.sum(towards[:, 3] * opacity)).imag * 1e30)
+
+    found_density, found_rgb = gradients(list(p), towards)
+    for i in range(0, N, 3):
+        step = 1e-30j * (np.arange(N) == i)
+        scale = max(float(p.dt[i]), 1e-12)
+        np.testing.assert_allclose(found_density[i] / scale, slope(density=p.density + step) / scale, atol=5e-5)
+        np.testing.assert_allclose(found_rgb[i, 1], slope(rgb=p.rgb + step[:, None] * np.array([0, 1, 0])), atol=1e-5)
+
+
+@jax.jit
+def all_gradients(args: list[jax.Array], ray: jax.Array) -> list[jax.Array]:
+    def loss(args: list[jax.Array]) -> jax.Array:
+        density, rgb, t, dt, background = args
+        out = compositing.composite(density, rgb, t, dt, ray, background)
+        return jnp.sum(out.rgb**2) + jnp.sum(out.opacity) + jnp.sum(out.depth)
+
+    return jax.grad(loss)(args)
+
+
+@given(packed())
+def test_no_gradient_is_other_than_finite(p: Packed) -> None:
+    arrays = [p.density, p.rgb, p.t, p.dt, p.background]
+    assert all(np.isfinite(g).all() for g in all_gradients(arrays, p.ray))
+
+
+@given(densities, steps)
+def test_weights_and_what_gets_through_sum_to_one(density: np.ndarray, dt: np.ndarray) -> None:
+    weights, through = optical_weights(density, dt)
+    np.testing.assert_allclose(np.asarray(weights, np.float64).sum() + through, 1, atol=3e-6)
+    assert (np.asarray(weights) >= 0).all()
+    assert 0 <= through <= 1
+
+
+def test_an_opaque_sample_does_not_blur_what_lies_before_it() -> None:
+    """The sum in front of a sample must not be a difference with its own thickness in it."""
+    density, dt = np.float32([1.3, 0.7, 3e6]), np.float32([0.03, 0.03, 0.03])
+    weights, _ = optical_weights(density, dt)
+    thickness = density.astype(np.float64) * dt
+    expected = np.exp(-np.append(0, np.cumsum(thickness)[:-1])) * -np.expm1(-thickness)
+    np.testing.assert_allclose(weights, expected, rtol=1e-5)
+
+
+@given(densities, steps)
+def test_the_definition_of_one_ray_is_the_packed_one(density: np.ndarray, dt: np.ndarray) -> None:
+    weights, through = optical_weights(density, dt)
+    rgb = np.tile(np.linspace(0, 1, N, dtype=np.float32)[:, None], (1, 3))
+    out = composite(density, rgb, np.cumsum(dt), dt, np.full(N, 2, np.int32), np.zeros((R, 3), np.float32))
+    np.testing.assert_allclose(out.opacity[2], 1 - through, atol=3e-6)
+    np.testing.assert_allclose(out.rgb[2, 0], np.sum(np.asarray(weights) * rgb[:, 0]), atol=3e-6)
+
+
+@given(packed())
+def test_splitting_an_interval_of_constant_density_changes_nothing(p: Packed) -> None:
+    def halves(array: np.ndarray) -> np.ndarray:
+        return np.repeat(array, 2, axis=0)
+
+    whole = composite(*p)
+    split = composite(halves(p.density), halves(p.rgb), halves(p.t), halves(p.dt / 2), halves(p.ray), p.background)
+    np.testing.assert_allclose(split.rgb, whole.rgb, atol=5e-6)
+    np.testing.assert_allclose(split.opacity, whole.opacity, rtol=1e-5)
+    np.testing.assert_allclose(split.depth, whole.depth, rtol=3e-5)
+
+
+@given(packed())
+def test_without_density_the_background_is_seen(p: Packed) -> None:
+    out = composite(*dataclasses.replace(p, density=np.zeros(N, np.float32)))
+    np.testing.assert_array_equal(out.rgb, p.background)
+    np.testing.assert_array_equal(out.opacity, 0)
+    np.testing.assert_array_equal(out.depth, 0)
+
+
+@given(packed())
+def test_an_opaque_first_sample_gives_its_colour_and_distance(p: Packed) -> None:
+    density, dt = p.density.copy(), p.dt.copy()
+    _, first = np.unique(p.ray, return_index=True)
+    density[first], dt[first] = 1e4, 1.0
+    out = composite(*dataclasses.replace(p, density=density, dt=dt))
+    for i in first:
+        np.testing.assert_allclose(out.rgb[p.ray[i]], p.rgb[i], atol=1e-6)
+        np.testing.assert_allclose(out.opacity[p.ray[i]], 1, atol=1e-6)
+        np.testing.assert_allclose(out.depth[p.ray[i]], p.t[i], rtol=1e-6)
+
+
+@given(packed(), hnp.arrays(bool, N))
+def test_samples_of_no_length_change_nothing_and_get_no_gradient(p: Packed, void: np.ndarray) -> None:
+    dt = np.where(void, np.float32(0), p.dt)
+    with_void = dataclasses.replace(p, dt=dt)
+    changed = dataclasses.replace(
+        with_void, density=np.where(void, np.float32(3e3), p.density), rgb=np.where(void[:, None], 7, p.rgb)
+    )
+    for a, b in zip(jax.tree.leaves(composite(*with_void)), jax.tree.leaves(composite(*changed)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for gradient in gradients(list(with_void), np.ones((R, 4), np.float32)):
+        np.testing.assert_array_equal(np.asarray(gradient)[void], 0)
+
+
+@given(packed(), arrays32((N, 3), 0, 1), st.integers(0, R - 1))
+def test_no_ray_sees_the_samples_of_another(p: Packed, other_rgb: np.ndarray, ray: int) -> None:
+    """However opaque they are: the running sum starts anew with each ray."""
+    others = p.ray != ray
+    changed = dataclasses.replace(
+        p, density=np.where(others, np.float32(1e4), p.density), rgb=np.where(others[:, None], other_rgb, p.rgb)
+    )
+    np.testing.assert_array_equal(composite(*p).rgb[ray], composite(*changed).rgb[ray])
+
+
+@given(packed())
+def test_the_sum_before_a_sample_is_over_its_own_ray(p: Packed) -> None:
+    expected = [np.sum(p.density[:i][p.ray[:i] == p.ray[i]], dtype=np.float64) for i in range(N)]
+    found = jax.jit(compositing.exclusive_sum_per_ray)(p.density, p.ray)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_thin_fog_on_many_rays_keeps_its_digits() -> None:
+    """A running sum over all samples minus its start would have none left here."""
+    rays, samples = 2000, 50
+    density = np.full(rays * samples, 1e-3, np.float32)
+    density[: samples * 1000] = 1e4
+    dt, ray = np.full_like(density, 2e-3), np.repeat(np.arange(rays, dtype=np.int32), samples)
+    out = composite(
+        density, np.ones((len(ray), 3), np.float32), np.ones_like(dt), dt, ray, np.zeros((rays, 3), np.float32)
+    )
+    np.testing.assert_allclose(out.opacity[1000:], -np.expm1(-1e-3 * 2e-3 * samples), rtol=1e-5)
+
+
+@pytest.mark.parametrize("opacity", [0.0, 1e-30, 0.25, 1.0])
+def test_blending_divides_depth_by_opacity_where_there_is_any(opacity: float) -> None:
+    share = jnp.array([opacity], jnp.float32)
+    out = compositing.blend(0.5 * share[:, None] * jnp.ones(3)[None], share, 2 * share, jnp.ones((1, 3)))
+    np.testing.assert_allclose(out.depth, [2.0 if opacity else 0.0], rtol=1e-6)
+    np.testing.assert_allclose(out.rgb, np.full((1, 3), 1 - 0.5 * opacity), atol=1e-6)

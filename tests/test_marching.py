@@ -1,0 +1,343 @@
+"""Marching: which steps are taken, in float64; how they are packed, by a loop over rays."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scenes import slab_interval
+from strategies import TINY_MARCH, arrays32, directions, floats32, points, seeds
+
+from jaxngp import marching, occupancy
+from jaxngp.cameras import Rays
+from jaxngp.config import MarchConfig, StratifiedConfig
+from jaxngp.marching import Candidates, Samples
+from jaxngp.occupancy import OccupancyGrid
+
+R = 16
+CONFIG = TINY_MARCH  # 64 steps, a buffer of 64 samples
+ROOMY = replace(CONFIG, num_samples=R * CONFIG.num_steps)
+G = CONFIG.occupancy.resolution
+DT = CONFIG.step_size
+
+box_interval = jax.jit(marching.box_interval)
+find_candidates = jax.jit(marching.find_candidates, static_argnames="config")
+find_visible = jax.jit(marching.find_visible, static_argnames="config")
+until_nth = jax.jit(marching.until_nth, static_argnames="n")
+nth_candidate = jax.jit(marching.nth_candidate)
+march_rays = jax.jit(marching.march_rays, static_argnames="config")
+stratified_samples = jax.jit(marching.stratified_samples, static_argnames=("num_rays", "config"))
+FULL = occupancy.init_occupancy(np.ones(G**3, bool))
+EMPTY = occupancy.init_occupancy(np.zeros(G**3, bool))
+jitters = arrays32(R, 0, float(np.nextafter(np.float32(1), 0)))
+
+
+@st.composite
+def rays(draw: st.DrawFn) -> Rays:
+    """Toward the cube, along axes, from inside, from faces, and past it.
+
+    No number is tiny but not 0: how long a ray stays within 1e-12 of a face is nothing that float32 could tell.
+    """
+    special = st.sampled_from([0.0, 0.5, 1.0, -1.0, 2.0])
+    origin = draw(hnp.arrays(np.float32, (R, 3), elements=floats32(-2, 3) | special))
+    toward = (draw(points(R)).astype(np.float64) - origin) * draw(st.sampled_from([1, 1, 1, -1]))
+    length = np.linalg.norm(toward, axis=1, keepdims=True)
+    toward = np.where(length > 1e-2, toward / np.maximum(length, 1e-2), [0, 0, 1]).astype(np.float32)
+    any_direction = draw(hnp.arrays(bool, (R, 1)))
+    direction = np.where(any_direction, draw(directions(R)), toward)
+    origin, direction = (np.where(np.abs(a) < 1e-6, np.float32(0), a) for a in (origin, direction))
+    return Rays(origin=origin, direction=direction)  # type: ignore[arg-type]
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> OccupancyGrid:
+    share, seed = draw(st.sampled_from([0.0, 0.02, 0.3, 1.0])), draw(seeds)
+    return occupancy.init_occupancy(jnp.asarray(np.random.default_rng(seed).uniform(size=G**3) < share))
+
+
+def unpack(words: jax.Array) -> np.ndarray:
+    """(R, W) u32 -> (R, 32 W) bool."""
+    words = np.asarray(words, "<u4")
+    return np.unpackbits(words.view(np.uint8), axis=1, bitorder="little").astype(bool)
+
+
+def steps_by_definition(rays: Rays, grid: OccupancyGrid, jitter: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which steps (R, S) lie in occupied cells, and of which float32 can tell, in float64."""
+    t_near, t_far = slab_interval(rays.origin, rays.direction, np.zeros(3), np.ones(3))
+    t = t_near[:, None] + (np.arange(CONFIG.num_steps) + jitter[:, None].astype(np.float64)) * DT
+    position = (
+        np.asarray(rays.origin, np.float64)[:, None] + t[..., None] * np.asarray(rays.direction, np.float64)[:, None]
+    )
+    cell = np.clip(np.floor(position * G), 0, G - 1).astype(int)
+    flags = unpack(grid.occupied[None])[0][cell[..., 0] + G * (cell[..., 1] + G * cell[..., 2])]
+    from_face = np.abs(position * G - np.round(position * G)).min(axis=-1)
+    from_end = np.abs(t - t_far[:, None])
+    # A ray that slides along a face of the cube, or cuts a corner off it, may count as a miss.
+    grazes = (t_far - t_near)[:, None] < 1e-4
+    return flags & (t < t_far[:, None]), (from_face > 1e-3) & (from_end > 1e-4) & ~grazes
+
+
+# The box.
+
+
+@settings(max_examples=100)
+@given(rays())
+def test_the_interval_in_the_box_is_that_of_the_slabs_in_float64(rays: Rays) -> None:
+    t_near, t_far = (np.asarray(t, np.float64) for t in box_interval(rays))
+    low, high = slab_interval(rays.origin, rays.direction, np.zeros(3), np.ones(3))
+    assert (t_near >= 0).all()
+    clear = high - low > 1e-4
+    np.testing.assert_allclose(t_near[clear], low[clear], rtol=2e-6, atol=2e-5)
+    np.testing.assert_allclose(t_far[clear], high[clear], rtol=2e-6, atol=2e-5)
+    assert (t_far - t_near < 2e-4)[~clear].all()
+
+
+@pytest.mark.parametrize(
+    ("origin", "direction", "expected"),
+    [
+        ((0.5, 0.5, -2.0), (0, 0, 1), (2, 3)),
+        ((0.5, 0.5, 0.25), (0, 0, 1), (0, 0.75)),
+        ((0.5, 0.5, 0.25), (0, 0, -1), (0, 0.25)),
+        ((-1.0, -1.0, -1.0), (1, 1, 1), (3**0.5, 2 * 3**0.5)),
+        ((0.0, 0.0, 0.0), (1, 1, 1), (0, 3**0.5)),
+        ((0.0, 0.5, 0.5), (1, 0, 0), (0, 1)),
+        ((0.5, 0.5, 2.0), (0, 0, 1), None),  # behind
+        ((1.5, 0.5, -2.0), (0, 0, 1), None),  # beside, parallel to it
+        ((-0.5, 0.5, -2.0), (-0.0, 0, 1), None),
+        ((2.0, 2.0, 0.5), (-1, 1, 0), None),
+    ],
+)
+def test_the_interval_of_a_known_ray(origin: tuple, direction: tuple, expected: tuple[float, float] | None) -> None:
+    unit = np.array(direction, np.float32) / np.linalg.norm(direction).astype(np.float32)
+    t_near, t_far = marching.box_interval(Rays(origin=jnp.array(origin), direction=jnp.asarray(unit)))
+    if expected is None:
+        assert t_far <= t_near
+    else:
+        np.testing.assert_allclose([t_near, t_far], expected, atol=1e-6)
+
+
+@given(rays(), jitters)
+def test_points_of_the_interval_are_in_the_box_and_others_are_not(rays: Rays, fraction: np.ndarray) -> None:
+    t_near, t_far = (np.asarray(t, np.float64) for t in box_interval(rays))
+
+    def outside(t: np.ndarray) -> np.ndarray:
+        """How far outside the box."""
+        position = rays.origin + t[:, None] * np.asarray(rays.direction, np.float64)
+        return np.max(np.maximum(-position, position - 1), axis=1)
+
+    met = t_far - t_near > 1e-3
+    assert (outside(t_near + fraction * (t_far - t_near)) < 1e-5)[met].all()
+    assert (outside(t_far + 1e-3 + fraction) > -1e-5)[met].all()
+    assert (outside(fraction * t_near) > -1e-5)[met & (t_near > 0)].all()
+
+
+# Which steps.
+
+
+@given(rays(), grids(), jitters)
+def test_candidates_are_the_steps_in_occupied_cells(rays: Rays, grid: OccupancyGrid, jitter: np.ndarray) -> None:
+    expected, certain = steps_by_definition(rays, grid, jitter)
+    found = unpack(find_candidates(rays, grid, jitter, config=CONFIG).words)
+    np.testing.assert_array_equal(found[certain], expected[certain])
+
+
+@given(rays(), grids(), jitters)
+def test_samples_lie_in_the_box_and_in_occupied_cells(rays: Rays, grid: OccupancyGrid, jitter: np.ndarray) -> None:
+    samples = march_rays(rays, grid, jitter, config=ROOMY)
+    valid = np.asarray(samples.valid)
+    ray, t = np.asarray(samples.ray)[valid], np.asarray(samples.t, np.float64)[valid]
+    position = rays.origin[ray] + t[:, None] * np.asarray(rays.direction, np.float64)[ray]
+    assert (np.abs(position - 0.5) <= 0.5 + 1e-5).all()
+    cell = np.clip(np.floor(position * G), 0, G - 1).astype(int)
+    occupied = unpack(grid.occupied[None])[0][cell[:, 0] + G * (cell[:, 1] + G * cell[:, 2])]
+    near_face = np.abs(position * G - np.round(position * G)).min(axis=1, initial=1) < 1e-3
+    assert (occupied | near_face).all()
+
+
+@given(rays(), grids(), jitters)
+def test_t_rises_along_a_ray_by_multiples_of_dt_from_where_it_enters(
+    rays: Rays, grid: OccupancyGrid, jitter: np.ndarray
+) -> None:
+    samples = march_rays(rays, grid, jitter, config=ROOMY)
+    valid = np.asarray(samples.valid)
+    ray, t = np.asarray(samples.ray)[valid], np.asarray(samples.t, np.float64)[valid]
+    step = (t - np.asarray(box_interval(rays)[0])[ray]) / DT - jitter[ray]
+    np.testing.assert_allclose(step, np.round(step), atol=1e-3)
+    assert (np.diff(np.round(step))[np.diff(ray) == 0] >= 1).all()
+    np.testing.assert_array_equal(np.asarray(samples.dt), np.where(valid, np.float32(DT), 0))
+
+
+@given(rays(), jitters)
+def test_an_empty_grid_gives_no_samples(rays: Rays, jitter: np.ndarray) -> None:
+    samples = march_rays(rays, EMPTY, jitter, config=CONFIG)
+    assert not np.asarray(samples.valid).any()
+    assert np.asarray(samples.ray_complete).all()
+    assert samples.num_dropped == 0
+    assert np.isfinite(samples.t).all()
+
+
+@given(rays(), jitters)
+def test_a_full_grid_gives_every_step_in_the_box(rays: Rays, jitter: np.ndarray) -> None:
+    samples = march_rays(rays, FULL, jitter, config=ROOMY)
+    low, high = slab_interval(rays.origin, rays.direction, np.zeros(3), np.ones(3))
+    counts = np.bincount(np.asarray(samples.ray)[np.asarray(samples.valid)], minlength=R)
+    expected = (high - low) / DT - jitter
+    clear = (high - low > 1e-4) & (np.abs(expected - np.round(expected)) > 1e-2)
+    np.testing.assert_array_equal(counts[clear], np.maximum(np.ceil(expected[clear]), 0))
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.5, 0.999])
+def test_the_steps_reach_through_the_diagonal_of_the_box(jitter: float) -> None:
+    rays = Rays(origin=jnp.full((1, 3), -1.0), direction=jnp.full((1, 3), 3**-0.5))
+    samples = march_rays(rays, FULL, jnp.array([jitter]), config=CONFIG)
+    np.testing.assert_allclose(jnp.sum(samples.dt), 3**0.5, rtol=1e-5)
+
+
+# What lies behind opaque cells.
+
+
+@st.composite
+def half_opaque_grids(draw: st.DrawFn) -> OccupancyGrid:
+    """Grids of which some occupied cells are opaque."""
+    rng = np.random.default_rng(draw(seeds))
+    occupied = rng.uniform(size=G**3) < draw(st.sampled_from([0.3, 1.0]))
+    opaque = occupied & (rng.uniform(size=G**3) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])))
+    return replace(occupancy.init_occupancy(occupied), opaque=occupancy.pack_bits(opaque))
+
+
+@pytest.mark.parametrize("n", [1, 4, 33])
+@given(hnp.arrays(np.uint32, (R, 2), elements=st.integers(0, 2**32 - 1) | st.sampled_from([0, 1, 2**31, 2**32 - 1])))
+def test_bits_until_the_nth_are_all_up_to_and_with_it(n: int, words: np.ndarray) -> None:
+    flags = unpack(words)
+    before = np.cumsum(flags, axis=1) - flags
+    np.testing.assert_array_equal(unpack(until_nth(words, n)), before < n)
+
+
+@pytest.mark.parametrize("opaque_steps", [0, 1, 4])
+@given(rays(), half_opaque_grids(), jitters)
+def test_a_ray_of_training_ends_after_so_many_steps_in_opaque_cells(
+    opaque_steps: int, rays: Rays, grid: OccupancyGrid, jitter: np.ndarray
+) -> None:
+    config = replace(CONFIG, opaque_steps=opaque_steps)
+    all_steps = unpack(find_candidates(rays, grid, jitter, config=config).words)
+    opaque = unpack(find_candidates(rays, replace(grid, occupied=grid.opaque), jitter, config=config).words)
+    expected = all_steps & (np.cumsum(opaque, axis=1) - opaque < opaque_steps) if opaque_steps else all_steps
+    np.testing.assert_array_equal(unpack(find_visible(rays, grid, jitter, config=config).words), expected)
+
+
+# Packing.
+
+
+def packed_by_definition(candidates: Candidates, jitter: np.ndarray, size: int) -> tuple[list, list[bool], int]:
+    """(ray, t) of every sample, whether each ray is complete, and how many were dropped, one ray after the other."""
+    kept: list[tuple[int, float]] = []
+    complete: list[bool] = []
+    total = 0
+    for ray, flags in enumerate(unpack(candidates.words)):
+        steps = np.flatnonzero(flags)
+        total += len(steps)
+        complete.append(total <= size)
+        if complete[-1]:
+            kept += [(ray, float(candidates.t_start[ray] + (s + jitter[ray]) * DT)) for s in steps]
+    return kept, complete, total - len(kept)
+
+
+def check_packing(samples: Samples, candidates: Candidates, jitter: np.ndarray, config: MarchConfig) -> None:
+    kept, complete, num_dropped = packed_by_definition(candidates, jitter, config.num_samples)
+    assert samples.t.shape == samples.dt.shape == samples.ray.shape == samples.valid.shape == (config.num_samples,)
+    np.testing.assert_array_equal(samples.valid, np.arange(config.num_samples) < len(kept))
+    np.testing.assert_array_equal(samples.ray_complete, complete)
+    assert samples.num_dropped == num_dropped
+    np.testing.assert_array_equal(samples.ray[: len(kept)], [ray for ray, _ in kept])
+    np.testing.assert_allclose(samples.t[: len(kept)], [t for _, t in kept], rtol=1e-6, atol=1e-6)
+    ray = np.asarray(samples.ray)
+    assert (np.diff(ray) >= 0).all()
+    assert ((ray >= 0) & (ray < R)).all()
+    np.testing.assert_array_equal(np.asarray(samples.dt)[len(kept) :], 0)
+
+
+@pytest.mark.parametrize("config", [CONFIG, ROOMY], ids=["overflows", "fits"])
+@given(rays(), grids() | half_opaque_grids(), jitters)
+def test_every_candidate_of_the_rays_that_fit_is_packed_once_and_the_others_are_counted(
+    config: MarchConfig, rays: Rays, grid: OccupancyGrid, jitter: np.ndarray
+) -> None:
+    samples = march_rays(rays, grid, jitter, config=config)
+    check_packing(samples, find_visible(rays, grid, jitter, config=config), jitter, config)
+    if config is ROOMY:
+        assert samples.num_dropped == 0
+
+
+def test_a_full_buffer_keeps_the_first_rays_and_counts_the_samples_of_the_others() -> None:
+    """Along x every ray takes 37 of the 64 places; rays 0 and 2 miss."""
+    origin = np.tile(np.float32([-1, 0.51, 0.51]), (R, 1))
+    origin[[0, 2], 1] = 3
+    rays = Rays(origin=jnp.asarray(origin), direction=jnp.tile(jnp.array([1.0, 0, 0]), (R, 1)))
+    samples = march_rays(rays, FULL, jnp.full(R, 0.5), config=CONFIG)
+    assert np.asarray(samples.ray_complete).tolist() == [True, True, True] + [False] * (R - 3)
+    assert int(samples.valid.sum()) == 37
+    assert samples.num_dropped == (R - 3) * 37
+
+
+def test_a_buffer_that_is_exactly_full_drops_nothing() -> None:
+    rays = Rays(origin=jnp.full((1, 3), -1.0), direction=jnp.full((1, 3), 3**-0.5))
+    samples = march_rays(rays, FULL, jnp.array([0.5]), config=CONFIG)
+    assert np.asarray(samples.valid).all()
+    assert samples.num_dropped == 0
+
+
+@pytest.mark.parametrize("num_words", [1, 2, 5, 8, 32])
+@settings(max_examples=20)
+@given(data=st.data())
+def test_the_nth_candidate_is_the_nth_set_step(num_words: int, data: st.DataObject) -> None:
+    word = st.integers(0, 2**32 - 1) | st.sampled_from([0, 0, 1, 2**31, 2**32 - 1])
+    words = data.draw(hnp.arrays(np.uint32, (3, num_words), elements=word))
+    flags = unpack(words)
+    ray, n = (a.reshape(-1) for a in np.meshgrid(np.arange(3), np.arange(32 * num_words), indexing="ij"))
+    found = np.asarray(nth_candidate(words, ray.astype(np.int32), n.astype(np.int32)))
+    assert ((found >= 0) & (found < 32 * num_words)).all()
+    for row in range(3):
+        steps = np.flatnonzero(flags[row])
+        np.testing.assert_array_equal(found[ray == row][: len(steps)], steps)
+
+
+# Bins.
+
+BINS = StratifiedConfig(num_bins=6, near=0.5, far=2.0, last_interval=100.0)
+
+
+@given(arrays32((3, 6), 0, 1))
+def test_stratified_samples_lie_in_their_bins_and_reach_to_the_next(jitter: np.ndarray) -> None:
+    samples = stratified_samples(3, jitter, config=BINS)
+    points_between = np.linspace(0.5, 2.0, 6)
+    middles = (points_between[1:] + points_between[:-1]) / 2
+    lower, upper = np.append(0.5, middles), np.append(middles, 2.0)
+    t, dt = np.asarray(samples.t).reshape(3, 6), np.asarray(samples.dt).reshape(3, 6)
+    np.testing.assert_allclose(t, lower + (upper - lower) * jitter.astype(np.float64), atol=1e-6)
+    assert (np.diff(t, axis=1) >= 0).all()
+    np.testing.assert_allclose(dt[:, :-1], np.diff(t, axis=1), atol=1e-6)
+    np.testing.assert_array_equal(dt[:, -1], 100.0)
+    np.testing.assert_array_equal(samples.ray, np.repeat(np.arange(3), 6))
+    assert np.asarray(samples.valid).all()
+    assert np.asarray(samples.ray_complete).all()
+    assert samples.num_dropped == 0
+
+
+@pytest.mark.parametrize("sampler", [CONFIG, BINS], ids=["march", "bins"])
+def test_the_noise_has_the_shape_that_the_sampler_takes(sampler: MarchConfig | StratifiedConfig) -> None:
+    rays = Rays(origin=jnp.full((R, 3), 0.5), direction=jnp.tile(jnp.array([0.0, 0, 1]), (R, 1)))
+    jitter = jnp.full(marching.jitter_shape(R, sampler=sampler), 0.5)
+    samples = jax.eval_shape(functools.partial(marching.sample_rays, sampler=sampler), rays, FULL, jitter)
+    assert samples.ray_complete.shape == (R,)
+
+
+def test_marching_without_a_grid_is_refused() -> None:
+    rays = Rays(origin=jnp.zeros((1, 3)), direction=jnp.ones((1, 3)))
+    with pytest.raises(ValueError, match="grid = None: marching needs an OccupancyGrid"):
+        marching.sample_rays(rays, None, jnp.zeros(1), sampler=CONFIG)

@@ -1,0 +1,229 @@
+"""Rendering: analytic scenes against their closed forms, and whole views against single batches of rays."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from scenes import BALL, Ball, Slab, look_at, make_camera, pixel_rays
+from strategies import arrays32, seeds
+
+from jaxngp import occupancy, rendering
+from jaxngp.cameras import Rays
+from jaxngp.compositing import RenderOutput
+from jaxngp.config import MarchConfig, OccupancyConfig, StratifiedConfig
+
+G, R = 32, 77
+STEPS = 512
+CONFIG = MarchConfig(num_steps=STEPS, num_samples=R * STEPS, occupancy=OccupancyConfig(resolution=G))
+DT = CONFIG.step_size
+FULL = occupancy.init_occupancy(np.ones(G**3, bool))
+BACKGROUND = np.array([0.2, 0.7, 0.4], np.float32)
+SLAB = Slab(low=100 * DT, high=160 * DT, density=7.0, rgb=(0.9, 0.2, 0.1))
+BINS = StratifiedConfig(num_bins=600, near=0.5, far=3.0)
+
+
+def some_rays(seed: int = 0, spread: float = 0.5) -> Rays:
+    """(R,) rays from all around toward the middle, more or less."""
+    rng = np.random.default_rng(seed)
+    outward = rng.normal(size=(R, 3))
+    origin = 0.5 + 1.6 * outward / np.linalg.norm(outward, axis=1, keepdims=True)
+    direction = rng.uniform(0.5 - spread, 0.5 + spread, (R, 3)) - origin
+    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+    return Rays(origin=jnp.asarray(origin, jnp.float32), direction=jnp.asarray(direction, jnp.float32))
+
+
+def maker(scene: Slab | Ball) -> Callable[[Any], rendering.FieldFn]:
+    """A new function object, so that nothing is found compiled with other sizes of chunks and lanes."""
+    return lambda _: scene.field
+
+
+@functools.partial(jax.jit, static_argnames=("scene", "sampler"))
+def render_rays(scene: Any, rays: Rays, grid: Any, jitter: jax.Array, sampler: Any = CONFIG) -> RenderOutput:
+    background = jnp.broadcast_to(jnp.asarray(BACKGROUND), (R, 3))
+    return rendering.render_rays(scene.field, rays, grid, jitter, background, sampler=sampler)[0]
+
+
+def assert_close(found: RenderOutput, expected: RenderOutput, atol: float, depth_atol: float | None = None) -> None:
+    np.testing.assert_allclose(found.rgb, expected.rgb, atol=atol)
+    np.testing.assert_allclose(found.opacity, expected.opacity, atol=atol)
+    met = np.asarray(expected.opacity) > 0.1  # else depth is the mean over next to nothing
+    atol = 10 * atol if depth_atol is None else depth_atol
+    np.testing.assert_allclose(np.asarray(found.depth)[met], np.asarray(expected.depth)[met], atol=atol)
+
+
+def boundary_error(scene: Slab | Ball, dt: float) -> float:
+    """A body's two ends fall inside a step: its thickness is off by up to one step's, and so is its light."""
+    return 1.2 * scene.density * dt
+
+
+# Closed forms.
+
+
+@given(arrays32((R, 2), 0.01, 0.99))
+def test_a_slab_of_whole_steps_is_its_closed_form(xy: np.ndarray) -> None:
+    origin = np.concatenate([xy, np.full((R, 1), -1, np.float32)], axis=1)
+    rays = Rays(origin=origin, direction=np.tile(np.float32([0, 0, 1]), (R, 1)))  # type: ignore[arg-type]
+    out = render_rays(SLAB, rays, FULL, np.full(R, 0.5, np.float32))
+    assert_close(out, SLAB.seen(origin, rays.direction, BACKGROUND), atol=2e-5, depth_atol=1e-4)
+
+
+@pytest.mark.parametrize("scene", [SLAB, BALL], ids=["slab", "ball"])
+@settings(max_examples=10)
+@given(seeds, arrays32(R, 0, 0.99))
+def test_any_ray_sees_the_closed_form_of_a_scene(scene: Any, seed: int, jitter: np.ndarray) -> None:
+    rays = some_rays(seed)
+    expected = scene.seen(rays.origin, rays.direction, BACKGROUND)
+    assert_close(render_rays(scene, rays, FULL, jitter), expected, atol=boundary_error(scene, DT), depth_atol=4 * DT)
+
+
+@pytest.mark.parametrize("scene", [SLAB, BALL], ids=["slab", "ball"])
+def test_a_view_shows_the_closed_form_of_a_scene(scene: Any) -> None:
+    camera, c2w = make_camera(24, 16, 26.0), look_at((1.6, 0.1, 1.3))
+    out = rendering.render_image(None, camera, c2w, FULL, BACKGROUND, make_field=scene.make_field, sampler=CONFIG)
+    expected = scene.seen(*pixel_rays(camera, c2w), BACKGROUND)
+    assert isinstance(out.rgb, np.ndarray)
+    assert out.rgb.shape == (16, 24, 3)
+    assert out.opacity.shape == out.depth.shape == (16, 24)
+    assert 0.1 < np.mean(np.asarray(expected.opacity) > 0.5) < 0.9
+    assert_close(out, expected, atol=boundary_error(scene, DT), depth_atol=4 * DT)
+
+
+def test_a_camera_in_the_scene_sees_what_lies_before_it() -> None:
+    rays = replace(some_rays(), origin=np.tile(np.float32(BALL.centre), (R, 1)))
+    expected = BALL.seen(rays.origin, rays.direction, BACKGROUND)
+    out = render_rays(BALL, rays, FULL, np.full(R, 0.5, np.float32))
+    assert_close(out, expected, atol=boundary_error(BALL, DT), depth_atol=4 * DT)
+
+
+def test_bins_see_the_closed_form_of_a_scene() -> None:
+    rays = some_rays()
+    out = render_rays(BALL, rays, None, np.full((R, BINS.num_bins), 0.5, np.float32), BINS)
+    expected = BALL.seen(rays.origin, rays.direction, BACKGROUND)
+    dt = (BINS.far - BINS.near) / (BINS.num_bins - 1)
+    assert_close(out, expected, atol=boundary_error(BALL, dt), depth_atol=4 * dt)
+
+
+def test_the_gradient_of_the_background_is_what_gets_through() -> None:
+    def total(background: jax.Array) -> jax.Array:
+        jitter = jnp.full(R, 0.5)
+        return jnp.sum(rendering.render_rays(BALL.field, some_rays(), FULL, jitter, background, sampler=CONFIG)[0].rgb)
+
+    out = render_rays(BALL, some_rays(), FULL, np.full(R, 0.5, np.float32))
+    gradient = jax.jit(jax.grad(total))(jnp.zeros((R, 3)))
+    np.testing.assert_allclose(gradient, np.tile(1 - np.asarray(out.opacity)[:, None], (1, 3)), atol=1e-6)
+
+
+# Whole views against batches.
+
+
+def patchy_grid(seed: int = 0) -> occupancy.OccupancyGrid:
+    """Cells in some of 4^3 blocks: rays of very different numbers of samples."""
+    blocks = np.random.default_rng(seed).uniform(size=(4, 4, 4)) < 0.5
+    return occupancy.init_occupancy(jnp.asarray(np.kron(blocks, np.ones((8, 8, 8))).astype(bool).reshape(-1)))
+
+
+@pytest.mark.parametrize(("lanes", "per_round", "density"), [(2**13, 8, 3.0), (16, 8, 400.0), (5, 3, 20.0)])
+def test_a_chunk_is_the_batch_with_a_buffer_for_all(
+    monkeypatch: pytest.MonkeyPatch, lanes: int, per_round: int, density: float
+) -> None:
+    monkeypatch.setattr(rendering, "_LANES", lanes)
+    monkeypatch.setattr(rendering, "_SAMPLES_PER_ROUND", per_round)
+    scene = replace(BALL, density=density)
+    out, evaluations = rendering.render_chunk(
+        None, some_rays(), patchy_grid(), BACKGROUND, make_field=maker(scene), sampler=CONFIG
+    )
+    expected = render_rays(scene, some_rays(), patchy_grid(), np.full(R, 0.5, np.float32))
+    assert np.ptp(np.asarray(expected.opacity)) > 0.5
+    assert_close(out, expected, atol=1.2e-4, depth_atol=1e-3)
+    assert evaluations >= 0
+
+
+def test_ending_rays_early_costs_less_light_than_the_limit_and_saves_work() -> None:
+    results = []
+    for limit in (0.0, 0.3):
+        sampler = replace(CONFIG, min_transmittance=limit)
+        results.append(
+            rendering.render_chunk(
+                None, some_rays(), FULL, np.zeros(3, np.float32), make_field=BALL.make_field, sampler=sampler
+            )
+        )
+    (exact, most), (early, fewer) = results
+    missing = np.asarray(exact.opacity) - np.asarray(early.opacity)
+    assert (missing > -1e-5).all()
+    assert 1e-3 < missing.max() < 0.3
+    assert np.abs(np.asarray(early.rgb) - exact.rgb).max() < 0.3
+    assert fewer < most
+
+
+def test_work_follows_the_samples_that_are_there() -> None:
+    """A round is eight samples in each of R lanes; the longest ray decides how many there are."""
+    grid = occupancy.init_occupancy(jnp.zeros(G**3, bool))
+    out, evaluations = rendering.render_chunk(
+        None, some_rays(), grid, BACKGROUND, make_field=BALL.make_field, sampler=CONFIG
+    )
+    assert evaluations == 0
+    np.testing.assert_array_equal(out.rgb, np.tile(BACKGROUND, (R, 1)))
+    np.testing.assert_array_equal(out.opacity, 0)
+    np.testing.assert_array_equal(out.depth, 0)
+
+
+def test_rays_that_all_miss_the_box_see_the_background() -> None:
+    rays = some_rays()
+    away = replace(rays, direction=-np.asarray(rays.direction))
+    out, evaluations = rendering.render_chunk(None, away, FULL, BACKGROUND, make_field=BALL.make_field, sampler=CONFIG)
+    assert evaluations == 0
+    np.testing.assert_array_equal(out.rgb, np.tile(BACKGROUND, (R, 1)))
+
+
+@pytest.mark.parametrize("max_chunk", [76, 32])
+@pytest.mark.parametrize("sampler", [CONFIG, BINS], ids=["march", "bins"])
+def test_chunks_make_up_the_whole_whatever_their_size(
+    monkeypatch: pytest.MonkeyPatch, max_chunk: int, sampler: Any
+) -> None:
+    rays = jax.tree.map(lambda a: a.reshape(7, 11, 3), some_rays())
+    grid = FULL if sampler is CONFIG else None
+    expected, _ = rendering.render_chunk(
+        None, some_rays(), grid, BACKGROUND, make_field=BALL.make_field, sampler=sampler
+    )
+    monkeypatch.setattr(rendering, "_MAX_CHUNK", max_chunk)
+    out = rendering.render_ray_grid(None, rays, grid, BACKGROUND, make_field=BALL.make_field, sampler=sampler)
+    assert out.rgb.shape == (7, 11, 3)
+    assert out.depth.shape == (7, 11)
+    for name in ("rgb", "opacity", "depth"):
+        found = getattr(out, name).reshape(R, -1)
+        np.testing.assert_allclose(found, np.asarray(getattr(expected, name)).reshape(R, -1), atol=2e-6)
+
+
+def test_all_chunks_share_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendering, "_MAX_CHUNK", 20)
+    traced = []
+
+    def make_field(params: Any) -> rendering.FieldFn:
+        traced.append(params)
+        return BALL.field
+
+    for seed in (0, 1):
+        rendering.render_ray_grid(None, some_rays(seed), FULL, BACKGROUND, make_field=make_field, sampler=CONFIG)
+    assert len(traced) == 1
+
+
+def test_a_chunk_of_bins_is_the_batch_of_bins() -> None:
+    out, evaluations = rendering.render_chunk(
+        None, some_rays(), None, BACKGROUND, make_field=BALL.make_field, sampler=BINS
+    )
+    expected = render_rays(BALL, some_rays(), None, np.full((R, BINS.num_bins), 0.5, np.float32), BINS)
+    assert_close(out, expected, atol=3e-6)
+    assert evaluations == R * BINS.num_bins
+
+
+def test_marching_without_a_grid_is_refused() -> None:
+    with pytest.raises(ValueError, match="grid = None: marching needs an OccupancyGrid"):
+        rendering.render_chunk(None, some_rays(), None, BACKGROUND, make_field=BALL.make_field, sampler=CONFIG)
