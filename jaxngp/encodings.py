@@ -68,8 +68,8 @@ def _encode_fwd(grid: HashGridConfig, table: CustomVJPPrimal, position: CustomVJ
 
 def _encode_bwd(grid: HashGridConfig, saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     # Without the barrier XLA:GPU shares rows and weights with the forward pass and stores them all in between.
-    *saved, wanted = saved
-    table, position, gradient = lax.optimization_barrier((*saved, gradient))
+    table, position, wanted = saved
+    table, position, gradient = lax.optimization_barrier((table, position, gradient))
     table_gradient = lax.platform_dependent(
         position,
         gradient,

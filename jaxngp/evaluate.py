@@ -26,4 +26,4 @@ def main(values: flags.Flags) -> None:
 
 
 if __name__ == "__main__":
-    flags.run("evaluate", define_flags, main, __doc__)
+    flags.run("jaxngp.evaluate", define_flags, main, __doc__)

@@ -36,7 +36,7 @@ Group = TypeVar("Group", SceneConfig, TrainConfig)
 
 
 def run(
-    command: str,
+    module: str,
     define: Callable[[Flags], None],
     body: Callable[[Flags], None],
     summary: str,
@@ -49,7 +49,7 @@ def run(
     try:
         rest = values(list(argv or sys.argv))[1:]
         if values.help:
-            print(f"usage: python -m jaxngp.{command} [flags]\n\n{summary}\n\n{_help(values)}")
+            print(f"usage: python -m {module} [flags]\n\n{summary}\n\n{_help(values)}")
             return
         if rest:
             raise InputError(f"{rest[0]!r}: expected only flags, as in --scene=lego; see --help")

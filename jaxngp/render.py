@@ -70,4 +70,4 @@ def write_frames(
 
 
 if __name__ == "__main__":
-    flags.run("render", flags.define_render_flags, main, __doc__)
+    flags.run("jaxngp.render", flags.define_render_flags, main, __doc__)

@@ -63,4 +63,4 @@ def fit(config: NerfConfig, training: Split, workdir: Path) -> Progress:
 
 
 if __name__ == "__main__":
-    flags.run("train", flags.define_train_flags, main, __doc__)
+    flags.run("jaxngp.train", flags.define_train_flags, main, __doc__)

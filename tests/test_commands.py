@@ -43,7 +43,7 @@ def run(command: str, *arguments: str) -> None:
     define, main = COMMANDS[command]
     before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     try:
-        flags.run(command, define, main, "A summary.", ["jaxngp", *arguments])
+        flags.run(f"jaxngp.{command}", define, main, "A summary.", ["jaxngp", *arguments])
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxngp.cameras import Rays, view_rays
-from jaxngp.config import NerfConfig, SceneConfig, apply_overrides
-from jaxngp.config import PRESETS
+from jaxngp.config import PRESETS, NerfConfig, SceneConfig, apply_overrides
 from jaxngp.data import Split, builtin, load_evaluation, load_training
 from jaxngp.training.evaluation import ViewPicture, evaluate_views, summarise
 from jaxngp.training.loop import Progress, train
@@ -44,7 +42,9 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Progress, Split]:
 def exact_depth(config: SceneConfig, split: Split, view: int) -> tuple[np.ndarray, np.ndarray]:
     """Depth in scene units, and alpha, of a view's pixel centres, by the scene's own ray caster."""
     rays = view_rays(split.images.camera, split.images.c2w[view])
-    world = Rays(origin=(rays.origin - 0.5) * config.box_side + jnp.asarray(config.box_centre), direction=rays.direction)
+    world = Rays(
+        origin=(rays.origin - 0.5) * config.box_side + jnp.asarray(config.box_centre), direction=rays.direction
+    )
     surface = builtin.cast_rays(world)
     return np.asarray(surface.depth) / config.box_side, np.asarray(surface.alpha)
 
@@ -88,5 +88,3 @@ def test_nothing_is_dropped_in_the_end(learned: tuple[Progress, Split]) -> None:
     assert metrics is not None
     assert float(metrics.rays) > 0.2 * CONFIG.train.num_rays
     assert float(metrics.occupied_fraction) < 0.2
-
-

@@ -214,6 +214,17 @@ def test_steps_do_not_depend_on_how_they_are_dispatched() -> None:
     assert not np.array_equal(advance(1, [4]).params["encoding"]["table"], one.params["encoding"]["table"])
 
 
+def test_every_step_draws_anew() -> None:
+    """From the key, which never changes, and the number of the step."""
+    losses = []
+    for step in (0, 1, 0):
+        state = init_state(0, config=SHORT).replace(step=jnp.int32(step))
+        _, metrics = steps.nerf_steps(state, ball_views(), jnp.full(4, 1e-2), jnp.int32(1), config=SHORT)
+        losses.append(float(metrics.loss))
+    assert losses[0] != losses[1]
+    assert losses[0] == losses[2]
+
+
 def test_no_step_changes_nothing() -> None:
     assert_equal_bits(advance(0, [0]), init_state(0, config=SHORT))
 
