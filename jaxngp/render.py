@@ -19,6 +19,7 @@ from jaxngp.data import load_evaluation
 from jaxngp.fields import field_maker
 from jaxngp.rendering import render_image
 from jaxngp.training.checkpoints import Checkpoints
+from jaxngp.training.progress import bar_interval
 from jaxngp.training.report import depth_image, to_uint8, write_animation, write_png
 from jaxngp.training.state import TrainState
 
@@ -53,7 +54,7 @@ def write_frames(
     """Render each pose, write its PNG and its depth PNG, and return the frames (H, W, 3) u8."""
     backdrop = jnp.full(3, 1.0 if background == "white" else 0.0)
     frames = []
-    for index, c2w in enumerate(tqdm(poses, desc="rendering", unit="frame")):
+    for index, c2w in enumerate(tqdm(poses, desc="rendering", unit="frame", mininterval=bar_interval())):
         out = render_image(
             state.eval_params,
             camera,

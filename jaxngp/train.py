@@ -48,11 +48,12 @@ def clear(workdir: Path) -> None:
 def fit(config: NerfConfig, training: Split, workdir: Path) -> Progress:
     """Train to the end of the budget, or until interrupted; save now and then, and at the end."""
     with Checkpoints(workdir) as checkpoints, interruption() as interrupted, ProgressBar() as bar:
-        saved = time.monotonic()
+        saved = None
         for progress in train(config, training.images, resume=checkpoints.restore(config)):
             bar.show(progress)
             if progress.metrics is not None:
                 append_jsonl(workdir / "metrics.jsonl", bar.log_entry(progress))
+            saved = saved or time.monotonic()  # compiling does not count
             if interrupted() or progress.finished or time.monotonic() - saved > config.train.checkpoint_seconds:
                 checkpoints.save(progress)
                 saved = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,6 +248,19 @@ def test_precedence_is_preset_then_flag_then_override() -> None:
     assert config.field == PRESETS["small"].field
     assert (config.train.seed, config.train.max_steps, config.train.max_seconds) == (5, 7, 0.0)
     assert config.scene.downscale == 2
+
+
+def test_a_full_disk_is_one_line_and_no_summary(
+    scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    error = refusal(capsys, "train", f"--scene={scene}", f"--workdir={tmp_path}", *TINY)
+    assert "could not write a checkpoint" in error
+    assert not (tmp_path / "summary.json").exists()
+    monkeypatch.undo()
+    run("train", f"--scene={scene}", f"--workdir={tmp_path}", *TINY)
+    assert (tmp_path / "summary.json").exists()
 
 
 def test_an_interrupted_run_is_saved_and_goes_on(scene: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ _NOTED = ("step", "seconds", "compile_seconds", "num_samples")  # of a Progress,
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. Close it, or use it in a `with` block: saving goes on in the background."""
+    """The checkpoints of one workdir, for a `with` block. Saving is done when `save` returns."""
 
     def __init__(self, workdir: Path) -> None:
         import orbax.checkpoint as ocp  # here, since importing it takes longer than reading a scene
@@ -37,19 +39,39 @@ class Checkpoints:
 
     def _open(self) -> Any:
         if self._manager is None:
-            options = self._ocp.CheckpointManagerOptions(max_to_keep=_KEEP, create=True)
+            options = self._ocp.CheckpointManagerOptions(
+                max_to_keep=_KEEP, create=True, enable_async_checkpointing=False
+            )
             self._manager = self._ocp.CheckpointManager(self._path, options=options)
         return self._manager
 
     def save(self, progress: Progress) -> None:
-        """Save a run; the arrays are copied before this returns."""
+        """Save a run, unless this step is saved already. Raises InputError where it cannot be written."""
         if self.latest_step() == progress.step:
             return
         note = {"schema": SCHEMA, **{name: getattr(progress, name) for name in _NOTED}}
         args = self._ocp.args.Composite(
             state=self._ocp.args.StandardSave(progress.state), progress=self._ocp.args.JsonSave(note)
         )
-        self._open().save(progress.step, args=args)
+        manager = self._open()
+        self._check_space(progress.state)
+        try:
+            manager.save(progress.step, args=args)
+        except (ValueError, OSError) as error:
+            raise self._unwritten(str(error).splitlines()[0]) from error
+
+    def _check_space(self, state: TrainState) -> None:
+        """Before anything is written: orbax's own report of a full disk is a screenful from several threads."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(replace(state, key=jax.random.key_data(state.key))))
+        free = shutil.disk_usage(self._path).free
+        if free < needed:
+            raise self._unwritten(f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free")
+
+    def _unwritten(self, reason: str) -> InputError:
+        return InputError(
+            f"{self._path}: could not write a checkpoint ({reason}); make room, and the same command goes on from the "
+            "last one"
+        )
 
     def latest_step(self) -> int | None:
         """The step of the newest finished checkpoint, or None."""

@@ -13,6 +13,11 @@ from tqdm import tqdm
 from jaxngp.training.loop import Progress
 
 
+def bar_interval() -> float:
+    """Seconds between two drawings of a progress bar: a terminal wants it smooth, a log file wants few lines."""
+    return 0.2 if sys.stderr.isatty() else 10.0
+
+
 class ProgressBar:
     """How much of the budget is spent, with step, loss, PSNR, samples per second and time left.
 
@@ -36,8 +41,7 @@ class ProgressBar:
         if self._bar is None:
             print(f"compiled in {progress.compile_seconds:.1f} s", file=sys.stderr)
             layout = "{percentage:3.0f}%|{bar:24}| {desc} [{elapsed}, {remaining} left]"
-            interval = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log file wants few lines
-            self._bar = tqdm(total=1.0, initial=progress.fraction, bar_format=layout, mininterval=interval)
+            self._bar = tqdm(total=1.0, initial=progress.fraction, bar_format=layout, mininterval=bar_interval())
         if progress.metrics is not None:
             steps, seconds = progress.step - self._last[0], progress.seconds - self._last[1]
             self._rate = steps * float(progress.metrics.samples) / max(seconds, 1e-9)

@@ -24,6 +24,7 @@ from jaxngp.training.evaluation import (
     write_pictures,
 )
 from jaxngp.training.loop import Progress
+from jaxngp.training.progress import bar_interval
 from jaxngp.training.report import peak_memory_bytes, table, write_json
 from jaxngp.training.state import TrainState
 
@@ -67,7 +68,8 @@ def evaluate_into(
 
     def pictures() -> Iterator[ViewPicture]:  # one at a time: a hundred of them may not fit the memory
         views = evaluate_views(state, split, config=config, background=background)
-        for score, picture in tqdm(views, desc="evaluating", total=split.num_views, unit="view"):
+        bar = tqdm(views, desc="evaluating", total=split.num_views, unit="view", mininterval=bar_interval())
+        for score, picture in bar:
             scores.append(score)
             yield picture
 
