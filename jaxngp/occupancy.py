@@ -169,7 +169,8 @@ def update_occupancy(
     """One refresh: decay every cell, look at some of them at a random point each, keep the larger density.
 
     While `warmup` () bool is True every candidate cell is looked at; afterwards a quarter as many drawn from all
-    candidates and as many from the occupied ones. A cell is occupied above min(mean density, threshold).
+    candidates and as many from the occupied ones. A cell is occupied above min(mean density, threshold), so that of
+    a density which is the same everywhere and below the threshold, none is.
     """
     candidates = pack_bits(grid.density >= 0)
     num_candidates = jnp.sum(lax.population_count(candidates), dtype=jnp.int32)

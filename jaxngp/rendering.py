@@ -39,6 +39,7 @@ def render_rays(
     jitter: uniform noise of `marching.jitter_shape`; all 0.5 is deterministic. background (R, 3) sRGB. A ray whose
     samples did not fit the buffer (samples.ray_complete is False) has no meaningful colour.
     """
+    rays = jax.tree.map(jnp.asarray, rays)
     samples = walled(functools.partial(sample_rays, sampler=sampler), rays, grid, jitter)
     origin, direction = rays.origin[samples.ray], rays.direction[samples.ray]
     density, rgb = field_fn(origin + samples.t[:, None] * direction, direction)

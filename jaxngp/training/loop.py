@@ -58,8 +58,9 @@ def train(config: NerfConfig, data: TrainingData, *, resume: Progress | None = N
     if resume and resume.finished:
         yield resume
         return
-    data = jax.device_put(data)
     state = resume.state if resume else init_state(config.train.seed, config=config)
+    # By name: restored arrays are bound to their device and fresh ones are not, and jax compiles for each anew.
+    state, data = jax.device_put((state, data), jax.devices()[0])
     programs = _compile(state, data, config)
     if resume:
         progress = resume
