@@ -20,8 +20,7 @@ from jaxngp.config import PRESETS, InputError, NerfConfig, scene_config
 from jaxngp.data import Split, load_evaluation, load_training
 from jaxngp.training.evaluation import evaluate_views, summarise
 from jaxngp.training.loop import Progress, train
-from jaxngp.training.report import write_json
-from jaxngp.training.summary import environment
+from jaxngp.training.report import environment, write_json
 
 LEVELS = (20.0, 22.0, 23.5, 25.0, 28.0, 30.0)  # dB
 
@@ -48,9 +47,9 @@ class Curve:
 
 
 def run_curve(preset: str, config: NerfConfig, training: Split, evaluation: Split) -> Curve:
-    """Train with a budget of seconds and evaluate at 1, 2, 3, 5, 7, 10, 15, 20, 30, ... seconds and at the end."""
+    """Train with a budget of seconds and evaluate at 1, 1.5, 2, 3, 5, 7, 10, 15, ... seconds and at the end."""
     curve = Curve(preset, 0.0, [], [], [])
-    marks = [m * s for s in (1, 10, 100, 1000) for m in (1, 1.5, 2, 3, 5, 7)]
+    marks = [m * s for s in (1, 10, 100, 1000, 10_000, 100_000) for m in (1, 1.5, 2, 3, 5, 7)]
     with tqdm(total=config.train.max_seconds, desc=preset, unit="s", bar_format="{l_bar}{bar}{n:.0f} s") as bar:
         for progress in train(config, training.images):
             bar.update(progress.seconds - bar.n)
@@ -100,12 +99,18 @@ def main(values: flags.Flags) -> None:
     budgets = values.seconds if len(values.seconds) > 1 else values.seconds * len(values.presets)
     if len(budgets) != len(values.presets):
         raise InputError(f"--seconds has {len(budgets)} values: expected 1 or {len(values.presets)}, one a preset")
+    if unknown := [preset for preset in values.presets if preset not in PRESETS]:
+        raise InputError(f"--presets: unknown {unknown[0]!r}; there are {', '.join(PRESETS)}")
+    try:
+        budgets = [float(budget) for budget in budgets]
+    except ValueError as error:
+        raise InputError(f"--seconds: {error}") from None
+    if min(budgets) <= 0:
+        raise InputError("--seconds: expected positive numbers")
     curves = []
     for preset, budget in zip(values.presets, budgets, strict=True):
-        if preset not in PRESETS:
-            raise InputError(f"--presets: unknown {preset!r}; there are {', '.join(PRESETS)}")
         config = replace(PRESETS[preset], scene=scene)
-        config = replace(config, train=replace(config.train, max_seconds=float(budget), max_steps=10**7))
+        config = replace(config, train=replace(config.train, max_seconds=budget, max_steps=10**7))
         curves.append(run_curve(preset, config, training, evaluation))
         view = f"{evaluation.name} split, {evaluation.num_views} views of {'x'.join(map(str, evaluation.resolution))}"
         about = {"scene": scene.name, "views": view, "background": "white", "colour_space": "sRGB", **environment()}

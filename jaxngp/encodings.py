@@ -61,25 +61,27 @@ def _encode(grid: HashGridConfig, table: jax.Array, position: jax.Array) -> jax.
 
 def _encode_fwd(grid: HashGridConfig, table: CustomVJPPrimal, position: CustomVJPPrimal) -> tuple[jax.Array, tuple]:
     features = walled(functools.partial(_encode, grid), table.value, position.value)
-    # Whether anybody asks for the gradient in position is known here, and passed on as the presence of an array.
-    wanted = jnp.zeros(()) if position.perturbed else None
+    # Which gradients anybody asks for is known here, and passed on as the presence of an array.
+    wanted = tuple(jnp.zeros(()) if primal.perturbed else None for primal in (table, position))
     return features, (table.value, position.value, wanted)
 
 
-def _encode_bwd(grid: HashGridConfig, saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def _encode_bwd(grid: HashGridConfig, saved: tuple, gradient: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
     # Without the barrier XLA:GPU shares rows and weights with the forward pass and stores them all in between.
     table, position, wanted = saved
     table, position, gradient = lax.optimization_barrier((table, position, gradient))
-    table_gradient = lax.platform_dependent(
-        position,
-        gradient,
-        cpu=functools.partial(table_gradient_unrolled, grid=grid),
-        default=functools.partial(table_gradient_broadcast, grid=grid),
-    )
-    if wanted is None:
-        return table_gradient, None
-    _, position_vjp = jax.vjp(functools.partial(encode_unrolled, table, grid=grid), position)
-    return table_gradient, *position_vjp(gradient)
+    table_gradient = position_gradient = None
+    if wanted[0] is not None:
+        table_gradient = lax.platform_dependent(
+            position,
+            gradient,
+            cpu=functools.partial(table_gradient_unrolled, grid=grid),
+            default=functools.partial(table_gradient_broadcast, grid=grid),
+        )
+    if wanted[1] is not None:
+        _, position_vjp = jax.vjp(functools.partial(encode_unrolled, table, grid=grid), position)
+        (position_gradient,) = position_vjp(gradient)
+    return table_gradient, position_gradient
 
 
 _encode.defvjp(_encode_fwd, _encode_bwd, symbolic_zeros=True)

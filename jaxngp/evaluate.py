@@ -19,10 +19,12 @@ def define_flags(values: flags.Flags) -> None:
 def main(values: flags.Flags) -> None:
     workdir, config = flags.trained_config(values)
     with Checkpoints(workdir) as checkpoints:
-        progress = checkpoints.restore_trained(config)
+        progress, trained_on = checkpoints.restore_trained(config), checkpoints.environment()
+    if not progress.finished:
+        print(f"this run is unfinished: {progress.fraction:.0%} of its budget is spent")
     split = load_evaluation(config.scene, values.eval_split, values.eval_views)
     result = evaluate_into(workdir, progress.state, split, config=config, background=values.background)
-    print(write_summary(workdir, config.scene.name, result, training_summary(progress)))
+    print(write_summary(workdir, config.scene.name, result, training_summary(progress), trained_on))
 
 
 if __name__ == "__main__":

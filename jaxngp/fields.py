@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxngp.config import FieldConfig, HashGridConfig, InputError, MlpInit
+from jaxngp.config import PRESETS, FieldConfig, HashGridConfig, InputError, MlpInit
 from jaxngp.encodings import frequency_encode, hash_encode, init_table, sh_encode
 from jaxngp.fusion import walled
 from jaxngp.hashing import level_sizes
@@ -150,7 +150,7 @@ def evaluate_density(params: Params, position: jax.Array, *, config: FieldConfig
 
 
 def params_from_reference(
-    state_dict: Mapping[str, np.ndarray], *, config: FieldConfig, box_side: float = 3.0
+    state_dict: Mapping[str, np.ndarray], *, config: FieldConfig = PRESETS["hundred_lines"].field, box_side: float = 3.0
 ) -> Params:
     """Parameters with which the `hundred_lines` field computes what the 100-line PyTorch reference does.
 

@@ -7,6 +7,7 @@ code 2, never in a traceback.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -57,6 +58,13 @@ def run(
         body(values)
     except (InputError, flags.Error) as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _fail("out of memory on the device: lower sampler.num_samples or train.num_rays by --override, or --downscale")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}")
@@ -142,9 +150,9 @@ def define_render_flags(values: Flags) -> None:
     paths = ["orbit", "train", "val", "test", "held-out"]
     flags.DEFINE_enum("path", "orbit", paths, "An orbit, or the poses of a split.", flag_values=values)
     flags.DEFINE_integer(
-        "frames", 60, "Frames of the orbit, or evenly spaced poses of the split; 0 is all.", 0, flag_values=values
+        "frames", 0, "Frames of the orbit, or evenly spaced poses of the split; 0 is 60, or all.", 0, flag_values=values
     )
-    flags.DEFINE_integer("width", 0, "Of a frame in pixels; 0 is that of the images.", 0, flag_values=values)
+    flags.DEFINE_integer("width", 0, "Of a frame in pixels; 0 keeps the shape of the images.", 0, flag_values=values)
     flags.DEFINE_integer("height", 0, "Likewise.", 0, flag_values=values)
     flags.DEFINE_float("fps", 20.0, "Frames per second of the animation.", 0.1, 50.0, flag_values=values)
     flags.DEFINE_enum("animation", "gif", ["gif", "webp"], "Format of the animation.", flag_values=values)
@@ -155,13 +163,17 @@ def train_config(values: Flags) -> NerfConfig:
     """Dataclass defaults < preset < flags that were given < overrides."""
     preset = values.preset
     if preset == "auto":
-        preset = "small" if jax.default_backend() == "cpu" else "base"
+        backend = jax.default_backend()
+        preset = "small" if backend == "cpu" else "base"
+        print(f"preset {preset}, since jax runs on {backend}; --preset chooses another")
     config = PRESETS[preset]
     scene = _given(scene_config(values.scene), values, ("data_dir", "downscale", "image_size"))
     if values.image_size is not None and scene.name != "bricks":
         raise InputError("--image_size is the size of the built-in scene; use --downscale for any other")
     if scene.data_dir:
         scene = replace(scene, data_dir=str(Path(scene.data_dir).expanduser().resolve()))
+    if scene.name not in SCENES:  # a path: evaluation and rendering may start from another folder
+        scene = replace(scene, name=str(Path(scene.name).expanduser().resolve()))
     train = config.train
     if values.max_steps is not None and values.max_seconds is None:
         train = replace(train, max_seconds=0.0)  # who asks for steps means to get them
@@ -198,8 +210,12 @@ def trained_config(values: Flags) -> tuple[Path, NerfConfig]:
 
 
 def check_same_config(workdir: Path, config: NerfConfig) -> None:
-    """Raises InputError if a workdir holds a run with another config."""
-    if (workdir / "config.json").exists() and (changes := differences(read_config(workdir), config)):
+    """Raises InputError if a workdir holds a run with another config; where the data lies is no part of a run."""
+    if not (workdir / "config.json").exists():
+        return
+    free = ("scene.data_dir:", "train.checkpoint_seconds:")
+    changes = [line for line in differences(read_config(workdir), config) if not line.startswith(free)]
+    if changes:
         raise InputError(
             f"{workdir} holds a run with another config ({'; '.join(changes)}): give another --workdir, "
             "or --restart to throw that run away"

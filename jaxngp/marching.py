@@ -72,7 +72,7 @@ def _steps_in(
 ) -> jax.Array:
     """The steps (R, S / 32) u32 of rays that fall into a set of cells (G^3 / 32,) u32, inside the box.
 
-    The tests are packed into words as they are made: no (R, S) array of positions or flags is stored.
+    The tests are packed into words as they are made: no (R, S, 3) array of positions is stored.
     """
     t = t_near[:, None] + (jnp.arange(config.num_steps) + jitter[:, None]) * config.step_size
     x, y, z = (rays.origin[:, axis, None] + t * rays.direction[:, axis, None] for axis in range(3))
@@ -80,11 +80,11 @@ def _steps_in(
 
 
 def find_visible(rays: Rays, grid: OccupancyGrid, jitter: jax.Array, *, config: MarchConfig) -> Candidates:
-    """`find_candidates` without the steps behind the first `opaque_steps` in opaque cells.
+    """`find_candidates` without the steps behind the first `opaque_cells` widths of opaque cells.
 
     Half of the samples in occupied cells lie behind a surface, where they cost as much as any other and learn
-    nothing. What is opaque is read off the grid, so this is a guess, good enough to choose where to learn; where it
-    errs the grid's decay soon corrects it. Rendering makes no guess.
+    nothing. What is opaque is read off the grid, so this is a guess, and the length is counted in cells so that no
+    single cell, which may be opaque only in part, ends a ray. Rendering makes no guess.
     """
     candidates = find_candidates(rays, grid, jitter, config=config)
     if config.opaque_steps == 0:

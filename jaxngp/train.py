@@ -8,33 +8,57 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jaxngp import flags
-from jaxngp.config import NerfConfig, to_json, to_plain
-from jaxngp.data import Split, load_evaluation, load_training
+from jaxngp.config import InputError, NerfConfig, to_json, to_plain
+from jaxngp.data import RayTable, Split, load_evaluation, load_training
 from jaxngp.training.checkpoints import Checkpoints
 from jaxngp.training.loop import Progress, train
 from jaxngp.training.progress import ProgressBar, interruption
-from jaxngp.training.report import append_jsonl, write_json
+from jaxngp.training.report import append_jsonl, keep_lines, write_json
 from jaxngp.training.summary import evaluate_into, training_summary, write_summary
 
 
 def main(values: flags.Flags) -> None:
     config = flags.train_config(values)
-    workdir = Path(values.workdir or f"runs/{Path(config.scene.name).stem}")
-    if values.restart:
+    training = load_training(config.scene)
+    evaluation = evaluation_split(config, values, training)
+    config = with_known_background(config, training)
+    workdir = Path(values.workdir or f"runs/{Path(config.scene.name).resolve().stem}")
+    if values.restart:  # only now that all input has been read: a typing error must not cost a run
         clear(workdir)
     flags.check_same_config(workdir, config)
-    training = load_training(config.scene)
-    evaluation = load_evaluation(config.scene, values.eval_split, values.eval_views)
     write_json(workdir / "config.json", to_plain(config))
     print(to_json(config), end="")
-    progress = fit(config, training, workdir)
+    progress, trained_on = fit(config, training, workdir)
     print(f"trained for {progress.step} steps in {progress.seconds:.1f} s")
+    if evaluation is None:
+        return
     result = evaluate_into(workdir, progress.state, evaluation, config=config, background=values.background)
-    print(write_summary(workdir, config.scene.name, result, training_summary(progress)))
+    print(write_summary(workdir, config.scene.name, result, training_summary(progress), trained_on))
     print(f"novel views: {workdir / 'novel_views'}   next: python -m jaxngp.render --workdir={workdir}")
+
+
+def evaluation_split(config: NerfConfig, values: flags.Flags, training: Split) -> Split | None:
+    """The views to evaluate on; None for a ray table of unknown image size, of which nothing can be shown."""
+    try:
+        return load_evaluation(config.scene, values.eval_split, values.eval_views)
+    except InputError as error:
+        if not isinstance(training.images, RayTable) or values.eval_split != "auto":
+            raise
+        print(f"no evaluation: {error}")
+        return None
+
+
+def with_known_background(config: NerfConfig, training: Split) -> NerfConfig:
+    """White instead of random where no image has alpha: what lies behind the scene is then part of the pictures."""
+    if training.has_alpha or config.train.background != "random":
+        return config
+    print("the images have no alpha: training before white instead of random backgrounds")
+    return replace(config, train=replace(config.train, background="white"))
 
 
 def clear(workdir: Path) -> None:
@@ -45,22 +69,30 @@ def clear(workdir: Path) -> None:
         shutil.rmtree(workdir / name, ignore_errors=True)
 
 
-def fit(config: NerfConfig, training: Split, workdir: Path) -> Progress:
-    """Train to the end of the budget, or until interrupted; save now and then, and at the end."""
+def fit(config: NerfConfig, training: Split, workdir: Path) -> tuple[Progress, dict[str, Any]]:
+    """Train to the end of the budget, or until interrupted; save now and then, and at the end.
+
+    Returns where the run ended, and the environment it ran in.
+    """
+    log, saved = workdir / "metrics.jsonl", None
     with Checkpoints(workdir) as checkpoints, interruption() as interrupted, ProgressBar() as bar:
-        saved = None
-        for progress in train(config, training.images, resume=checkpoints.restore(config)):
+        resume = checkpoints.restore(config)
+        keep_lines(log, lambda entry: resume is not None and entry["step"] <= resume.step)
+        for progress in train(config, training.images, resume=resume):
             bar.show(progress)
             if progress.metrics is not None:
-                append_jsonl(workdir / "metrics.jsonl", bar.log_entry(progress))
+                append_jsonl(log, bar.log_entry(progress))
             saved = saved or time.monotonic()  # compiling does not count
-            if interrupted() or progress.finished or time.monotonic() - saved > config.train.checkpoint_seconds:
+            if interrupted() or progress.finished:
                 checkpoints.save(progress)
+            elif time.monotonic() - saved > config.train.checkpoint_seconds:
+                checkpoints.try_to_save(progress)
                 saved = time.monotonic()
             if interrupted():
                 break
+        trained_on = checkpoints.environment()
     interrupted.exit_if_set()
-    return progress
+    return progress, trained_on
 
 
 if __name__ == "__main__":

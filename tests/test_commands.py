@@ -64,8 +64,10 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def write_scene(folder: Path, splits: tuple[str, ...] = ("train", "val"), num_views: int = 3) -> Path:
-    """A grey square before nothing, from a few sides."""
+def write_scene(
+    folder: Path, splits: tuple[str, ...] = ("train", "val"), num_views: int = 3, mode: str = "RGBA", far: float = 4.0
+) -> Path:
+    """A brown square before nothing, from a few sides."""
     rgba = np.zeros((SIZE, SIZE, 4), np.uint8)
     rgba[8:16, 8:16] = (200, 100, 50, 255)
     for split in splits:
@@ -74,8 +76,8 @@ def write_scene(folder: Path, splits: tuple[str, ...] = ("train", "val"), num_vi
         for view in range(num_views):
             angle = 0.5 * view
             c, s = float(np.cos(angle)), float(np.sin(angle))
-            pose = [[c, 0, s, 4 * s], [s, 0, -c, -4 * c], [0, 1, 0, 0], [0, 0, 0, 1]]
-            Image.fromarray(rgba).save(folder / split / f"r_{view}.png")
+            pose = [[c, 0, s, far * s], [s, 0, -c, -far * c], [0, 1, 0, 0], [0, 0, 0, 1]]
+            Image.fromarray(rgba).convert(mode).save(folder / split / f"r_{view}.png")
             frames.append({"file_path": f"./{split}/r_{view}", "transform_matrix": pose})
         text = json.dumps({"camera_angle_x": 0.7, "frames": frames})
         (folder / f"transforms_{split}.json").write_text(text)
@@ -152,6 +154,58 @@ def test_restart_trains_anew_and_leaves_foreign_files(
     assert json.loads((tmp_path / "summary.json").read_text())["num_views"] == 1
 
 
+def test_a_typing_error_beside_restart_costs_no_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(path.name for path in trained.iterdir())
+    assert "/no/such/scene" in refusal(capsys, "train", "--scene=/no/such/scene", f"--workdir={trained}", "--restart")
+    assert sorted(path.name for path in trained.iterdir()) == before
+
+
+def test_images_without_alpha_are_trained_before_white_and_evaluated_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene, workdir = write_scene(tmp_path / "scene", mode="RGB"), tmp_path / "run"
+    run("train", f"--scene={scene}", f"--workdir={workdir}", *TINY, "--eval_views=1")
+    assert "no alpha" in capsys.readouterr().out
+    assert from_json((workdir / "config.json").read_text()).train.background == "white"
+    assert "alpha" in refusal(capsys, "evaluate", f"--workdir={workdir}", "--background=black")
+
+
+def test_cameras_that_miss_the_box_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scene = write_scene(tmp_path / "scene", far=-400.0)
+    assert "scene.box_side" in refusal(capsys, "train", f"--scene={scene}", f"--workdir={tmp_path / 'run'}", *TINY)
+
+
+def test_a_ray_table_of_unknown_size_is_trained_and_not_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    origin = np.tile([0.0, 0.0, 4.0], (600, 1))
+    rows = np.concatenate([origin, rng.uniform(-0.3, 0.3, (600, 2)), -np.ones((600, 1)), rng.random((600, 3))], axis=1)
+    np.save(tmp_path / "train.npy", rows)
+    run("train", f"--scene={tmp_path / 'train.npy'}", f"--workdir={tmp_path / 'run'}", *TINY)
+    assert "no evaluation" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoints" / "40").is_dir()
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_the_log_holds_each_step_once_after_a_crash(scene: Path, tmp_path: Path) -> None:
+    arguments = [f"--scene={scene}", f"--workdir={tmp_path}", *TINY, "--eval_views=1"]
+    run("train", *arguments)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    later = json.dumps({**json.loads(lines[-1]), "step": 56})
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + later + "\n" + later[:20])
+    run("train", *arguments)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines)
+
+
+def test_the_preset_is_chosen_by_the_backend_and_said(
+    scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [argument for argument in TINY if "preset" not in argument]
+    run("train", f"--scene={scene}", f"--workdir={tmp_path}", *arguments, "--eval_views=1")
+    assert "preset small, since jax runs on cpu" in capsys.readouterr().out
+
+
 def test_evaluate_takes_another_split_and_background(trained: Path) -> None:
     run("evaluate", f"--workdir={trained}", "--eval_split=train", "--eval_views=2", "--background=black")
     summary = json.loads((trained / "summary.json").read_text())
@@ -168,8 +222,16 @@ def test_render_writes_frames_depth_and_an_animation(trained: Path, animation: s
     assert image_size(folder / "frame_0000.png") == (20, 12)
 
 
+def test_render_keeps_the_shape_and_refuses_more_frames_than_poses(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("render", f"--workdir={trained}", "--path=val", "--width=10", "--frames=2")
+    assert image_size(trained / "renders" / "val" / "frame_0001.png") == (10, 10)
+    assert "--frames = 9" in refusal(capsys, "render", f"--workdir={trained}", "--path=val", "--frames=9")
+
+
 def test_render_follows_the_poses_of_a_split(trained: Path) -> None:
-    run("render", f"--workdir={trained}", "--path=val", "--frames=0")
+    run("render", f"--workdir={trained}", "--path=val")
     assert image_size(trained / "renders" / "val" / "frame_0002.png") == (SIZE, SIZE)
 
 
@@ -183,6 +245,7 @@ def test_render_follows_the_poses_of_a_split(trained: Path) -> None:
         (["--override=train.seed=x"], "expected int"),
         (["--override=field.encoding.table_size=1000"], "a power of two"),
         (["--max_steps=many"], "max_steps"),
+        (["--max_seconds=inf"], "train.max_seconds"),
         (["--sceen=lego"], "scene"),
         (["lego"], "expected only flags"),
         (["--scene=lego", "--image_size=100"], "--downscale"),

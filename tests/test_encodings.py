@@ -423,3 +423,18 @@ def test_frequencies_are_the_input_then_sine_and_cosine_of_its_doublings(
         parts += [np.sin(2.0**j * parts[0]), np.cos(2.0**j * parts[0])]
     found = encodings.frequency_encode(direction, num_frequencies=num_frequencies)
     np.testing.assert_allclose(found, np.concatenate(parts, axis=-1), atol=1e-6)
+
+
+def test_a_gradient_of_no_points_is_zero() -> None:
+    grid = HashGridConfig(num_levels=2, table_size=2**8, max_resolution=32)
+    table = encodings.init_table(jax.random.key(0), grid=grid)
+    gradient = jax.grad(lambda t: encodings.hash_encode(t, jnp.zeros((0, 3)), grid=grid).sum())(table)
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_half_precision_positions_have_a_gradient() -> None:
+    grid = HashGridConfig(num_levels=2, table_size=2**8, max_resolution=32)
+    table = encodings.init_table(jax.random.key(0), grid=grid)
+    position = jax.random.uniform(jax.random.key(1), (8, 3), jnp.float16)
+    gradient = jax.grad(lambda t: encodings.hash_encode(t, position, grid=grid).sum())(table)
+    assert np.all(np.isfinite(gradient))

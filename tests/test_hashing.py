@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jaxngp import hashing
-from jaxngp.config import HashGridConfig
+from jaxngp.config import HashGridConfig, InputError
 
 cells = hnp.arrays(np.uint32, (3, 16), elements=st.integers(0, 2**32 - 1))
 GRIDS = [
@@ -101,8 +101,10 @@ def test_offsets_are_the_running_sum_of_sizes(grid: HashGridConfig) -> None:
 
 
 def test_offsets_do_not_overflow() -> None:
-    grid = HashGridConfig(num_levels=20, table_size=2**28, dense_levels=False)
-    assert hashing.level_offsets(grid)[-1] == 20 * 2**28
+    grid = HashGridConfig(num_levels=8, num_features=1, table_size=2**28, dense_levels=False)
+    assert hashing.level_offsets(grid)[-1] == 2**31
+    with pytest.raises(InputError, match="product"):  # a row number would not fit 32 bits
+        HashGridConfig(num_levels=20, table_size=2**28)
 
 
 @pytest.mark.parametrize("grid", GRIDS)

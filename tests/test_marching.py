@@ -17,7 +17,7 @@ from strategies import TINY_MARCH, arrays32, directions, floats32, points, seeds
 
 from jaxngp import marching, occupancy
 from jaxngp.cameras import Rays
-from jaxngp.config import MarchConfig, StratifiedConfig
+from jaxngp.config import PRESETS, MarchConfig, StratifiedConfig
 from jaxngp.marching import Candidates, Samples
 from jaxngp.occupancy import OccupancyGrid
 
@@ -225,7 +225,8 @@ def test_bits_until_the_nth_are_all_up_to_and_with_it(n: int, words: np.ndarray)
 def test_a_ray_of_training_ends_after_so_many_steps_in_opaque_cells(
     opaque_steps: int, rays: Rays, grid: OccupancyGrid, jitter: np.ndarray
 ) -> None:
-    config = replace(CONFIG, opaque_steps=opaque_steps)
+    config = replace(CONFIG, opaque_cells=opaque_steps * CONFIG.step_size * CONFIG.occupancy.resolution)
+    assert config.opaque_steps == opaque_steps
     all_steps = unpack(find_candidates(rays, grid, jitter, config=config).words)
     opaque = unpack(find_candidates(rays, replace(grid, occupied=grid.opaque), jitter, config=config).words)
     expected = all_steps & (np.cumsum(opaque, axis=1) - opaque < opaque_steps) if opaque_steps else all_steps
@@ -341,3 +342,23 @@ def test_marching_without_a_grid_is_refused() -> None:
     rays = Rays(origin=jnp.zeros((1, 3)), direction=jnp.ones((1, 3)))
     with pytest.raises(ValueError, match="grid = None: marching needs an OccupancyGrid"):
         marching.sample_rays(rays, None, jnp.zeros(1), sampler=CONFIG)
+
+
+@pytest.mark.parametrize("preset", ["base", "small"])
+def test_no_single_opaque_cell_hides_what_lies_behind_it(preset: str) -> None:
+    """A thin wire makes its whole cell opaque; rays through the empty part of the cell must see the wall behind."""
+    sampler = PRESETS[preset].sampler
+    assert isinstance(sampler, MarchConfig)
+    size = sampler.occupancy.resolution
+    flags = np.zeros((size, size, size), bool)  # z, y, x
+    flags[size // 2, size // 2, size // 4] = flags[size // 2, size // 2, 3 * size // 4] = True
+    words = occupancy.pack_bits(jnp.asarray(flags.reshape(-1)))
+    grid = OccupancyGrid(density=jnp.zeros(size**3), occupied=words, opaque=words)
+    turn = np.array([[1.0, 0.0, 0.0], [1.0, 1e-3, 2e-3]], np.float32)
+    direction = turn / np.linalg.norm(turn, axis=1, keepdims=True)
+    origin = np.array([0.5, 0.5, 0.5], np.float32) + np.float32(0.3 / size) - 0.9 * direction
+    rays = Rays(origin=jnp.asarray(origin), direction=jnp.asarray(direction))
+    samples = marching.march_rays(rays, grid, jnp.full(2, 0.5), config=sampler)
+    for ray in range(2):
+        t = np.asarray(samples.t)[np.asarray(samples.valid) & (np.asarray(samples.ray) == ray)]
+        assert t.min() < 0.7 < 1.1 < t.max()

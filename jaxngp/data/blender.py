@@ -53,6 +53,8 @@ class Transforms:
     frames: tuple[Frame, ...]
 
 
+CAMERA_MODELS = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV")
+
 # The transforms file.
 
 
@@ -111,6 +113,12 @@ def _check_intrinsics(plain: dict[str, Any], transforms: Transforms) -> None:
     for key, value in positive:
         if value is not None and value <= 0:
             raise InputError(f"{path}: {key} = {value}: expected a positive number of pixels")
+    if (model := plain.get("camera_model", "PINHOLE")) not in CAMERA_MODELS:
+        raise InputError(f"{path}: camera_model = {model!r}: expected one of {', '.join(CAMERA_MODELS)}")
+    for key in (*DISTORTION_KEYS, "fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y"):
+        for index, frame in enumerate(plain["frames"]):
+            if key in frame and frame[key] != plain.get(key):
+                raise InputError(f"{path}: frame {index} has a {key} of its own: only one camera for all is supported")
     for key in DISTORTION_KEYS:
         if abs(_number(plain, key, path) or 0) > MAX_DISTORTION:
             raise InputError(f"{path}: {key} = {plain[key]}: lens distortion is not supported; undistort the images")

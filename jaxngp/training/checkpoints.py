@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 
 from jaxngp.config import InputError, NerfConfig
 from jaxngp.training.loop import Progress, budget_fraction
+from jaxngp.training.report import environment
 from jaxngp.training.state import TrainState, init_state
 
 SCHEMA = 1
@@ -49,7 +51,8 @@ class Checkpoints:
         """Save a run, unless this step is saved already. Raises InputError where it cannot be written."""
         if self.latest_step() == progress.step:
             return
-        note = {"schema": SCHEMA, **{name: getattr(progress, name) for name in _NOTED}}
+        noted = {name: getattr(progress, name) for name in _NOTED}
+        note = {"schema": SCHEMA, "environment": environment(), **noted}
         args = self._ocp.args.Composite(
             state=self._ocp.args.StandardSave(progress.state), progress=self._ocp.args.JsonSave(note)
         )
@@ -60,6 +63,13 @@ class Checkpoints:
         except (ValueError, OSError) as error:
             raise self._unwritten(str(error).splitlines()[0]) from error
 
+    def try_to_save(self, progress: Progress) -> None:
+        """`save`, but a failure is only reported: the run goes on, and there is time to make room."""
+        try:
+            self.save(progress)
+        except InputError as error:
+            print(f"jaxngp: warning: {error}", file=sys.stderr)
+
     def _check_space(self, state: TrainState) -> None:
         """Before anything is written: orbax's own report of a full disk is a screenful from several threads."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(replace(state, key=jax.random.key_data(state.key))))
@@ -68,9 +78,10 @@ class Checkpoints:
             raise self._unwritten(f"it takes {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free")
 
     def _unwritten(self, reason: str) -> InputError:
+        last = self.latest_step()
+        rest = "starts again" if last is None else f"goes on from step {last}"
         return InputError(
-            f"{self._path}: could not write a checkpoint ({reason}); make room, and the same command goes on from the "
-            "last one"
+            f"{self._path}: could not write a checkpoint ({reason}); make room, and the same command {rest}"
         )
 
     def latest_step(self) -> int | None:
@@ -85,7 +96,7 @@ class Checkpoints:
         ocp, manager = self._ocp, self._open()
         template = jax.eval_shape(lambda: init_state(config.train.seed, config=config))
         try:
-            note = manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
+            note = self._note(step)
             if note.get("schema") != SCHEMA:
                 raise InputError(
                     f"{self._path / str(step)}: checkpoint schema {note.get('schema')}, this version reads {SCHEMA}; "
@@ -93,7 +104,7 @@ class Checkpoints:
                 )
             args = ocp.args.Composite(state=ocp.args.StandardRestore(_on_this_device(template)))
             state = manager.restore(step, args=args).state
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
             if isinstance(error, InputError):
                 raise
             reason = str(error).splitlines()[0]
@@ -103,6 +114,15 @@ class Checkpoints:
             ) from error
         fraction = budget_fraction(note["step"], note["seconds"], config)
         return Progress(state=state, metrics=None, fraction=fraction, **{name: note[name] for name in _NOTED})
+
+    def _note(self, step: int) -> dict[str, Any]:
+        args = self._ocp.args.Composite(progress=self._ocp.args.JsonRestore())
+        return self._open().restore(step, args=args).progress
+
+    def environment(self) -> dict[str, Any]:
+        """Device, versions and memory of the process that wrote the newest checkpoint."""
+        step = self.latest_step()
+        return environment() if step is None else self._note(step)["environment"]
 
     def restore_trained(self, config: NerfConfig) -> Progress:
         """The newest checkpoint. Raises InputError where there is none."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxngp.cameras import Rays, view_rays
+from jaxngp.compositing import RenderOutput
 from jaxngp.config import InputError, NerfConfig
 from jaxngp.data import Split
 from jaxngp.data.rays import RayTable
@@ -24,6 +25,7 @@ from jaxngp.training.report import contact_sheet, depth_image, error_image, to_u
 from jaxngp.training.state import TrainState
 
 EvalBackground = Literal["white", "black"]
+_COLOURS = {"white": 1.0, "black": 0.0}  # sRGB, of all three channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,18 +78,12 @@ def evaluate_views(
     width, height = split.resolution
     if not split.views:
         raise InputError(f"the {split.name} rays have no image size, so there is no view to evaluate")
-    backdrop = jnp.full(3, 1.0 if background == "white" else 0.0)
+    if background == "black" and not split.has_alpha:
+        raise InputError("a black background needs images with alpha: in these the background is part of the picture")
     for index, name in enumerate(split.views):
-        rays, truth = _view(split, index, backdrop)
+        rays, truth = _view(split, index, _COLOURS[background])
         started = time.perf_counter()
-        out = render_ray_grid(
-            state.eval_params,
-            rays,
-            state.occupancy,
-            backdrop,
-            make_field=field_maker(config.field),
-            sampler=config.sampler,
-        )
+        out = render_view(state, rays, config=config, background=background)
         seconds = time.perf_counter() - started
         prediction = np.clip(np.asarray(out.rgb), 0, 1)
         similarity = float(ssim(prediction, truth)) if min(width, height) >= 11 else float("nan")
@@ -96,6 +92,20 @@ def evaluate_views(
             ViewScore(name, error, similarity, seconds),
             ViewPicture(prediction, truth, *map(np.asarray, (out.depth, out.opacity))),
         )
+
+
+def render_view(
+    state: TrainState, rays: Rays, *, config: NerfConfig, background: EvalBackground = "white"
+) -> RenderOutput:
+    """What a trained state shows along rays (H, W), as numpy arrays: `rendering.render_ray_grid` with all it needs."""
+    return render_ray_grid(
+        state.eval_params,
+        rays,
+        state.occupancy,
+        jnp.full(3, _COLOURS[background]),
+        make_field=field_maker(config.field),
+        sampler=config.sampler,
+    )
 
 
 def summarise(scores: Sequence[ViewScore], split: Split, background: EvalBackground) -> Evaluation:
@@ -114,7 +124,7 @@ def summarise(scores: Sequence[ViewScore], split: Split, background: EvalBackgro
     )
 
 
-def _view(split: Split, index: int, background: jax.Array) -> tuple[Rays, np.ndarray]:
+def _view(split: Split, index: int, background: float) -> tuple[Rays, np.ndarray]:
     """Rays (H, W) of a view, and its true colours (H, W, 3) f32 over the background."""
     data = split.images
     if isinstance(data, RayTable):
@@ -124,7 +134,7 @@ def _view(split: Split, index: int, background: jax.Array) -> tuple[Rays, np.nda
             data.rgb[rows]
         ).reshape(shape)
     rgba = np.asarray(data.rgba[index], np.float32) / 255
-    truth = rgba[..., :3] * rgba[..., 3:] + np.asarray(background) * (1 - rgba[..., 3:])
+    truth = rgba[..., :3] * rgba[..., 3:] + background * (1 - rgba[..., 3:])
     return jax.jit(view_rays)(data.camera, data.c2w[index]), truth
 
 
@@ -134,17 +144,20 @@ _SHEET_ROWS = 8
 def write_pictures(pictures: Iterable[ViewPicture], folder: Path, *, num_views: int) -> None:
     """Write folder/img_{i}.png for each picture, and a contact sheet of some of them beside the truth.
 
-    The folder is emptied first, so that it never mixes the views of two runs.
+    They replace what the folder held, all at once when the last is written.
     """
-    shutil.rmtree(folder, ignore_errors=True)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
     on_sheet = set(np.linspace(0, num_views - 1, _SHEET_ROWS).round().astype(int).tolist())
     rows = []
     for index, picture in enumerate(pictures):
         prediction = to_uint8(picture.prediction)
-        write_png(folder / f"img_{index}.png", prediction)
+        write_png(unfinished / f"img_{index}.png", prediction)
         if index in on_sheet:
             depth = depth_image(picture.depth, picture.opacity)
             error = error_image(picture.prediction, picture.truth)
             rows.append([to_uint8(picture.truth), prediction, error, depth])
     sheet = contact_sheet(rows, ["ground truth", "prediction", "error x 4", "depth"])
-    write_png(folder / "contact_sheet.png", sheet)
+    write_png(unfinished / "contact_sheet.png", sheet)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)

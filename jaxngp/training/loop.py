@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxngp.cameras import PosedImages
-from jaxngp.config import MarchConfig, NerfConfig
+from jaxngp.config import InputError, MarchConfig, NerfConfig
 from jaxngp.training.optimizer import learning_rate
 from jaxngp.training.state import TrainState, init_state
 from jaxngp.training.steps import Metrics, TrainingData, nerf_steps, refresh_occupancy, restrict_occupancy
@@ -67,12 +67,21 @@ def train(config: NerfConfig, data: TrainingData, *, resume: Progress | None = N
     else:
         started = time.perf_counter()
         state = jax.block_until_ready(programs.restrict(state, data))
+        _check_candidates(state)
         seconds = time.perf_counter() - started
         progress = Progress(state, None, 0, seconds, programs.seconds, 0.0, budget_fraction(0, seconds, config))
     yield progress
     while not progress.finished:
         progress = _dispatch(progress, data, programs, config)
         yield progress
+
+
+def _check_candidates(state: TrainState) -> None:
+    if state.occupancy is not None and not np.any(np.asarray(state.occupancy.occupied)):
+        raise InputError(
+            "no camera sees anything in the scene's box: set scene.box_centre and scene.box_side by --override, in the "
+            "units of the poses"
+        )
 
 
 def budget_fraction(step: int, seconds: float, config: NerfConfig) -> float:

@@ -21,7 +21,7 @@ def bar_interval() -> float:
 class ProgressBar:
     """How much of the budget is spent, with step, loss, PSNR, samples per second and time left.
 
-    The device is asked for its numbers only when the bar is drawn or `log_entry` is called.
+    Reading the numbers waits for the device; it is done once per dispatch.
     """
 
     def __init__(self) -> None:

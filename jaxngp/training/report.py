@@ -10,15 +10,17 @@ import contextlib
 import json
 import math
 import os
-import resource
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+import jaxngp
 
 Image8 = NDArray[np.uint8]  # (H, W, 3), sRGB
 
@@ -174,6 +176,19 @@ def append_jsonl(path: str | os.PathLike[str], value: Any) -> None:
         file.write(line.encode())
 
 
+def keep_lines(path: str | os.PathLike[str], wanted: Callable[[Any], bool]) -> None:
+    """Rewrites a file of JSON lines with those that are `wanted`; a line that a crash cut short is not."""
+    path = Path(path)
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if wanted(json.loads(line)):
+                kept.append(line + "\n")
+    write_text(path, "".join(kept))
+
+
 def _to_plain(value: Any) -> Any:
     """`value` in the types that JSON has."""
     if isinstance(value, Mapping):
@@ -192,8 +207,33 @@ def _to_plain(value: Any) -> Any:
 
 def peak_memory_bytes() -> int:
     """The most memory this process has had resident; of the host, not of an accelerator."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # bytes on macOS, KiB elsewhere
+
+
+def device_name() -> str:
+    """The device that jax computes on, in words; of a CPU also the number of cores this process may use."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return f"cpu, {cores} cores"
+    return device.device_kind
+
+
+def environment() -> dict[str, Any]:
+    """Where the numbers come from."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "device": device_name(),
+        "jax_version": jax.__version__,
+        "version": jaxngp.__version__,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_device_memory_bytes": stats.get("peak_bytes_in_use", 0),
+    }
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:

@@ -22,7 +22,7 @@ class TrainState:
 
     step: jax.Array  # () i32
     params: Params
-    ema_params: Params  # the average of params that is evaluated; empty where config.ema_decay is 0
+    ema_params: Params  # the average of params that is evaluated; empty where optimizer.ema_decay is 0
     opt_state: optax.OptState
     occupancy: OccupancyGrid | None  # None where the sampler needs none
     key: jax.Array  # () typed PRNG key

@@ -43,7 +43,7 @@ class StepNoise:
 
 @struct.dataclass
 class Metrics:
-    """Of one step, or averaged over the steps of one dispatch; they stay on the device until they are read."""
+    """Of one step, or averaged over the steps of one dispatch; they stay on the device until somebody reads them."""
 
     loss: jax.Array
     psnr: jax.Array  # of the batch, from its mean squared error

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 from tqdm import tqdm
 
-import jaxngp
 from jaxngp.config import NerfConfig
 from jaxngp.data import Split
 from jaxngp.training.evaluation import (
@@ -25,17 +22,8 @@ from jaxngp.training.evaluation import (
 )
 from jaxngp.training.loop import Progress
 from jaxngp.training.progress import bar_interval
-from jaxngp.training.report import peak_memory_bytes, table, write_json
+from jaxngp.training.report import environment, table, write_json
 from jaxngp.training.state import TrainState
-
-
-def device_name() -> str:
-    """The device that jax computes on, in words; of a CPU also the number of cores this process may use."""
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return f"cpu, {cores} cores"
-    return device.device_kind
 
 
 def training_summary(progress: Progress) -> dict[str, Any]:
@@ -45,18 +33,6 @@ def training_summary(progress: Progress) -> dict[str, Any]:
         "train_seconds": progress.seconds,
         "compile_seconds": progress.compile_seconds,
         "samples_per_second": progress.num_samples / progress.seconds if progress.seconds else 0.0,
-    }
-
-
-def environment() -> dict[str, Any]:
-    """Where the numbers come from."""
-    stats = jax.devices()[0].memory_stats() or {}
-    return {
-        "device": device_name(),
-        "jax_version": jax.__version__,
-        "version": jaxngp.__version__,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "peak_device_memory_bytes": stats.get("peak_bytes_in_use", 0),
     }
 
 
@@ -77,9 +53,16 @@ def evaluate_into(
     return summarise(scores, split, background)
 
 
-def write_summary(workdir: Path, scene: str, evaluation: Evaluation, training: dict[str, Any]) -> str:
-    """Write summary.json, and return it as a short table to print. `training` is of `training_summary`."""
-    summary = {"scene": scene, **dataclasses.asdict(evaluation), **training, **environment()}
+def write_summary(
+    workdir: Path, scene: str, evaluation: Evaluation, training: dict[str, Any], trained_on: dict[str, Any]
+) -> str:
+    """Write summary.json, and return it as a short table to print.
+
+    `training` is of `training_summary` and `trained_on` of the checkpoint: its device and memory belong to training,
+    wherever it is evaluated.
+    """
+    here = {"evaluated_on": environment()}
+    summary = {"scene": scene, **dataclasses.asdict(evaluation), **training, **trained_on, **here}
     write_json(workdir / "summary.json", summary)
     row = {
         "scene": scene,
