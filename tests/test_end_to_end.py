@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxngp import data
 from jaxngp.cameras import Rays, view_rays
 from jaxngp.config import PRESETS, NerfConfig, SceneConfig, apply_overrides
 from jaxngp.data import Split, builtin, load_evaluation, load_training
+from jaxngp.training import loop
 from jaxngp.training.evaluation import ViewPicture, evaluate_views, summarise
 from jaxngp.training.loop import Progress, train
 
@@ -88,3 +94,22 @@ def test_nothing_is_dropped_in_the_end(learned: tuple[Progress, Split]) -> None:
     assert metrics is not None
     assert float(metrics.rays) > 0.2 * CONFIG.train.num_rays
     assert float(metrics.occupied_fraction) < 0.2
+
+
+def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, learned: tuple[Progress, Split]) -> None:
+    """All blocks in one namespace, as in a notebook; only the config is a smaller one."""
+    progress, split = learned
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.setitem(PRESETS, "small", CONFIG)
+    monkeypatch.setattr(loop, "train", lambda *_: iter([progress]))
+    monkeypatch.setattr(data, "load_training", lambda _: split)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)  # our own README
+    assert names["features"].shape == (1000, 32)
+    assert names["slopes"].shape == (1000, 3)
+    assert names["picture"].shape == (SIZE, SIZE, 3)
+    assert names["slope"].shape == (3, 4)
+    assert np.all(np.isfinite(names["slope"]))
