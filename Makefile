@@ -3,7 +3,7 @@
 # Both first make a virtual environment, which takes a minute, and only again when pyproject.toml changes.
 #
 #   make train SCENE=lego DATA_DIR=~/nerf_synthetic ARGS="--preset=base --max_seconds=300"
-#   make test ARGS="-n 4 -k hash"
+#   make test JOBS=4 ARGS="-k hash"
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,6 +11,7 @@ SCENE ?= bricks
 DATA_DIR ?=
 WORKDIR ?=
 ARGS ?=
+JOBS ?= 2
 
 # The jax for the GPU that is here: CUDA 13 needs driver 580, an older driver gets CUDA 12, and no GPU no extra.
 ifndef EXTRA
@@ -28,7 +29,7 @@ train: $(RUN_STAMP)
 	$(VENV)/bin/python -m jaxngp.train $(strip --scene=$(SCENE) $(DATA_DIR:%=--data_dir=%) $(WORKDIR:%=--workdir=%) $(ARGS))
 
 test: $(DEV_STAMP)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist=loadfile $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check
