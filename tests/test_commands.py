@@ -18,6 +18,7 @@ from PIL import Image
 
 from jaxngp import evaluate, flags, render, train
 from jaxngp.config import PRESETS, from_json
+from jaxngp.training import evaluation, summary
 
 SIZE = 24
 TINY = [
@@ -340,3 +341,37 @@ def test_an_interrupted_run_is_saved_and_goes_on(scene: Path, tmp_path: Path) ->
     assert "goes on from here" in error
     steps = json.loads(log.read_text().splitlines()[-1])["step"]
     assert os.listdir(tmp_path / "checkpoints") == [str(steps)]  # noqa: PTH208
+
+
+def test_a_frame_with_a_camera_of_its_own_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scene = write_scene(tmp_path / "scene")
+    path = scene / "transforms_train.json"
+    plain = json.loads(path.read_text())
+    plain["frames"][1]["fl_x"] = 999.0
+    path.write_text(json.dumps(plain))
+    error = refusal(capsys, "train", f"--scene={scene}", f"--workdir={tmp_path / 'run'}", *TINY)
+    assert "frame 1 has a fl_x of its own" in error
+    path.write_text(json.dumps({**plain, "frames": plain["frames"][:1], "camera_model": "OPENCV_FISHEYE"}))
+    assert "camera_model" in refusal(capsys, "train", f"--scene={scene}", f"--workdir={tmp_path / 'run'}", *TINY)
+
+
+def test_the_summary_keeps_the_device_that_trained(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "environment", lambda: {"device": "another machine"})
+    run("evaluate", f"--workdir={trained}", "--eval_views=1")
+    written = json.loads((trained / "summary.json").read_text())
+    assert written["device"].startswith("cpu")
+    assert written["evaluated_on"] == {"device": "another machine"}
+
+
+def test_pictures_of_an_interrupted_evaluation_replace_none(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("evaluate", f"--workdir={trained}")
+    before = {path.name: path.read_bytes() for path in (trained / "novel_views").iterdir()}
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "contact_sheet", stop)
+    with pytest.raises(SystemExit) as exit_info:
+        run("evaluate", f"--workdir={trained}", "--background=black")
+    assert exit_info.value.code == 130
+    assert {path.name: path.read_bytes() for path in (trained / "novel_views").iterdir()} == before
