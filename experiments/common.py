@@ -41,26 +41,27 @@ def median_ms(contestants: Mapping[str, Callable[[], object]], *, runs: int = 9)
     return {name: 1e3 * float(np.median(times)) for name, times in seconds.items()}
 
 
-def in_loop(stage: Callable[[jax.Array], Any], x: jax.Array, *, rounds: int = 10) -> Callable[[], jax.Array]:
-    """A compiled program that runs `stage` `rounds` times on the floats `x`, as a function without arguments.
+def in_loop(stage: Callable[..., Any], x: jax.Array, *others: Any, rounds: int = 10) -> Callable[[], jax.Array]:
+    """A compiled program that runs stage(x, *others) `rounds` times, as a function without arguments. x holds floats.
 
-    The input of each round depends on all of the output of the one before, by a sum too small to change it: so XLA
+    The input x of each round depends on all of the output of the one before, by a sum too small to change it: so XLA
     can neither hoist the stage out of the loop nor leave out a part of it. The sum is part of the round.
     """
 
-    def one_round(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x, total = carry
-        total = total + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(stage(x)))
-        return x + total * 1e-30, total
+    def run(x: jax.Array, *others: Any) -> jax.Array:
+        def one_round(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            x, total = carry
+            total = total + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(stage(x, *others)))
+            return x + total * 1e-30, total
+
+        return jax.lax.fori_loop(0, rounds, one_round, (x, jnp.float32(0)))[1]
 
     # Traced here, since a stage may trace to something else later, under another patch.
-    program = jax.jit(lambda x: jax.lax.fori_loop(0, rounds, one_round, (x, jnp.float32(0)))[1]).lower(x).compile()
-    return lambda: program(x)
+    program = jax.jit(run).lower(x, *others).compile()
+    return lambda: program(x, *others)
 
 
-def loop_ms(
-    stages: Mapping[str, tuple[Callable[[jax.Array], Any], jax.Array]], *, rounds: int = 10, runs: int = 9
-) -> dict[str, float]:
-    """Milliseconds of one round of each stage and its input `in_loop`: what a stage costs inside a larger program."""
-    programs = {name: in_loop(stage, x, rounds=rounds) for name, (stage, x) in stages.items()}
+def loop_ms(stages: Mapping[str, tuple[Any, ...]], *, rounds: int = 10, runs: int = 9) -> dict[str, float]:
+    """Milliseconds of one round of each (stage, x, *others) `in_loop`: what a stage costs inside a larger program."""
+    programs = {name: in_loop(*stage, rounds=rounds) for name, stage in stages.items()}
     return {name: time / rounds for name, time in median_ms(programs, runs=runs).items()}

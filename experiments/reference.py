@@ -1,0 +1,138 @@
+"""The 100-line PyTorch reference, executed from the file that holds it, and its recipe.
+
+None of its code is part of this project: it is given as a path, to its source or to the text of the web page that
+shows it. PyTorch is imported where it is used, and comes with `pip install .[bench]`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxngp.cameras import view_rays
+from jaxngp.config import InputError, SceneConfig
+from jaxngp.data import Split
+from jaxngp.data.rays import RayTable
+
+NAMES = ("NGP", "train", "render_rays")  # what the source must define
+NUM_LEVELS, NUM_FEATURES, TABLE_SIZE = 16, 2, 2**19
+MIN_RESOLUTION, MAX_RESOLUTION = 16, 2048
+NUM_FREQUENCIES = 4  # of the direction
+NEAR, FAR, NUM_BINS = 2, 6, 192  # world units
+BATCH_SIZE = 2**14  # rays
+
+
+# The program.
+
+
+def bench_module(name: str) -> ModuleType:
+    """A module of the extra `bench`. Raises InputError where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error.name} is not installed: pip install .[bench]") from None
+
+
+def python_part(text: str) -> str:
+    """The program in a text: all of it, or else its longest run of lines that is Python and begins with an import.
+
+    What comes before is blank lines, so that line numbers are those of the text.
+    """
+    if _is_python(text):
+        return text
+    lines = text.splitlines()
+    longest: list[str] = []
+    first = 0
+    for start, line in enumerate(lines):
+        if re.match(r"(import|from)\s", line):
+            for end in range(len(lines), start + len(longest), -1):
+                if _is_python("\n".join(lines[start:end])):
+                    first, longest = start, lines[start:end]
+                    break
+    return "\n".join([*[""] * first, *longest, ""])
+
+
+def _is_python(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError):  # the latter for a null byte
+        return False
+    return True
+
+
+def load_reference(path: str | Path, names: Sequence[str] = NAMES) -> ModuleType:
+    """Executes the program in a file as a module that is not the main one, and whose `device` is the CPU.
+
+    Raises InputError where the file holds no program, or one that needs what is not installed or lacks a name.
+    """
+    path = Path(path).expanduser()
+    try:
+        source = python_part(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not text; give the reference's source, or a page's text that holds it") from None
+    module = ModuleType("reference")
+    module.__dict__["device"] = "cpu"  # a global that its main block would set
+    try:
+        exec(compile(source, str(path), "exec"), module.__dict__)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{path} needs {error.name}, which is not installed: pip install .[bench]") from None
+    if missing := [name for name in names if not hasattr(module, name)]:
+        raise InputError(f"{path}: its Python defines no {missing[0]}; expected {', '.join(names)}")
+    return module
+
+
+# The recipe.
+
+
+def level_resolutions() -> list[int]:
+    """Its levels' N, by its own formula in floating point, which need not end at MAX_RESOLUTION exactly."""
+    growth = np.exp((np.log(MAX_RESOLUTION) - np.log(MIN_RESOLUTION)) / (NUM_LEVELS - 1))
+    return [int(MIN_RESOLUTION * growth**level) for level in range(NUM_LEVELS)]
+
+
+def make_model(reference: ModuleType, box_side: float) -> Any:
+    """Its network, for a box of the world about the origin. box_side is what it calls aabb_scale."""
+    return reference.NGP(TABLE_SIZE, level_resolutions(), NUM_FREQUENCIES, "cpu", box_side)
+
+
+def make_optimizer(torch: ModuleType, model: Any) -> Any:
+    """Adam, with L2 on the networks and not on the tables."""
+    parts = ((model.lookup_tables, 0.0), (model.density_MLP, 1e-6), (model.color_MLP, 1e-6))
+    groups = [{"params": part.parameters(), "weight_decay": decay} for part, decay in parts]
+    return torch.optim.Adam(groups, lr=1e-2, betas=(0.9, 0.99), eps=1e-15)
+
+
+# The data.
+
+
+def ray_rows(split: Split, scene: SceneConfig) -> np.ndarray:
+    """A split as the reference reads it: rows (V * H * W, 9) f32 of origin, unit direction, and rgb over white.
+
+    Origins are in world units, counted from the middle of the scene's box, which its network has about the origin.
+    """
+    images = split.images
+    if isinstance(images, RayTable):
+        origin, direction, rgb = (np.asarray(a) for a in (images.rays.origin, images.rays.direction, images.rgb))
+    else:
+        views = [jax.jit(view_rays)(images.camera, c2w) for c2w in images.c2w]
+        origin, direction = (
+            np.concatenate([np.asarray(part).reshape(-1, 3) for part in parts])
+            for parts in ([rays.origin for rays in views], [rays.direction for rays in views])
+        )
+        rgba = np.asarray(images.rgba).reshape(-1, 4).astype(np.float32) / 255
+        rgb = rgba[:, :3] * rgba[:, 3:] + (1 - rgba[:, 3:])
+    return np.concatenate([(origin - 0.5) * np.float32(scene.box_side), direction, rgb], axis=1, dtype=np.float32)
+
+
+def environment() -> dict[str, Any]:
+    """What its numbers come from, beside what `jaxngp.training.report.environment` says."""
+    torch = bench_module("torch")
+    return {"torch_version": torch.__version__, "torch_threads": torch.get_num_threads()}
