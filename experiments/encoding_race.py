@@ -162,14 +162,23 @@ def make_problem(grid: HashGridConfig, position: jax.Array) -> Problem:
     )
 
 
-def differences(contestants: Mapping[str, Contestant]) -> dict[str, float]:
-    """The largest difference of features and gradients from the first contestant's, relative to their largest."""
+def check_agreement(contestants: Mapping[str, Contestant], *, tolerance: float) -> dict[str, float]:
+    """The largest difference of features and gradients from the first contestant's, relative to their largest.
+
+    Raises InputError where it is more than `tolerance`.
+    """
     results = {name: _arrays(*contestant.both()) for name, contestant in contestants.items()}
-    first, *_ = results.values()
-    return {
-        name: max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in zip(arrays, first, strict=True))
+    (first, expected), *_ = results.items()
+    apart = {
+        name: float(np.max([np.max(np.abs(a - b)) / np.max(np.abs(b)) for a, b in zip(arrays, expected, strict=True)]))
         for name, arrays in results.items()
     }
+    for name, difference in apart.items():
+        if not difference <= tolerance:
+            raise InputError(
+                f"{name} differs from {first} by {difference:.2g} of the largest: expected {tolerance:.2g}"
+            )
+    return apart
 
 
 def _arrays(features: Any, gradient: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -187,11 +196,7 @@ def race(points: str, problem: Problem, path: str, *, runs: int) -> list[dict[st
     if path:
         contestants["reference"] = torch_contestant(path, problem)
     rows: list[dict[str, Any]] = []
-    tolerance = TOLERANCE * grid.max_resolution
-    apart = differences(contestants)
-    for name, difference in apart.items():
-        if not difference <= tolerance:
-            raise InputError(f"{name} differs from jaxngp by {difference:.2g} of the largest: expected {tolerance:g}")
+    apart = check_agreement(contestants, tolerance=TOLERANCE * grid.max_resolution)
     for index, direction in enumerate(("forward", "forward + backward")):
         calls = {name: (c.forward, c.both)[index] for name, c in contestants.items()}
         loops = {name: c.in_loop[index] for name, c in contestants.items() if c.in_loop}

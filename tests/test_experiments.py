@@ -1,0 +1,267 @@
+"""The experiments: what they compute of their measurements, and the programs that they measure."""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from scenes import BALL, make_camera, photograph, pixel_rays, poses_around
+
+from experiments import common, encoding_race, race, reference
+from experiments.race import Curve
+from jaxngp.cameras import view_rays
+from jaxngp.config import HashGridConfig, InputError, SceneConfig
+from jaxngp.data import Split
+from jaxngp.data.rays import RayTable
+from jaxngp.encodings import hash_encode
+
+PROGRAM = """import math
+from math import pi
+
+def train(x):
+    return x * pi
+
+class NGP:
+    pass
+
+def render_rays():
+    return math.tau
+
+if __name__ == "__main__":
+    raise RuntimeError("run as the main program")
+"""
+PAGE = f"""A page about a paper · with $formulas$
+
+from its abstract: import duties, among others.
+import this is how one might begin a sentence
+
+{PROGRAM}
+a last line of prose
+"""
+
+
+# The reference's source.
+
+
+@pytest.mark.parametrize(
+    "text", [PROGRAM, PAGE, f'"""A docstring."""\n\nX = 1\n{PROGRAM}'], ids=["py", "page", "whole"]
+)
+def test_a_program_is_found_and_executed(tmp_path: Path, text: str) -> None:
+    (tmp_path / "source.txt").write_text(text, encoding="utf-8")
+    module = reference.load_reference(tmp_path / "source.txt")
+    assert module.train(2) == 2 * np.pi
+    assert module.device == "cpu"
+    line = text.splitlines().index("def train(x):") + 1
+    assert module.train.__code__.co_firstlineno == line  # tracebacks point into the file
+
+
+def test_nothing_of_a_program_is_left_out() -> None:
+    assert reference.python_part(PAGE).strip() == PROGRAM.strip()
+    assert not reference.python_part("only prose · here\nimport duties among others\n").strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("only prose · here", "defines no NGP"),
+        (PROGRAM.replace("def train", "def fit"), "defines no train"),
+        ("import no_such_module\n", "no_such_module, which is not installed: pip install .[bench]"),
+    ],
+)
+def test_a_file_without_the_reference_is_refused_in_one_line(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "source.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=re.escape(says)) as info:
+        reference.load_reference(tmp_path / "source.txt")
+    assert "\n" not in str(info.value)
+
+
+def test_a_missing_extra_is_named() -> None:
+    with pytest.raises(InputError, match=re.escape("pip install .[bench]")):
+        reference.bench_module("no_such_module")
+
+
+def ball_split(num_views: int = 3) -> Split:
+    images = photograph(BALL, make_camera(5, 4, 6.0), poses_around(num_views, 1.5))
+    return Split("val", tuple(map(str, range(num_views))), images, has_alpha=True)
+
+
+def test_ray_rows_are_the_views_in_world_units() -> None:
+    split, scene = ball_split(), SceneConfig(box_side=3.0, box_centre=(7.0, 0.0, 0.0))
+    rows = reference.ray_rows(split, scene).reshape(3, 4, 5, 9)
+    assert rows.dtype == np.float32
+    for view, c2w, rgba in zip(rows, split.images.c2w, split.images.rgba / 255.0, strict=True):
+        origin, direction = pixel_rays(split.images.camera, c2w)
+        assert_allclose(view[..., :3], 3 * (origin - 0.5), atol=1e-5)  # the box's middle is the origin
+        assert_allclose(view[..., 3:6], direction, atol=1e-6)
+        assert_allclose(view[..., 6:], rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:], atol=1e-6)
+
+
+def test_ray_rows_of_a_table_are_those_of_its_views() -> None:
+    split, scene = ball_split(), SceneConfig()
+    rows = reference.ray_rows(split, scene)
+    rays = jax.tree.map(np.asarray, view_rays(split.images.camera, split.images.c2w[0]))
+    table = RayTable(jax.tree.map(lambda a: a.reshape(-1, 3), rays), rows[:20, 6:], 5, 4)
+    assert_allclose(reference.ray_rows(Split("val", ("0",), table, False), scene), rows[:20], atol=1e-5)
+
+
+# The race.
+
+FAST = Curve("small", 4.0, [1.0, 2.0, 4.0], [10, 20, 40], [18.0, 22.0, 26.0])
+SLOW = Curve("reference", 0.0, [10.0, 30.0], [1, 3], [12.0, 21.0])
+
+
+def test_time_to_a_level() -> None:
+    assert FAST.time_to(18) == FAST.time_to(10) == 1  # no evaluation before the first
+    assert FAST.time_to(20) == 1.5
+    assert FAST.time_to(22) == 2
+    assert FAST.time_to(24) == 3
+    assert FAST.time_to(26.1) is None
+    assert FAST.time_to(20, with_compile=True) == 5.5
+    dented = Curve("", 0.0, [1.0, 2.0, 3.0, 4.0], [1, 2, 3, 4], [10.0, 20.0, 15.0, 25.0])
+    assert dented.time_to(18) == 1.8  # the first time that it is reached
+
+
+def test_the_tables_hold_times_bounds_and_ratios() -> None:
+    text = race.tables([FAST, SLOW])
+    lines = [line for line in text.splitlines() if line]
+    assert "| small | 4.0 | 1.5 | 2.0 | 2.8 | 3.5 | > 4.0 | > 4.0 |" in lines
+    assert "| small | 4.0 | 5.5 | 6.0 | 6.8 | 7.5 | > 8.0 | > 8.0 |" in lines
+    assert lines.count("| reference | 0.0 | 27.8 | > 30.0 | > 30.0 | > 30.0 | > 30.0 | > 30.0 |") == 2
+    # 27.8 / 1.5; then the reference takes longer than 30 s; then neither gets there.
+    assert "| small | without | 18.5 | > 15 | > 10.9 | > 8.57 | - | - |" in lines
+    assert "| small | with | 5.05 | > 5 | > 4.44 | > 4 | - | - |" in lines
+    assert "time of the reference" not in race.tables([FAST])
+    faster = Curve("reference", 0.0, [1.0], [1], [30.0])
+    assert "| small | without | 0.667 | 0.5 | 0.364 | 0.286 | < 0.25 | < 0.25 |" in race.tables([FAST, faster])
+
+
+def judged(budget: float, stop_psnr: float, psnr_of_second: dict[float, float]) -> Curve:
+    judge = race.Judge("", budget, stop_psnr)
+    for step, (seconds, value) in enumerate(psnr_of_second.items(), 1):
+        if judge.ended(seconds, step, functools.partial(float, value)):
+            return judge.curve
+    raise AssertionError("the budget has no end")
+
+
+def test_a_curve_is_evaluated_at_growing_intervals_and_ends_with_the_budget_or_the_level() -> None:
+    seconds = {s / 4: s / 4 for s in range(1, 100)}
+    assert judged(6, 0, seconds).seconds == [1, 1.5, 2, 3, 5, 6]
+    assert judged(6, 2.5, seconds).seconds == [1, 1.5, 2, 3]
+    assert judged(6, 2.5, seconds).steps == [4, 6, 8, 12]
+    assert judged(0.6, 0, seconds).psnr == [0.75]  # at least once, at the end
+    assert judged(50, 0, {0.5: 1, 8: 2, 60: 3}).seconds == [8, 60]  # steps that pass several marks
+
+
+def test_a_plot_is_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the plot needs pip install .[bench]")
+    race.write_plot(tmp_path / "runs" / "race.png", [FAST, SLOW], "a title")
+    assert (tmp_path / "runs" / "race.png").read_bytes().startswith(b"\x89PNG")
+
+
+TORCH_REFERENCE = """import torch
+
+class NGP(torch.nn.Module):
+    def __init__(self, T, Nl, L, device, aabb_scale):
+        super().__init__()
+        self.lookup_tables = torch.nn.ParameterDict({"0": torch.nn.Parameter(torch.zeros(2))})
+        self.density_MLP = torch.nn.Linear(1, 1)
+        self.color_MLP = torch.nn.Linear(6, 3)
+
+def render_rays(model, origin, direction, hn, hf, nb_bins):
+    assert torch.is_grad_enabled() == (len(origin) == 8)  # in training and not in evaluation
+    return torch.sigmoid(model.color_MLP(torch.cat((origin, direction), dim=1)))
+
+def train(model, optimizer, data_loader, device, hn, hf, nb_epochs, nb_bins):
+    for _ in range(nb_epochs):
+        for batch in data_loader:
+            loss = ((render_rays(model, batch[:, :3], batch[:, 3:6], hn, hf, nb_bins) - batch[:, 6:]) ** 2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+"""
+
+
+def test_the_reference_trains_itself_until_the_judge_ends_it(tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="the reference needs pip install .[bench]")
+    (tmp_path / "source.py").write_text(TORCH_REFERENCE, encoding="utf-8")
+
+    class Every8th(race.Judge):
+        """A clock that tells steps."""
+
+        def ended(self, seconds: float, step: int, evaluate: object) -> bool:
+            assert seconds > 0
+            return super().ended(step / 8, step, evaluate)
+
+    module, split = reference.load_reference(tmp_path / "source.py"), ball_split(2)
+    judge = Every8th("reference", 4, 0)
+    curve = race.run_reference(module, split, split, judge, scene=SceneConfig(), batch_size=8)
+    assert curve.steps == [8, 12, 16, 24, 32]
+    assert curve.psnr[-1] > curve.psnr[0]
+
+
+# The encoding's race.
+
+GRID = HashGridConfig(num_levels=2, table_size=2**8, min_resolution=4, max_resolution=50, dense_levels=False)
+
+
+def problem(grid: HashGridConfig = GRID) -> encoding_race.Problem:
+    return encoding_race.make_problem(grid, common.points_on_rays(jax.random.key(0), 40))
+
+
+def test_the_naive_encoding_is_ours() -> None:
+    """Differently written, so that each tests the other, at the faces of the cube too."""
+    given = problem()
+    corners = jnp.array([[0.0, 0.5, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    position = jnp.concatenate([given.position, corners])
+    ours = jax.jit(hash_encode, static_argnames="grid")(given.table, position, grid=GRID)
+    naive = jax.jit(encoding_race.encode_naive, static_argnames="grid")(given.table, position, grid=GRID)
+    assert_allclose(naive, ours, atol=1e-4)
+
+
+def test_the_encodings_race() -> None:
+    rows = encoding_race.race("uniform", problem(replace(GRID, num_levels=1)), "", runs=1)
+    assert [row["contestant"] for row in rows] == ["jaxngp", "naive JAX"] * 2
+    assert "| uniform | forward | jaxngp |" in encoding_race.markdown(rows)
+
+
+def test_contestants_that_disagree_are_refused() -> None:
+    def contestant(feature: float, *gradients: float) -> encoding_race.Contestant:
+        parts = tuple(np.array([g]) for g in gradients)
+        return encoding_race.Contestant(lambda: None, lambda: (np.array([1.0, feature]), parts), ())
+
+    same = {"ours": contestant(2, 4, 5), "close": contestant(2.001, 4, 5)}
+    assert encoding_race.check_agreement(same, tolerance=1e-3) == {"ours": 0, "close": pytest.approx(5e-4)}
+    for other in (contestant(2.1, 4, 5), contestant(2, 4, 5.1), contestant(np.nan, 4, 5)):
+        with pytest.raises(InputError, match="other differs from ours"):
+            encoding_race.check_agreement({**same, "other": other}, tolerance=1e-3)
+
+
+# Times.
+
+
+def test_contestants_take_turns() -> None:
+    calls: list[str] = []
+    times = common.median_ms({name: functools.partial(calls.append, name) for name in "AB"}, runs=2)
+    assert "".join(calls) == "ABABAB"  # the first of each is not counted
+    assert times.keys() == {"A", "B"}
+
+
+def test_a_loop_runs_every_round_on_all_of_the_output() -> None:
+    x = jnp.arange(4.0)
+    total = common.in_loop(lambda x, factor: {"a": factor * x, "b": jnp.ones(3)}, x, jnp.float32(2), rounds=5)()
+    assert_allclose(total, 5 * (2 * 6 + 3))
+
+
+def test_points_on_rays_lie_in_the_cube_a_step_apart() -> None:
+    points = common.points_on_rays(jax.random.key(0), 50, per_ray=10, step=0.001)
+    assert points.shape == (50, 3)
+    assert ((points >= 0) & (points <= 1)).all()
+    gaps = np.linalg.norm(np.diff(np.asarray(points).reshape(5, 10, 3), axis=1), axis=-1)
+    assert np.median(gaps) == pytest.approx(0.001, rel=1e-2)
