@@ -174,13 +174,14 @@ def tables(curves: Sequence[Curve]) -> str:
         for curve in curves:
             cells = " | ".join(_time_cell(curve, level, with_compile) for level in LEVELS)
             lines.append(f"| {curve.name} | {curve.compile_seconds:.1f} | {cells} |")
-    references = [curve for curve in curves if curve.name == REFERENCE]
-    for curve in references:
-        lines += ["", f"| time of the reference / time of | compilation | {header} |", "|---|---" + rule]
-        for preset in curves:
-            for with_compile in (False, True) if preset is not curve else ():
-                cells = " | ".join(_ratio_cell(curve, preset, level, with_compile) for level in LEVELS)
-                lines.append(f"| {preset.name} | {'with' if with_compile else 'without'} | {cells} |")
+    presets = [curve for curve in curves if curve.name != REFERENCE]
+    for slow in curves:
+        if slow.name == REFERENCE and presets:
+            lines += ["", f"| time of the reference / time of | compilation | {header} |", "|---|---" + rule]
+            for fast in presets:
+                for with_compile in (False, True):
+                    cells = " | ".join(_ratio_cell(slow, fast, level, with_compile) for level in LEVELS)
+                    lines.append(f"| {fast.name} | {'with' if with_compile else 'without'} | {cells} |")
     return "\n".join(lines)
 
 

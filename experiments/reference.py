@@ -71,21 +71,22 @@ def _is_python(text: str) -> bool:
 def load_reference(path: str | Path, names: Sequence[str] = NAMES) -> ModuleType:
     """Executes the program in a file as a module that is not the main one, and whose `device` is the CPU.
 
-    Raises InputError where the file holds no program, or one that needs what is not installed or lacks a name.
+    Raises InputError where the file holds no program that defines `names`, or one that needs what is not installed.
     """
     path = Path(path).expanduser()
     try:
         source = python_part(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not text; give the reference's source, or a page's text that holds it") from None
+    defined = {getattr(node, "name", None) for node in ast.parse(source).body}  # by def or class
+    if missing := [name for name in names if name not in defined]:  # known before any of it is executed
+        raise InputError(f"{path}: holds no Python that defines {missing[0]}; expected {', '.join(names)}")
     module = ModuleType("reference")
     module.__dict__["device"] = "cpu"  # a global that its main block would set
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
     except ModuleNotFoundError as error:
         raise InputError(f"{path} needs {error.name}, which is not installed: pip install .[bench]") from None
-    if missing := [name for name in names if not hasattr(module, name)]:
-        raise InputError(f"{path}: its Python defines no {missing[0]}; expected {', '.join(names)}")
     return module
 
 
