@@ -10,7 +10,14 @@ from jax import lax
 
 from jaxngp.cameras import Rays
 from jaxngp.config import MarchConfig, StratifiedConfig
-from jaxngp.occupancy import OccupancyGrid, bit_at, nth_set_bit, pack_bits
+from jaxngp.fusion import walled
+from jaxngp.occupancy import OccupancyGrid, bit_of, cell_at, even_bits, nth_set_bit, pack_bits
+
+Bound = float | jax.Array
+"""A corner of a box: one number for all axes, or (3,)."""
+
+_MARGIN = 1e-5
+"""By which rounding may move the place where a ray enters the grid's bounds, in scene units."""
 
 
 @struct.dataclass
@@ -34,49 +41,31 @@ class Candidates:
     """The steps of R rays that fall into occupied cells.
 
     words (R, S / 32) u32: bit i % 32 of word i // 32 stands for the step from t_start + i dt to t_start + (i + 1) dt.
+    Before t_start there are none.
     """
 
     words: jax.Array
     t_start: jax.Array  # (R,)
 
 
-def box_interval(rays: Rays) -> tuple[jax.Array, jax.Array]:
-    """Where rays are inside the unit cube: t_near >= 0 and t_far, each (...); t_far <= t_near if they miss it.
+def box_interval(rays: Rays, low: Bound = 0.0, high: Bound = 1.0) -> tuple[jax.Array, jax.Array]:
+    """Where rays are inside a box, the unit cube if not told: t_near >= 0 and t_far, each (...).
 
-    By slabs (Kay and Kajiya 1986). A component of the direction that is nearly 0 counts as tiny: then the two
-    planes lie far away on either side, or, for an origin outside them, both on one side.
+    t_far <= t_near if they miss it. By slabs (Kay and Kajiya 1986). A component of the direction that is nearly 0
+    counts as tiny: then the two planes lie far away on either side, or, for an origin outside them, both on one side.
     """
     direction = rays.direction
     tiny = jnp.where(direction < 0, -1e-12, 1e-12)
     inverse = 1 / jnp.where(jnp.abs(direction) < 1e-12, tiny, direction)
-    t0, t1 = (0 - rays.origin) * inverse, (1 - rays.origin) * inverse
+    t0, t1 = (low - rays.origin) * inverse, (high - rays.origin) * inverse
     t_near = jnp.maximum(jnp.max(jnp.minimum(t0, t1), axis=-1), 0)
     return t_near, jnp.min(jnp.maximum(t0, t1), axis=-1)
 
 
 def find_candidates(rays: Rays, grid: OccupancyGrid, jitter: jax.Array, *, config: MarchConfig) -> Candidates:
-    """Test all steps of R rays against the grid. jitter (R,) in [0, 1): where in its step a sample lies."""
-    t_near, t_far = box_interval(rays)
-    words = _steps_in(grid.occupied, rays, t_near, t_far, jitter, grid.resolution, config)
-    return Candidates(words=words, t_start=t_near)
-
-
-def _steps_in(
-    cells: jax.Array,
-    rays: Rays,
-    t_near: jax.Array,
-    t_far: jax.Array,
-    jitter: jax.Array,
-    resolution: int,
-    config: MarchConfig,
-) -> jax.Array:
-    """The steps (R, S / 32) u32 of rays that fall into a set of cells (G^3 / 32,) u32, inside the box.
-
-    The tests are packed into words as they are made: no (R, S, 3) array of positions is stored.
-    """
-    t = t_near[:, None] + (jnp.arange(config.num_steps) + jitter[:, None]) * config.step_size
-    x, y, z = (rays.origin[:, axis, None] + t * rays.direction[:, axis, None] for axis in range(3))
-    return pack_bits(bit_at(cells, x, y, z, resolution=resolution) & (t < t_far[:, None]))
+    """Test the steps of R rays against the grid. jitter (R,) in [0, 1): where in its step a sample lies."""
+    t_start, (occupied,) = _test_steps(rays, grid, (grid.occupied,), jitter, config)
+    return Candidates(words=occupied, t_start=t_start)
 
 
 def find_visible(rays: Rays, grid: OccupancyGrid, jitter: jax.Array, *, config: MarchConfig) -> Candidates:
@@ -86,12 +75,60 @@ def find_visible(rays: Rays, grid: OccupancyGrid, jitter: jax.Array, *, config: 
     nothing. What is opaque is read off the grid, so this is a guess, and the length is counted in cells so that no
     single cell, which may be opaque only in part, ends a ray. Rendering makes no guess.
     """
-    candidates = find_candidates(rays, grid, jitter, config=config)
     if config.opaque_steps == 0:
-        return candidates
-    t_far = box_interval(rays)[1]
-    opaque = _steps_in(grid.opaque, rays, candidates.t_start, t_far, jitter, grid.resolution, config)
-    return Candidates(words=candidates.words & until_nth(opaque, config.opaque_steps), t_start=candidates.t_start)
+        return find_candidates(rays, grid, jitter, config=config)
+    t_start, (occupied, opaque) = _test_steps(rays, grid, (grid.occupied, grid.opaque), jitter, config)
+    return Candidates(words=occupied & until_nth(opaque, config.opaque_steps), t_start=t_start)
+
+
+def _test_steps(
+    rays: Rays, grid: OccupancyGrid, sets: tuple[jax.Array, ...], jitter: jax.Array, config: MarchConfig
+) -> tuple[jax.Array, list[jax.Array]]:
+    """t_start (R,), and for each set of cells (G^3 / 32,) u32 the steps (R, S / 32) u32 of the rays that fall into it.
+
+    All within the cube, of which only the part inside the grid's bounds is tested. Steps are counted from the last
+    one, of all that start where the ray enters the cube, that begins before those bounds.
+    """
+    t_near, t_far = box_interval(rays)
+    rays, jitter, t_far = lax.stop_gradient((rays, jitter, t_far))  # bits have no derivative; t_start has
+    t_enter, t_leave = box_interval(rays, grid.bounds[0], grid.bounds[1])
+    t_enter, t_leave = t_enter - _MARGIN, jnp.minimum(t_leave + _MARGIN, t_far)
+    skipped = jnp.floor(jnp.maximum(t_enter - lax.stop_gradient(t_near), 0) / config.step_size)
+    t_start = t_near + skipped * config.step_size
+    first_t = lax.stop_gradient(t_start)
+
+    def words(first: jax.Array, count: int) -> list[jax.Array]:
+        """(R, count) u32 for each set: the words from the given one on. No (R, S, 3) array of positions is stored."""
+        step = first * 32 + jnp.arange(count * 32)
+        t = first_t[:, None] + (step + jitter[:, None]) * config.step_size
+        x, y, z = (rays.origin[:, axis, None] + t * rays.direction[:, axis, None] for axis in range(3))
+        cell = cell_at(x, y, z, resolution=grid.resolution)
+        inside = t < t_leave[:, None]
+        if len(sets) == 1:
+            return [pack_bits(bit_of(sets[0], cell) & inside)]
+        # Two sets in one pass: two bits a step and 16 steps a word, taken apart afterwards.
+        codes = sum(bit_of(cells, cell).astype(jnp.uint32) << i for i, cells in enumerate(sets))
+        codes = jnp.where(inside, codes, 0).reshape(-1, count, 2, 16)
+        halves = jnp.sum(codes << (2 * np.arange(16, dtype=np.uint32)), axis=-1, dtype=jnp.uint32)
+        apart = [even_bits(halves >> i) for i in range(2)]
+        return [half[..., 0] | (half[..., 1] << 16) for half in apart]
+
+    def as_loop(*_: jax.Array) -> list[jax.Array]:
+        """Word by word, and none beyond the last that any ray needs."""
+        longest = jnp.max(jnp.maximum(t_leave - first_t, 0), initial=0.0)
+        needed = jnp.minimum(jnp.ceil(longest / (32 * config.step_size)).astype(jnp.int32), config.num_steps // 32)
+
+        def one(i: jax.Array, found: list[jax.Array]) -> list[jax.Array]:
+            new = walled(lambda _: words(i, 1), first_t)  # fused into what follows, it would keep one core busy
+            return [lax.dynamic_update_slice(f, w.T, (i, 0)) for f, w in zip(found, new, strict=True)]
+
+        empty = jnp.zeros((config.num_steps // 32, len(jitter)), jnp.uint32)
+        return [f.T for f in lax.fori_loop(0, needed, one, [empty] * len(sets))]
+
+    def at_once(*_: jax.Array) -> list[jax.Array]:
+        return words(jnp.int32(0), config.num_steps // 32)
+
+    return t_start, lax.platform_dependent(cpu=as_loop, default=at_once)
 
 
 def until_nth(words: jax.Array, n: int) -> jax.Array:

@@ -5,7 +5,6 @@ A cell (x, y, z) has the number x + G (y + G z); bit i % 32 of word i // 32 says
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -14,9 +13,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from jaxngp.cameras import Camera, PosedImages, project
-from jaxngp.config import MarchConfig, OccupancyConfig
-from jaxngp.fusion import walled
+from jaxngp.config import MarchConfig
 
 DensityFn = Callable[[jax.Array], jax.Array]
 """position (N, 3) in scene units -> density (N,) per scene unit."""
@@ -31,12 +28,14 @@ _CHUNK = 2**15  # cells whose density is evaluated at once: the network's activa
 class OccupancyGrid:
     """density (G^3,) f32 per scene unit, or EMPTY; occupied and opaque (G^3 / 32,) u32, one bit a cell.
 
-    Opaque cells are a guess at where a ray ends, for training only; an opaque cell is occupied.
+    Opaque cells are a guess at where a ray ends, for training only; an opaque cell is occupied. bounds (2, 3) f32:
+    the lower and the upper corner of a box that holds all occupied cells.
     """
 
     density: jax.Array
     occupied: jax.Array
     opaque: jax.Array
+    bounds: jax.Array
 
     @property
     def resolution(self) -> int:
@@ -47,6 +46,14 @@ def pack_bits(flags: jax.Array) -> jax.Array:
     """(..., 32 n) bool -> (..., n) u32, the first flag in the lowest bit."""
     words = flags.reshape(*flags.shape[:-1], -1, 32).astype(jnp.uint32)
     return jnp.sum(words << jnp.arange(32, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+
+
+def even_bits(words: jax.Array) -> jax.Array:
+    """The 16 bits at even places of u32 words (...), moved together into the lower half."""
+    words = words & np.uint32(0x55555555)
+    for shift, mask in ((1, 0x33333333), (2, 0x0F0F0F0F), (4, 0x00FF00FF), (8, 0x0000FFFF)):
+        words = (words | (words >> shift)) & np.uint32(mask)
+    return words
 
 
 def nth_set_bit(word: jax.Array, n: jax.Array) -> jax.Array:
@@ -65,7 +72,25 @@ def nth_set_bit(word: jax.Array, n: jax.Array) -> jax.Array:
 def init_occupancy(candidates: jax.Array) -> OccupancyGrid:
     """A grid in which every candidate cell is occupied and every other stays empty. candidates (G^3,) bool."""
     occupied = pack_bits(candidates)
-    return OccupancyGrid(density=jnp.where(candidates, 0.0, EMPTY), occupied=occupied, opaque=jnp.zeros_like(occupied))
+    return OccupancyGrid(
+        density=jnp.where(candidates, 0.0, EMPTY),
+        occupied=occupied,
+        opaque=jnp.zeros_like(occupied),
+        bounds=occupied_bounds(occupied),
+    )
+
+
+def occupied_bounds(words: jax.Array) -> jax.Array:
+    """The smallest box (2, 3) around the cells whose bits are set in words (G^3 / 32,) u32; of no size if none is."""
+    resolution = round((words.shape[0] * 32) ** (1 / 3))
+    layers = words.reshape(resolution, resolution, resolution // 32)  # z, y, x / 32
+    columns = lax.reduce(layers, np.uint32(0), lax.bitwise_or, (0, 1))
+    in_x = ((columns[:, None] >> np.arange(32, dtype=np.uint32)) & 1).reshape(-1) != 0
+    bounds = []
+    for flags in (in_x, jnp.any(layers != 0, axis=(0, 2)), jnp.any(layers != 0, axis=(1, 2))):
+        low, high = jnp.argmax(flags), resolution - jnp.argmax(flags[::-1])
+        bounds.append(jnp.stack([low, jnp.where(jnp.any(flags), high, low)]) / resolution)
+    return jnp.stack(bounds, axis=1).astype(jnp.float32)
 
 
 def is_occupied(grid: OccupancyGrid, position: jax.Array) -> jax.Array:
@@ -76,8 +101,17 @@ def is_occupied(grid: OccupancyGrid, position: jax.Array) -> jax.Array:
 
 def bit_at(words: jax.Array, x: jax.Array, y: jax.Array, z: jax.Array, *, resolution: int) -> jax.Array:
     """The bits, (...) bool, of the cells that hold the points; one array (...) per axis spares (..., 3) temporaries."""
+    return bit_of(words, cell_at(x, y, z, resolution=resolution))
+
+
+def cell_at(x: jax.Array, y: jax.Array, z: jax.Array, *, resolution: int) -> jax.Array:
+    """The number (...) i32 of the cell that holds a point; the nearest one for a point outside the cube."""
     column, row, layer = (jnp.clip((p * resolution).astype(jnp.int32), 0, resolution - 1) for p in (x, y, z))
-    cell = column + resolution * (row + resolution * layer)
+    return column + resolution * (row + resolution * layer)
+
+
+def bit_of(words: jax.Array, cell: jax.Array) -> jax.Array:
+    """The bits (...) bool of cells (...) i32."""
     word = words.at[cell >> 5].get(mode="promise_in_bounds")
     return (word >> (cell & 31).astype(jnp.uint32)) & 1 != 0
 
@@ -93,71 +127,23 @@ def cell_axes(cell: jax.Array, *, resolution: int) -> tuple[jax.Array, jax.Array
     return (x + 0.5) / resolution, (y + 0.5) / resolution, (z + 0.5) / resolution
 
 
-def candidate_cells(images: PosedImages, *, config: OccupancyConfig) -> jax.Array:
-    """(G^3,) bool: the cells that at least one camera sees and, if carving, that no silhouette excludes.
-
-    A view excludes a cell whose footprint lies inside its image and has alpha 0 everywhere: light through those
-    pixels met nothing, so the cell holds nothing. Views whose pixels are all opaque exclude nothing.
-    """
-    camera, resolution = images.camera, config.resolution
-    axes = cell_axes(jnp.arange(resolution**3), resolution=resolution)
-
-    def add_view(carry: tuple[jax.Array, jax.Array], view: tuple[jax.Array, jax.Array]) -> tuple:
-        seen, excluded = carry
-        c2w, alpha = view
-        footprint = functools.partial(_footprint, resolution=resolution)
-        pixel_x, pixel_y, radius, inside = walled(footprint, c2w, camera, axes)
-        empty = inside & _is_empty(alpha > 0, pixel_x, pixel_y, radius) if config.carve else excluded
-        return (seen | inside, excluded | empty), None
-
-    none = jnp.zeros(resolution**3, bool)
-    (seen, excluded), _ = lax.scan(add_view, (none, none), (images.c2w, images.rgba[..., 3]))
-    return seen & ~excluded
-
-
-def _footprint(
-    c2w: jax.Array, camera: Camera, axes: tuple[jax.Array, jax.Array, jax.Array], *, resolution: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Of cells: the pixel x, y of the centre, a radius in pixels around all of it, and whether the centre is in view.
-
-    The ball around a cell, of half its diagonal r, looks the larger the further it is off the optical axis:
-    |d(x / z)| <= |(1, x / z)| r / (z - r). Half a pixel more is for the pixel's own extent.
-    """
-    x, y, depth = project(camera, c2w, *axes)
-    inside = (depth > 0) & (x >= 0) & (x < camera.width) & (y >= 0) & (y < camera.height)
-    slope_x = jnp.abs(x - camera.centre_xy[0]) / camera.focal_xy[0]
-    slope_y = jnp.abs(y - camera.centre_xy[1]) / camera.focal_xy[1]
-    half_diagonal = 0.5 * 3**0.5 / resolution
-    spread = half_diagonal / jnp.maximum(depth - half_diagonal, 1e-6)
-    radius = jnp.max(camera.focal_xy) * spread * jnp.sqrt(1 + jnp.maximum(slope_x, slope_y) ** 2) + 0.5
-    return x, y, radius, inside
-
-
-def _is_empty(mask: jax.Array, x: jax.Array, y: jax.Array, radius: jax.Array) -> jax.Array:
-    """Whether the squares of half-side radius (N,) around pixels x, y (N,) lie in the image and `mask` is False there.
-
-    mask (H, W). By a summed-area table: four reads a square, whatever its size.
-    """
-    height, width = mask.shape
-    area = jnp.pad(jnp.cumsum(jnp.cumsum(mask.astype(jnp.int32), axis=0), axis=1), ((1, 0), (1, 0)))
-    left, top = (jnp.floor(v - radius).astype(jnp.int32) for v in (x, y))
-    right, bottom = (jnp.ceil(v + radius).astype(jnp.int32) for v in (x, y))
-    within = (left >= 0) & (top >= 0) & (right <= width) & (bottom <= height)
-
-    def count(row: jax.Array, column: jax.Array) -> jax.Array:
-        index = jnp.clip(row, 0, height) * (width + 1) + jnp.clip(column, 0, width)
-        return area.reshape(-1).at[index].get(mode="promise_in_bounds")
-
-    return within & (count(bottom, right) - count(top, right) - count(bottom, left) + count(top, left) == 0)
-
-
 def sample_cells(words: jax.Array, choice: jax.Array) -> jax.Array:
     """The numbers of the set bits of given ranks. words (n,) u32, choice (M,) i32 in [0, number of set bits) -> (M,).
 
     With no bit set there is nothing to choose; the result is then a valid cell that means nothing.
     """
-    end = jnp.cumsum(lax.population_count(words).astype(jnp.int32))
-    word = jnp.minimum(jnp.searchsorted(end, choice, side="right"), words.shape[0] - 1).astype(jnp.int32)
+    return nth_bit(words, count_bits(words), choice)
+
+
+def count_bits(words: jax.Array) -> jax.Array:
+    """(n,) u32 -> (n,) i32: the number of bits that are set in each word and all before it."""
+    return jnp.cumsum(lax.population_count(words).astype(jnp.int32))
+
+
+def nth_bit(words: jax.Array, end: jax.Array, choice: jax.Array) -> jax.Array:
+    """`sample_cells` with `count_bits(words)` at hand."""
+    found = jnp.searchsorted(end, choice, side="right", method="scan_unrolled")
+    word = jnp.minimum(found, words.shape[0] - 1).astype(jnp.int32)
     count = lax.population_count(words[word]).astype(jnp.int32)
     place = nth_set_bit(words[word], jnp.clip(choice - (end[word] - count), 0, 31))
     return jnp.clip(word * 32 + place.astype(jnp.int32), 0, words.shape[0] * 32 - 1)
@@ -193,9 +179,8 @@ def update_occupancy(
     fresh = lax.fori_loop(0, num_chunks, look, jnp.full_like(grid.density, EMPTY))
     density = jnp.where(grid.density < 0, EMPTY, jnp.maximum(grid.density * config.occupancy.decay, fresh))
     opaque = density > max(config.opaque_thickness, config.occupancy.threshold) / config.step_size
-    return OccupancyGrid(
-        density=density, occupied=pack_bits(density > _threshold(density, config)), opaque=pack_bits(opaque)
-    )
+    occupied = pack_bits(density > _threshold(density, config))
+    return OccupancyGrid(density=density, occupied=occupied, opaque=pack_bits(opaque), bounds=occupied_bounds(occupied))
 
 
 def _threshold(density: jax.Array, config: MarchConfig) -> jax.Array:

@@ -18,6 +18,7 @@ LAYERS = (
     "config",
     "cameras hashing compositing losses metrics fusion",
     "encodings occupancy",
+    "carving",
     "fields marching",
     "rendering",
     "data",

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxngp.cameras import PosedImages
+from jaxngp.carving import PixelSet
 from jaxngp.config import InputError, MarchConfig, NerfConfig
+from jaxngp.occupancy import OccupancyGrid
 from jaxngp.training.optimizer import learning_rate
 from jaxngp.training.state import TrainState, init_state
-from jaxngp.training.steps import Metrics, TrainingData, nerf_steps, refresh_occupancy, restrict_occupancy
+from jaxngp.training.steps import Metrics, TrainingData, nerf_steps, refresh_occupancy, survey_views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,7 @@ class _Programs:
 
     steps: Callable[..., tuple[TrainState, Metrics]]
     refresh: Callable[[TrainState], TrainState]
-    restrict: Callable[..., TrainState]
+    survey: Callable[[TrainingData], tuple[OccupancyGrid | None, PixelSet | None]]
     seconds: float
 
 
@@ -62,22 +64,24 @@ def train(config: NerfConfig, data: TrainingData, *, resume: Progress | None = N
     # By name: restored arrays are bound to their device and fresh ones are not, and jax compiles for each anew.
     state, data = jax.device_put((state, data), jax.devices()[0])
     programs = _compile(state, data, config)
+    started = time.perf_counter()
+    grid, pixels = programs.survey(data)
     if resume:
         progress = resume
     else:
-        started = time.perf_counter()
-        state = jax.block_until_ready(programs.restrict(state, data))
-        _check_candidates(state)
+        if grid is not None:
+            _check_candidates(grid)
+            state = dataclasses.replace(state, occupancy=grid)
         seconds = time.perf_counter() - started
         progress = Progress(state, None, 0, seconds, programs.seconds, 0.0, budget_fraction(0, seconds, config))
     yield progress
     while not progress.finished:
-        progress = _dispatch(progress, data, programs, config)
+        progress = _dispatch(progress, data, pixels, programs, config)
         yield progress
 
 
-def _check_candidates(state: TrainState) -> None:
-    if state.occupancy is not None and not np.any(np.asarray(state.occupancy.occupied)):
+def _check_candidates(grid: OccupancyGrid) -> None:
+    if not np.any(np.asarray(grid.occupied)):
         raise InputError(
             "no camera sees anything in the scene's box: set scene.box_centre and scene.box_side by --override, in the "
             "units of the poses"
@@ -90,12 +94,14 @@ def budget_fraction(step: int, seconds: float, config: NerfConfig) -> float:
     return min(max(step / config.train.max_steps, seconds / limit if limit else 0.0), 1.0)
 
 
-def _dispatch(progress: Progress, data: TrainingData, programs: _Programs, config: NerfConfig) -> Progress:
+def _dispatch(
+    progress: Progress, data: TrainingData, pixels: PixelSet | None, programs: _Programs, config: NerfConfig
+) -> Progress:
     started = time.perf_counter()
     size = config.train.steps_per_dispatch
     num_steps = min(size, config.train.max_steps - progress.step)
     rates = jnp.asarray(_learning_rates(progress, size, config))
-    state, metrics = programs.steps(progress.state, data, rates, jnp.int32(num_steps))
+    state, metrics = programs.steps(progress.state, data, pixels, rates, jnp.int32(num_steps))
     step = progress.step + num_steps
     every = config.sampler.occupancy.refresh_every if isinstance(config.sampler, MarchConfig) else 0
     if every and step // every > progress.step // every:
@@ -117,11 +123,13 @@ def _learning_rates(progress: Progress, size: int, config: NerfConfig) -> np.nda
 def _compile(state: TrainState, data: TrainingData, config: NerfConfig) -> _Programs:
     started = time.perf_counter()
     rates = jnp.zeros(config.train.steps_per_dispatch)
-    steps = nerf_steps.lower(state, data, rates, jnp.int32(0), config=config).compile()
+    survey: Callable[..., Any] = lambda _: (None, None)  # noqa: E731
     refresh: Callable[..., Any] = lambda state: state  # noqa: E731
-    restrict: Callable[..., Any] = lambda state, _: state  # noqa: E731
+    pixels = None
     if isinstance(config.sampler, MarchConfig):
         refresh = refresh_occupancy.lower(state, config=config).compile()
         if isinstance(data, PosedImages):
-            restrict = restrict_occupancy.lower(state, data, config=config).compile()
-    return _Programs(steps, refresh, restrict, time.perf_counter() - started)
+            lowered = survey_views.lower(data, config=config)
+            survey, (_, pixels) = lowered.compile(), lowered.out_info
+    steps = nerf_steps.lower(state, data, pixels, rates, jnp.int32(0), config=config).compile()
+    return _Programs(steps, refresh, survey, time.perf_counter() - started)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 
 import jax
@@ -11,13 +12,14 @@ from flax import struct
 from jax import lax
 
 from jaxngp.cameras import PosedImages, Rays, pixel_to_ray
+from jaxngp.carving import PixelSet, survey
 from jaxngp.config import Background, MarchConfig, NerfConfig
 from jaxngp.data.rays import RayTable
 from jaxngp.fields import Params, evaluate_density, evaluate_field
 from jaxngp.losses import colour_loss
 from jaxngp.marching import jitter_shape
 from jaxngp.metrics import psnr
-from jaxngp.occupancy import OccupancyGrid, candidate_cells, init_occupancy, update_occupancy
+from jaxngp.occupancy import OccupancyGrid, init_occupancy, update_occupancy
 from jaxngp.rendering import render_rays
 from jaxngp.training.optimizer import make_optimizer
 from jaxngp.training.state import TrainState
@@ -53,36 +55,49 @@ class Metrics:
     occupied_fraction: jax.Array  # of the grid's cells
 
 
-def draw_pixels(key: jax.Array, data: TrainingData, *, num_rays: int) -> PixelBatch:
-    """Pixels drawn uniformly and independently from all pixels of all views."""
-    if isinstance(data, RayTable):
-        row = jax.random.randint(key, (num_rays,), 0, data.rgb.shape[0])
-        rays = jax.tree.map(lambda a: a[row], data.rays)
-        return PixelBatch(rays=rays, rgba=jnp.concatenate([data.rgb[row], jnp.ones((num_rays, 1))], axis=1))
-    num_views, height, width, _ = data.rgba.shape
-    view, y, x = (
-        jax.random.randint(k, (num_rays,), 0, n)
-        for k, n in zip(jax.random.split(key, 3), (num_views, height, width), strict=True)
-    )
-    rays = pixel_to_ray(data.camera, data.c2w[view], jnp.stack([x, y], axis=-1) + 0.5)
-    return PixelBatch(rays=rays, rgba=data.rgba[view, y, x].astype(jnp.float32) / 255)
+def draw_bits(key: jax.Array, *, config: NerfConfig) -> jax.Array:
+    """All random bits of a step, (R, 1 + B + 3) u32: a ray's pixel, its B jitters, its background.
 
-
-def draw_noise(key: jax.Array, *, config: NerfConfig) -> StepNoise:
-    """Jitter, and a background colour per ray."""
-    jitter_key, background_key = jax.random.split(key)
+    In one call: on a CPU each costs as much as a layer of the network, however little it draws.
+    """
     num_rays = config.train.num_rays
+    num_jitters = math.prod(jitter_shape(num_rays, sampler=config.sampler)) // num_rays
+    return jax.random.bits(key, (num_rays, 1 + num_jitters + 3))
+
+
+def pick_pixels(bits: jax.Array, data: TrainingData, pixels: PixelSet | None) -> PixelBatch:
+    """Pixels drawn uniformly and independently from a set of all pixels of all views, or from all. bits (R,) u32.
+
+    Of n pixels some are likelier than others by a factor of at most 1 + n / 2^32.
+    """
+    if isinstance(data, RayTable):
+        row = _below(bits, data.rgb.shape[0])
+        rays = jax.tree.map(lambda a: a[row], data.rays)
+        return PixelBatch(rays=rays, rgba=jnp.concatenate([data.rgb[row], jnp.ones((len(bits), 1))], axis=1))
+    num_views, height, width, _ = data.rgba.shape
+    number = _below(bits, num_views * height * width) if pixels is None else pixels.nth(_below(bits, pixels.size))
+    view, y, x = number // (height * width), number // width % height, number % width
+    rays = pixel_to_ray(data.camera, data.c2w[view], jnp.stack([x, y], axis=-1) + 0.5)
+    return PixelBatch(rays=rays, rgba=data.rgba.reshape(-1, 4)[number].astype(jnp.float32) / 255)
+
+
+def _below(bits: jax.Array, count: int | jax.Array) -> jax.Array:
+    """(R,) i32 in [0, count), or 0 if count is."""
+    return (bits % jnp.maximum(jnp.uint32(count), 1)).astype(jnp.int32)
+
+
+def make_noise(bits: jax.Array, *, config: NerfConfig) -> StepNoise:
+    """Jitter, and a background colour per ray. bits (R, B + 3) u32."""
+    uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24  # as fine as float32 is below 1, and never 1
+    shape = jitter_shape(config.train.num_rays, sampler=config.sampler)
     return StepNoise(
-        jitter=jax.random.uniform(jitter_key, jitter_shape(num_rays, sampler=config.sampler)),
-        background=draw_background(background_key, num_rays, background=config.train.background),
+        jitter=uniform[:, :-3].reshape(shape), background=background(uniform[:, -3:], config.train.background)
     )
 
 
-def draw_background(key: jax.Array, num_rays: int, *, background: Background) -> jax.Array:
-    """(num_rays, 3) sRGB: random colours, one a ray, or the fixed one."""
-    if background == "random":
-        return jax.random.uniform(key, (num_rays, 3))
-    return jnp.full((num_rays, 3), 1.0 if background == "white" else 0.0)
+def background(uniform: jax.Array, kind: Background) -> jax.Array:
+    """(R, 3) sRGB: random colours, one a ray, or the fixed one. uniform (R, 3) in [0, 1)."""
+    return uniform if kind == "random" else jnp.full_like(uniform, 1.0 if kind == "white" else 0.0)
 
 
 def nerf_loss(
@@ -115,12 +130,12 @@ def _occupied_fraction(grid: OccupancyGrid | None) -> jax.Array:
 
 
 def nerf_step(
-    state: TrainState, data: TrainingData, learning_rate: jax.Array, *, config: NerfConfig
+    state: TrainState, data: TrainingData, pixels: PixelSet | None, learning_rate: jax.Array, *, config: NerfConfig
 ) -> tuple[TrainState, Metrics]:
     """Draw pixels and noise, take the gradient, apply Adam."""
-    pixel_key, noise_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-    batch = draw_pixels(pixel_key, data, num_rays=config.train.num_rays)
-    noise = draw_noise(noise_key, config=config)
+    bits = draw_bits(jax.random.fold_in(state.key, state.step), config=config)
+    batch = pick_pixels(bits[:, 0], data, pixels)
+    noise = make_noise(bits[:, 1:], config=config)
     gradient, metrics = jax.grad(nerf_loss, has_aux=True)(state.params, batch, noise, state.occupancy, config=config)
     updates, opt_state = make_optimizer(config.optimizer).update(gradient, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
@@ -129,18 +144,24 @@ def nerf_step(
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def nerf_steps(
-    state: TrainState, data: TrainingData, learning_rates: jax.Array, num_steps: jax.Array, *, config: NerfConfig
+    state: TrainState,
+    data: TrainingData,
+    pixels: PixelSet | None,
+    learning_rates: jax.Array,
+    num_steps: jax.Array,
+    *,
+    config: NerfConfig,
 ) -> tuple[TrainState, Metrics]:
     """The first num_steps () i32 of the steps whose learning_rates (K,) are given; metrics are their means.
 
     The number is an argument, so that one program serves the last, shorter dispatch of a run too. The average of
     the weights is brought up to date once, with the decay of num_steps steps.
     """
-    shapes = jax.eval_shape(functools.partial(nerf_step, config=config), state, data, learning_rates[0])[1]
+    shapes = jax.eval_shape(functools.partial(nerf_step, config=config), state, data, pixels, learning_rates[0])[1]
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def one(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-        state, metrics = nerf_step(carry[0], data, learning_rates[i], config=config)
+        state, metrics = nerf_step(carry[0], data, pixels, learning_rates[i], config=config)
         return state, jax.tree.map(jnp.add, carry[1], metrics)
 
     state, sums = lax.fori_loop(0, num_steps, one, (state, zeros))
@@ -162,10 +183,9 @@ def refresh_occupancy(state: TrainState, *, config: NerfConfig) -> TrainState:
     return replace(state, occupancy=update_occupancy(state.occupancy, key, density_fn, warmup, config=config.sampler))
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
-def restrict_occupancy(state: TrainState, images: PosedImages, *, config: NerfConfig) -> TrainState:
-    """The state with the cells that no camera sees, or that a silhouette excludes, marked as empty for good."""
-    if not isinstance(config.sampler, MarchConfig):
-        return state
-    candidates = candidate_cells(images, config=config.sampler.occupancy)
-    return replace(state, occupancy=init_occupancy(candidates))
+@functools.partial(jax.jit, static_argnames="config")
+def survey_views(images: PosedImages, *, config: NerfConfig) -> tuple[OccupancyGrid, PixelSet]:
+    """The grid before the first step, and the pixels to draw from: see `carving.survey`."""
+    assert isinstance(config.sampler, MarchConfig)
+    candidates, pixels = survey(images, config=config.sampler.occupancy)
+    return init_occupancy(candidates), pixels
