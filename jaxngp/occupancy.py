@@ -14,6 +14,7 @@ from flax import struct
 from jax import lax
 
 from jaxngp.config import MarchConfig
+from jaxngp.fusion import walled
 
 DensityFn = Callable[[jax.Array], jax.Array]
 """position (N, 3) in scene units -> density (N,) per scene unit."""
@@ -127,21 +128,17 @@ def cell_axes(cell: jax.Array, *, resolution: int) -> tuple[jax.Array, jax.Array
     return (x + 0.5) / resolution, (y + 0.5) / resolution, (z + 0.5) / resolution
 
 
-def sample_cells(words: jax.Array, choice: jax.Array) -> jax.Array:
-    """The numbers of the set bits of given ranks. words (n,) u32, choice (M,) i32 in [0, number of set bits) -> (M,).
-
-    With no bit set there is nothing to choose; the result is then a valid cell that means nothing.
-    """
-    return nth_bit(words, count_bits(words), choice)
-
-
 def count_bits(words: jax.Array) -> jax.Array:
     """(n,) u32 -> (n,) i32: the number of bits that are set in each word and all before it."""
     return jnp.cumsum(lax.population_count(words).astype(jnp.int32))
 
 
 def nth_bit(words: jax.Array, end: jax.Array, choice: jax.Array) -> jax.Array:
-    """`sample_cells` with `count_bits(words)` at hand."""
+    """The numbers of the set bits of given ranks. choice (M,) i32 in [0, number of set bits) -> (M,) i32.
+
+    words (n,) u32 and end = count_bits(words). With no bit set there is nothing to choose; the result is then a valid
+    number that means nothing.
+    """
     found = jnp.searchsorted(end, choice, side="right", method="scan_unrolled")
     word = jnp.minimum(found, words.shape[0] - 1).astype(jnp.int32)
     count = lax.population_count(words[word]).astype(jnp.int32)
@@ -159,21 +156,24 @@ def update_occupancy(
     a density which is the same everywhere and below the threshold, none is.
     """
     candidates = pack_bits(grid.density >= 0)
-    num_candidates = jnp.sum(lax.population_count(candidates), dtype=jnp.int32)
-    num_occupied = jnp.sum(lax.population_count(grid.occupied), dtype=jnp.int32)
+    ends = count_bits(candidates), count_bits(grid.occupied)
+    num_candidates, num_occupied = ends[0][-1], ends[1][-1]
     num_uniform = jnp.where(warmup, num_candidates, num_candidates // 4)
     num_looks = num_uniform + jnp.where(warmup, 0, jnp.minimum(num_candidates // 4, num_occupied))
 
+    def choose(bits: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The cell (C,) i32 and the point (C, 3) of each look."""
+        drawn = [(bits[:, 0] % jnp.maximum(end[-1], 1).astype(jnp.uint32)).astype(jnp.int32) for end in ends]
+        uniform = nth_bit(candidates, ends[0], jnp.where(warmup, rank, drawn[0]))
+        cell = jnp.where(rank < num_uniform, uniform, nth_bit(grid.occupied, ends[1], drawn[1]))
+        offset = (bits[:, 1:] >> 8).astype(jnp.float32) * 2.0**-24 - 0.5
+        return cell, cell_centre(cell, resolution=grid.resolution) + offset / grid.resolution
+
     def look(chunk: jax.Array, fresh: jax.Array) -> jax.Array:
-        cell_key, uniform_key, point_key = jax.random.split(jax.random.fold_in(key, chunk), 3)
         rank = chunk * _CHUNK + jnp.arange(_CHUNK)
-        drawn = jax.random.randint(cell_key, rank.shape, 0, jnp.maximum(num_candidates, 1))
-        uniform = sample_cells(candidates, jnp.where(warmup, rank, drawn))
-        drawn = jax.random.randint(uniform_key, rank.shape, 0, jnp.maximum(num_occupied, 1))
-        cell = jnp.where(rank < num_uniform, uniform, sample_cells(grid.occupied, drawn))
-        offset = (jax.random.uniform(point_key, (_CHUNK, 3)) - 0.5) / grid.resolution
-        density = density_fn(cell_centre(cell, resolution=grid.resolution) + offset)
-        return fresh.at[cell].max(jnp.where(rank < num_looks, density, EMPTY))
+        bits = jax.random.bits(jax.random.fold_in(key, chunk), (_CHUNK, 4))
+        cell, position = walled(choose, bits, rank)  # once, and not once per axis and level of whatever encodes it
+        return fresh.at[cell].max(jnp.where(rank < num_looks, density_fn(position), EMPTY))
 
     num_chunks = (num_looks + _CHUNK - 1) // _CHUNK
     fresh = lax.fori_loop(0, num_chunks, look, jnp.full_like(grid.density, EMPTY))
