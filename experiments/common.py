@@ -61,6 +61,26 @@ def in_loop(stage: Callable[..., Any], x: jax.Array, *others: Any, rounds: int =
     return lambda: program(x, *others)
 
 
+def iterated(step: Callable[..., Any], carry: Any, *others: Any, rounds: int = 10) -> Callable[[], Any]:
+    """A compiled program that sets carry = step(carry, *others) `rounds` times, as a function without arguments.
+
+    Every call goes on where the one before ended, in the same memory, as training does.
+    """
+
+    def run(carry: Any, *others: Any) -> Any:
+        return jax.lax.fori_loop(0, rounds, lambda _, carry: step(carry, *others), carry)
+
+    held = jax.tree.map(jnp.copy, carry)
+    program = jax.jit(run, donate_argnums=0).lower(held, *others).compile()
+
+    def call() -> Any:
+        nonlocal held
+        held = program(held, *others)
+        return held
+
+    return call
+
+
 def loop_ms(stages: Mapping[str, tuple[Any, ...]], *, rounds: int = 10, runs: int = 9) -> dict[str, float]:
     """Milliseconds of one round of each (stage, x, *others) `in_loop`: what a stage costs inside a larger program."""
     programs = {name: in_loop(*stage, rounds=rounds) for name, stage in stages.items()}

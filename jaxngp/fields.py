@@ -93,23 +93,23 @@ class NerfField(nn.Module):
 
     def __call__(self, position: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
         """position (N, 3) scene units, direction (N, 3) unit -> density (N,), rgb (N, 3)."""
-        density, geometry = self._geometry(position)
+        density, rgb = self.networks(self.encoding(position), direction)
+        if self.config.mask_outside_box:
+            inside = _inside(position)
+            density, rgb = jnp.where(inside, density, 0), jnp.where(inside[:, None], rgb, 0)
+        return density, rgb
+
+    def networks(self, features: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """All but the hash encoding: its features (N, L * F), direction (N, 3) -> density (N,), rgb (N, 3)."""
+        geometry = self.density_mlp(features)
         encoded = _encode_direction(direction, self.config)
         rgb = nn.sigmoid(self.colour_mlp(jnp.concatenate([geometry, encoded], axis=-1)))
-        if self.config.mask_outside_box:
-            rgb = jnp.where(_inside(position)[:, None], rgb, 0)
-        return density, rgb
+        return clamped_exp(geometry[:, 0]), rgb
 
     def density(self, position: jax.Array) -> jax.Array:
         """position (N, 3) scene units -> density (N,) per scene unit."""
-        return self._geometry(position)[0]
-
-    def _geometry(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        geometry = self.density_mlp(self.encoding(position))
-        density = clamped_exp(geometry[:, 0])
-        if self.config.mask_outside_box:
-            density = jnp.where(_inside(position), density, 0)
-        return density, geometry
+        density = clamped_exp(self.density_mlp(self.encoding(position))[:, 0])
+        return jnp.where(_inside(position), density, 0) if self.config.mask_outside_box else density
 
 
 def _inside(position: jax.Array) -> jax.Array:

@@ -143,10 +143,16 @@ def until_nth(words: jax.Array, n: int) -> jax.Array:
 def march_rays(rays: Rays, grid: OccupancyGrid, jitter: jax.Array, *, config: MarchConfig) -> Samples:
     """The samples of R rays in occupied cells that no opaque ones hide, packed into a buffer of config.num_samples.
 
-    Rays are taken in order while all of their samples fit; the samples of the others are counted as dropped. One
-    jitter a ray keeps its samples a fixed distance apart, so that their intervals tile the way through the box.
+    One jitter a ray keeps its samples a fixed distance apart, so that their intervals tile the way through the box.
     """
-    candidates = find_visible(rays, grid, jitter, config=config)
+    return pack_steps(find_visible(rays, grid, jitter, config=config), jitter, config=config)
+
+
+def pack_steps(candidates: Candidates, jitter: jax.Array, *, config: MarchConfig) -> Samples:
+    """The steps of R rays as samples, one after the other in a buffer of config.num_samples.
+
+    Rays are taken in order while all of their samples fit; the samples of the others are counted as dropped.
+    """
     size, num_rays = config.num_samples, len(jitter)
     counts = jnp.sum(lax.population_count(candidates.words), axis=-1, dtype=jnp.int32)
     end = jnp.cumsum(counts)

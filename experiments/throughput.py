@@ -1,0 +1,384 @@
+"""Where the time of a training step goes, stage by stage, beside what this machine could do at best.
+
+    python -m experiments.throughput --scene=lego --data_dir=DIR --downscale=4
+
+Trains the preset for a few hundred steps first, so that rays, samples and the grid are those of a run. Every stage
+is a compiled loop in which each round depends on the one before, so that XLA can hoist nothing; loops take turns, the
+first turn is not counted, and the median is shown.
+
+`limit` is the least time that the stage's floating-point operations, its compulsory memory traffic (each input and
+output once), its random reads and its random additions would take at the ceilings measured in the same run, whichever
+of the four is the most; `bound by` says which. Prints a Markdown table and writes it as JSON.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags as absl_flags
+
+from experiments.common import iterated, loop_ms, median_ms
+from jaxngp import flags
+from jaxngp.cameras import PosedImages, resize_camera
+from jaxngp.compositing import composite
+from jaxngp.config import PRESETS, InputError, MarchConfig, NerfConfig, apply_overrides, scene_config
+from jaxngp.data import load_training
+from jaxngp.encodings import hash_encode
+from jaxngp.fields import NerfField, Params, field_maker
+from jaxngp.marching import Candidates, box_interval, find_visible, pack_steps
+from jaxngp.rendering import render_image
+from jaxngp.training import steps
+from jaxngp.training.loop import train
+from jaxngp.training.optimizer import make_optimizer
+from jaxngp.training.report import environment, write_json
+
+COPIED_BYTES = 2**28  # of the array that is read and written for the memory's ceiling
+OPTIMISER_ROUNDS = 10
+MATRIX = 2048  # rows of the matrices that are multiplied for the arithmetic's
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage cannot do without. Random reads and additions are of rows of the hash table, or of the grid."""
+
+    flops: float = 0
+    num_bytes: float = 0
+    reads: float = 0
+    additions: float = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """function(x, *others), of which x holds floats, and the work in it; `rounds` of it make one timed call."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    work: Work
+    samples: float
+    rounds: int = 10
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    stage: str
+    ms: float
+    msamples_per_s: float
+    gflop_per_s: float
+    gb_per_s: float
+    limit_ms: float | None
+    bound_by: str
+
+
+def measure_ceilings(config: NerfConfig, num_points: int, runs: int) -> dict[str, float]:
+    """GFLOP/s of a large float32 matmul, GB/s of a large copy, and millions a second of random reads and additions."""
+    grid = config.field.encoding
+    rows = min(grid.table_size, 2**24)
+    key = jax.random.key(0)
+    square = jax.random.normal(key, (MATRIX, MATRIX)) / MATRIX**0.5
+    table, update = jnp.ones((rows, grid.num_features)), jnp.ones((num_points, grid.num_features))
+    index = jax.random.randint(key, (8, num_points), 0, rows)
+
+    def read(t: jax.Array, i: jax.Array) -> jax.Array:
+        return functools.reduce(jnp.add, (t.at[row].get(mode="promise_in_bounds") for row in i))
+
+    def add(t: jax.Array, i: jax.Array, u: jax.Array) -> jax.Array:
+        for row in i:
+            t = t.at[row].add(u, mode="promise_in_bounds")
+        return t
+
+    calls: dict[str, Callable[[], object]] = {
+        "gflop_per_s": functools.partial(jax.jit(lambda a: jnp.matmul(a, a, precision="highest")), square),
+        "gb_per_s": iterated(lambda a: a + 1, jnp.ones(COPIED_BYTES // 4), rounds=1),
+        "mreads_per_s": functools.partial(jax.jit(read), table, index),
+        "madditions_per_s": iterated(add, table, index, update, rounds=1),
+    }
+    per_call = {
+        "gflop_per_s": 2e-9 * MATRIX**3,
+        "gb_per_s": 2e-9 * COPIED_BYTES,
+        "mreads_per_s": 1e-6 * index.size,
+        "madditions_per_s": 1e-6 * index.size,
+    }
+    return {name: per_call[name] / (1e-3 * ms) for name, ms in median_ms(calls, runs=runs).items()}
+
+
+def limit_ms(work: Work, ceilings: dict[str, float]) -> tuple[float, str]:
+    """The least time for some work, and what takes it."""
+    times = {
+        "arithmetic": work.flops / (1e6 * ceilings["gflop_per_s"]),
+        "memory": work.num_bytes / (1e6 * ceilings["gb_per_s"]),
+        "random reads": work.reads / (1e3 * ceilings["mreads_per_s"]),
+        "random additions": work.additions / (1e3 * ceilings["madditions_per_s"]),
+    }
+    name = max(times, key=lambda name: times[name])
+    return times[name], name
+
+
+def num_bytes(*trees: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
+
+
+def network_flops(params: Params, num_samples: int) -> int:
+    """Of one forward pass: a multiplication and an addition per weight and sample."""
+    kernels = [leaf for path, leaf in jax.tree.leaves_with_path(params) if path[-1].key == "kernel"]
+    return 2 * num_samples * sum(kernel.size for kernel in kernels)
+
+
+def training_stages(
+    config: NerfConfig, state: steps.TrainState, data: PosedImages, pixels: steps.PixelSet
+) -> dict[str, Stage]:
+    """The stages of one step, each with the arguments that it has there."""
+    sampler = config.sampler
+    assert isinstance(sampler, MarchConfig)
+    assert state.occupancy is not None
+    field, grid, occupancy = config.field, config.field.encoding, state.occupancy
+    bits = steps.draw_bits(jax.random.key(1), config=config)
+    batch = steps.pick_pixels(bits[:, 0], data, pixels)
+    noise = steps.make_noise(bits[:, 1:], config=config)
+    candidates = jax.jit(functools.partial(find_visible, config=sampler))(batch.rays, occupancy, noise.jitter)
+    samples = jax.jit(functools.partial(pack_steps, config=sampler))(candidates, noise.jitter)
+    direction = batch.rays.direction[samples.ray]
+    position = batch.rays.origin[samples.ray] + samples.t[:, None] * direction
+    table = state.params["encoding"]["table"]
+    features = jax.jit(functools.partial(hash_encode, grid=grid))(table, position)
+    count, corners = sampler.num_samples, 2**grid.num_dims * grid.num_levels
+    networks = {name: value for name, value in state.params.items() if name != "encoding"}
+    density, rgb = jax.jit(functools.partial(run_networks, field=field))(features, direction, state.params)
+    # The steps within the grid's bounds have to be tested, in one set of cells or two.
+    t_enter, t_leave = box_interval(batch.rays, occupancy.bounds[0], occupancy.bounds[1])
+    tests = float(jnp.sum(jnp.maximum(t_leave - t_enter, 0))) / sampler.step_size * (2 if sampler.opaque_steps else 1)
+
+    # Whatever a stage reads has to depend on its first argument, or XLA computes what follows from it but once.
+    def moved(x: jax.Array, array: jax.Array) -> jax.Array:
+        return array + x.reshape(-1)[0] * 1e-30
+
+    def draw(x: jax.Array, key: jax.Array, data: PosedImages, pixels: steps.PixelSet) -> Any:
+        key = jax.random.fold_in(key, x[0].astype(jnp.int32))
+        bits = steps.draw_bits(key, config=config)
+        return steps.pick_pixels(bits[:, 0], data, pixels), steps.make_noise(bits[:, 1:], config=config)
+
+    def march(jitter: jax.Array, rays: Any, occupancy: Any) -> Any:
+        return find_visible(rays, occupancy, jitter, config=sampler)
+
+    def pack(jitter: jax.Array, candidates: Candidates) -> Any:
+        words = candidates.words | (jitter[0] > 2).astype(jnp.uint32)
+        samples = pack_steps(replace(candidates, words=words), jitter, config=sampler)
+        return samples.t, samples.dt, samples.ray
+
+    def encode(position: jax.Array, table: jax.Array) -> jax.Array:
+        return hash_encode(table, position, grid=grid)
+
+    def encode_backward(gradient: jax.Array, position: jax.Array, table: jax.Array) -> jax.Array:
+        position = moved(gradient, position)
+        return jax.vjp(lambda t: hash_encode(t, position, grid=grid), table)[1](gradient)[0]
+
+    def networks_forward(features: jax.Array, direction: jax.Array, params: Params) -> Any:
+        return run_networks(features, moved(features, direction), params, field=field)
+
+    def networks_both(features: jax.Array, direction: jax.Array, params: Params, weights: Any) -> Any:
+        def loss(features: jax.Array, params: Params) -> jax.Array:
+            out = run_networks(features, moved(features, direction), params, field=field)
+            return sum(jnp.sum(a * w) for a, w in zip(out, weights, strict=True))  # type: ignore[return-value]
+
+        return jax.grad(loss, argnums=(0, 1))(features, params)
+
+    def composite_both(density: jax.Array, rgb: jax.Array, samples: Any, background: jax.Array) -> Any:
+        def loss(density: jax.Array, rgb: jax.Array) -> jax.Array:
+            out = composite(density, rgb, samples.t, samples.dt, samples.ray, background)
+            return jnp.sum((out.rgb - 0.5) ** 2)
+
+        return jax.grad(loss, argnums=(0, 1))(density, rgb)
+
+    weights = (jnp.ones_like(density), jnp.ones_like(rgb))
+    pixel_bytes = 4 * 4 * len(noise.jitter)
+    forward = network_flops(networks, count)
+    return {
+        "draw": Stage(
+            draw, (jnp.zeros(1), state.key, data, pixels), Work(num_bytes=pixel_bytes + num_bytes(bits)), count
+        ),
+        "march": Stage(march, (noise.jitter, batch.rays, occupancy), Work(reads=tests), count),
+        "pack": Stage(pack, (noise.jitter, candidates), Work(num_bytes=num_bytes(candidates.words, samples)), count),
+        "encode, forward": Stage(
+            encode, (position, table), Work(reads=corners * count, num_bytes=num_bytes(position, features)), count
+        ),
+        "encode, backward": Stage(
+            encode_backward,
+            (features, position, table),
+            Work(additions=corners * count, num_bytes=num_bytes(position, features, table)),
+            count,
+        ),
+        "MLPs, forward": Stage(
+            networks_forward,
+            (features, direction, networks),
+            Work(flops=forward, num_bytes=num_bytes(features, direction, density, rgb)),
+            count,
+        ),
+        "MLPs, forward and backward": Stage(
+            networks_both,
+            (features, direction, networks, weights),
+            Work(flops=3 * forward, num_bytes=num_bytes(features, features, direction, density, rgb)),
+            count,
+        ),
+        "composite, forward and backward": Stage(
+            composite_both,
+            (density, rgb, samples, noise.background),
+            Work(num_bytes=2 * num_bytes(density, rgb, samples.t, samples.dt, samples.ray)),
+            count,
+        ),
+    }
+
+
+def optimiser_calls(config: NerfConfig, state: steps.TrainState) -> tuple[Callable[[], Any], Work]:
+    """OPTIMISER_ROUNDS steps of Adam with the gradient given, in place."""
+    gradient = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), state.params)
+
+    def step(carry: tuple[Params, Any], gradient: Params) -> tuple[Params, Any]:
+        params, opt_state = carry
+        updates, opt_state = make_optimizer(config.optimizer).update(gradient, opt_state, params)
+        return jax.tree.map(lambda p, u: p - 1e-3 * u, params, updates), opt_state
+
+    carry = (state.params, state.opt_state)
+    work = Work(num_bytes=num_bytes(gradient) + 2 * num_bytes(*carry))
+    return iterated(step, carry, gradient, rounds=OPTIMISER_ROUNDS), work
+
+
+def run_networks(
+    features: jax.Array, direction: jax.Array, params: Params, *, field: Any
+) -> tuple[jax.Array, jax.Array]:
+    density, rgb = NerfField(field).apply({"params": params}, features, direction, method="networks")
+    return jnp.asarray(density), jnp.asarray(rgb)
+
+
+def whole_calls(
+    config: NerfConfig, state: steps.TrainState, data: PosedImages, pixels: steps.PixelSet, image_size: int
+) -> dict[str, Callable[[], Any]]:
+    """A dispatch of whole steps, a refresh of the grid, and a whole image: compiled programs of their own."""
+    count = config.train.steps_per_dispatch
+    rates = jnp.full(count, 1e-3)
+    held = {"state": state}
+
+    def dispatch() -> Any:  # donates the state, as training does
+        held["state"], metrics = steps.nerf_steps(held["state"], data, pixels, rates, jnp.int32(count), config=config)
+        return held["state"].step, metrics
+
+    def refresh() -> Any:
+        held["state"] = steps.refresh_occupancy(held["state"], config=config)
+        return held["state"].occupancy
+
+    camera = resize_camera(data.camera, image_size, image_size)
+    params, occupancy = jax.tree.map(jnp.copy, (state.eval_params, state.occupancy))
+
+    def image() -> Any:
+        return render_image(
+            params,
+            camera,
+            data.c2w[0],
+            occupancy,
+            jnp.ones(3),
+            make_field=field_maker(config.field),
+            sampler=config.sampler,
+        ).rgb
+
+    return {"step": dispatch, "refresh": refresh, "image": image}
+
+
+def measure(config: NerfConfig, data: PosedImages, values: flags.Flags) -> tuple[list[Row], dict[str, float]]:
+    """The rows of the table, and the ceilings."""
+    *_, progress = train(config, data)
+    state, data = progress.state, jax.device_put(data)
+    _, pixels = steps.survey_views(data, config=config)
+    sampler = config.sampler
+    assert isinstance(sampler, MarchConfig)
+    ceilings = measure_ceilings(config, sampler.num_samples, values.runs)
+    stages = training_stages(config, state, data, pixels)
+    times = loop_ms({name: (s.function, *s.arguments) for name, s in stages.items()}, runs=values.runs)
+    rows = [stage_row(name, times[name], stage.samples, stage.work, ceilings) for name, stage in stages.items()]
+
+    adam, work = optimiser_calls(config, state)
+    ms = median_ms({"optimiser": adam}, runs=values.runs)["optimiser"] / OPTIMISER_ROUNDS
+    rows.append(stage_row("optimiser", ms, sampler.num_samples, work, ceilings))
+    whole = median_ms(whole_calls(config, state, data, pixels, values.image_size), runs=values.runs)
+    per_step = whole["step"] / config.train.steps_per_dispatch
+    parts = [row for row in rows if row.stage != "MLPs, forward"]
+    limit = math.fsum(row.limit_ms or 0 for row in parts)
+    rows.append(replace(stage_row("whole step", per_step, sampler.num_samples, Work(), ceilings), limit_ms=limit))
+    rows.append(stage_row("occupancy refresh", whole["refresh"], 0, Work(), ceilings))
+    rows.append(stage_row(f"whole image, {values.image_size}x{values.image_size}", whole["image"], 0, Work(), ceilings))
+    return rows, ceilings
+
+
+def stage_row(name: str, ms: float, samples: float, work: Work, ceilings: dict[str, float]) -> Row:
+    limit, bound_by = limit_ms(work, ceilings)
+    known = limit > 0
+    return Row(
+        stage=name,
+        ms=ms,
+        msamples_per_s=1e-3 * samples / ms,
+        gflop_per_s=1e-6 * work.flops / ms,
+        gb_per_s=1e-6 * work.num_bytes / ms,
+        limit_ms=limit if known else None,
+        bound_by=bound_by if known else "",
+    )
+
+
+def markdown(rows: list[Row]) -> str:
+    lines = [
+        "| stage | ms | Msamples/s | GFLOP/s | GB/s | limit, ms | times the limit | bound by |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        numbers = [f"{v:.1f}" if v else "" for v in (row.msamples_per_s, row.gflop_per_s, row.gb_per_s)]
+        limit = ["", ""] if row.limit_ms is None else [f"{row.limit_ms:.2f}", f"{row.ms / row.limit_ms:.1f}"]
+        lines.append(f"| {row.stage} | {row.ms:.2f} | {' | '.join(numbers + limit)} | {row.bound_by} |")
+    return "\n".join(lines)
+
+
+def define_flags(values: flags.Flags) -> None:
+    absl_flags.DEFINE_string("scene", "bricks", "As for training.", flag_values=values)
+    absl_flags.DEFINE_string("data_dir", "", "Folder that holds the scene.", flag_values=values)
+    absl_flags.DEFINE_integer("downscale", 1, "Shrink the images by this factor.", 1, flag_values=values)
+    absl_flags.DEFINE_string("preset", "small", "A preset that marches.", flag_values=values)
+    absl_flags.DEFINE_multi_string("override", [], "Set a field of the config.", flag_values=values)
+    absl_flags.DEFINE_integer("steps", 320, "Steps of training before anything is timed.", 1, flag_values=values)
+    absl_flags.DEFINE_integer("image_size", 800, "Pixels per side of the whole image.", 16, flag_values=values)
+    absl_flags.DEFINE_integer("runs", 9, "Timed turns of each stage.", 1, flag_values=values)
+    absl_flags.DEFINE_string("output", "runs/throughput.json", "Where the numbers are written.", flag_values=values)
+
+
+def main(values: flags.Flags) -> None:
+    if values.preset not in PRESETS:
+        raise InputError(f"--preset: unknown {values.preset!r}; there are {', '.join(PRESETS)}")
+    scene = replace(scene_config(values.scene), data_dir=values.data_dir, downscale=values.downscale)
+    config = apply_overrides(replace(PRESETS[values.preset], scene=scene), values.override)
+    config = replace(config, train=replace(config.train, max_seconds=0.0, max_steps=values.steps))
+    if not isinstance(config.sampler, MarchConfig):
+        raise InputError(f"--preset={values.preset} does not march, and this times marching: try small")
+    images = load_training(scene).images
+    if not isinstance(images, PosedImages):
+        raise InputError(f"{scene.name} is a ray table: this needs views")
+    rows, ceilings = measure(config, images, values)
+    about = environment()
+    names = {
+        "gflop_per_s": f"float32 matmul of {MATRIX}x{MATRIX}: {{:.0f}} GFLOP/s",
+        "gb_per_s": f"reading and writing {COPIED_BYTES >> 20} MB: {{:.1f}} GB/s",
+        "mreads_per_s": "random reads of rows of a level: {:.0f} million a second",
+        "madditions_per_s": "random additions to them: {:.0f} million a second",
+    }
+    print(f"{scene.name}, preset {values.preset}, {config.sampler.num_samples} samples a step; ", end="")
+    print(f"{about['device']}, jax {about['jax_version']}")
+    print("; ".join(text.format(ceilings[name]) for name, text in names.items()) + "\n")
+    print(markdown(rows))
+    rounded = {name: float(np.float32(value)) for name, value in ceilings.items()}
+    write_json(values.output, {**about, "ceilings": rounded, "rows": [asdict(row) for row in rows]})
+
+
+if __name__ == "__main__":
+    flags.run("experiments.throughput", define_flags, main, __doc__ or "")
