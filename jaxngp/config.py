@@ -304,9 +304,9 @@ _SMALL = NerfConfig(
         hidden_width=32,
         colour_layers=1,
     ),
-    sampler=MarchConfig(num_steps=256, num_samples=3 * 2**13),
+    sampler=MarchConfig(num_steps=384, num_samples=3 * 2**13),
     optimizer=OptimizerConfig(learning_rate=2e-2, decay=CosineDecay()),
-    train=TrainConfig(num_rays=2**13, max_steps=20_000, max_seconds=60.0),
+    train=TrainConfig(num_rays=5 * 2**9, loss="l2", max_steps=20_000, max_seconds=60.0),
 )
 _HUNDRED_LINES = NerfConfig(
     field=FieldConfig(

@@ -126,8 +126,11 @@ def _encode_direction(direction: jax.Array, config: FieldConfig) -> jax.Array:
 
 def init_params(key: jax.Array, *, config: FieldConfig) -> Params:
     """Fresh parameters of a NerfField: {"encoding": {"table"}, "density_mlp": {...}, "colour_mlp": {...}}."""
-    point = jnp.full((1, 3), 0.5)
-    return NerfField(config).init(key, point, point)["params"]
+    features, direction = jnp.zeros((1, config.encoding.num_outputs)), jnp.zeros((1, 3))
+    network_key, table_key = jax.random.split(key)
+    # Not by one init of the whole field, which would trace the encoding for nothing but the shape of its output.
+    networks = NerfField(config).init(network_key, features, direction, method="networks")["params"]
+    return {"encoding": {"table": init_table(table_key, grid=config.encoding)}, **networks}
 
 
 def evaluate_field(

@@ -91,7 +91,7 @@ def _prepare_jax() -> None:
     """Keep compiled programs between runs, and keep quiet about what is of no concern."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     logging.set_verbosity(logging.FATAL)  # orbax logs every step of a save, and the traceback of what it raises
 
 

@@ -6,8 +6,10 @@ it anew.
 
 from __future__ import annotations
 
+import concurrent.futures
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +27,19 @@ from jaxngp.training.summary import evaluate_into, training_summary, write_summa
 def main(values: flags.Flags) -> None:
     config = flags.train_config(values)
     training = load_training(config.scene)
-    evaluation = evaluation_split(config, values, training)
-    config = with_known_background(config, training)
-    workdir = Path(values.workdir or f"runs/{Path(config.scene.name).resolve().stem}")
-    if values.restart:  # only now that all input has been read: a typing error must not cost a run
-        clear(workdir)
-    flags.check_same_config(workdir, config)
-    write_json(workdir / "config.json", to_plain(config))
-    print(to_json(config), end="")
-    progress, trained_on = fit(config, training, workdir)
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        # In the background, since reading images and compiling keep different cores busy.
+        reading = reader.submit(evaluation_split, config, values, training)
+        config = with_known_background(config, training)
+        workdir = Path(values.workdir or f"runs/{Path(config.scene.name).resolve().stem}")
+        if values.restart:
+            reading.result()  # only when all input has been read: a typing error must not cost a run
+            clear(workdir)
+        flags.check_same_config(workdir, config)
+        write_json(workdir / "config.json", to_plain(config))
+        print(to_json(config), end="")
+        progress, trained_on = fit(config, training, workdir, before_step_0=reading.result)
+    evaluation = reading.result()
     print(f"trained for {progress.step} steps in {progress.seconds:.1f} s")
     if evaluation is None:
         return
@@ -69,16 +75,21 @@ def clear(workdir: Path) -> None:
         shutil.rmtree(workdir / name, ignore_errors=True)
 
 
-def fit(config: NerfConfig, training: Split, workdir: Path) -> tuple[Progress, dict[str, Any]]:
+def fit(
+    config: NerfConfig, training: Split, workdir: Path, *, before_step_0: Callable[[], object]
+) -> tuple[Progress, dict[str, Any]]:
     """Train to the end of the budget, or until interrupted; save now and then, and at the end.
 
-    Returns where the run ended, and the environment it ran in.
+    before_step_0 is called when all is compiled, and may raise what ends the run. Returns where the run ended, and
+    the environment it ran in.
     """
     log, saved = workdir / "metrics.jsonl", None
     with Checkpoints(workdir) as checkpoints, interruption() as interrupted, ProgressBar() as bar:
         resume = checkpoints.restore(config)
         keep_lines(log, lambda entry: resume is not None and entry["step"] <= resume.step)
         for progress in train(config, training.images, resume=resume):
+            if progress.metrics is None:
+                before_step_0()
             bar.show(progress)
             if progress.metrics is not None:
                 append_jsonl(log, bar.log_entry(progress))

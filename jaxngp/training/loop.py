@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -43,11 +44,11 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class _Programs:
-    """The compiled programs of a run, each compiled once, before the clock starts."""
+    """The compiled programs of a run, each compiled once, before the clock starts; and what the first one found."""
 
+    surveyed: tuple[OccupancyGrid | None, PixelSet | None]
     steps: Callable[..., tuple[TrainState, Metrics]]
     refresh: Callable[[TrainState], TrainState]
-    survey: Callable[[TrainingData], tuple[OccupancyGrid | None, PixelSet | None]]
     seconds: float
 
 
@@ -65,7 +66,7 @@ def train(config: NerfConfig, data: TrainingData, *, resume: Progress | None = N
     state, data = jax.device_put((state, data), jax.devices()[0])
     programs = _compile(state, data, config)
     started = time.perf_counter()
-    grid, pixels = programs.survey(data)
+    grid, pixels = jax.block_until_ready(programs.surveyed)
     if resume:
         progress = resume
     else:
@@ -121,15 +122,20 @@ def _learning_rates(progress: Progress, size: int, config: NerfConfig) -> np.nda
 
 
 def _compile(state: TrainState, data: TrainingData, config: NerfConfig) -> _Programs:
+    """In two threads, for while XLA compiles one program Python can trace the other.
+
+    The survey runs once, while the others are compiled; what is left of it when they are is what training waits for.
+    """
     started = time.perf_counter()
     rates = jnp.zeros(config.train.steps_per_dispatch)
-    survey: Callable[..., Any] = lambda _: (None, None)  # noqa: E731
+    surveyed: tuple[OccupancyGrid | None, PixelSet | None] = (None, None)
     refresh: Callable[..., Any] = lambda state: state  # noqa: E731
-    pixels = None
-    if isinstance(config.sampler, MarchConfig):
-        refresh = refresh_occupancy.lower(state, config=config).compile()
-        if isinstance(data, PosedImages):
-            lowered = survey_views.lower(data, config=config)
-            survey, (_, pixels) = lowered.compile(), lowered.out_info
-    steps = nerf_steps.lower(state, data, pixels, rates, jnp.int32(0), config=config).compile()
-    return _Programs(steps, refresh, survey, time.perf_counter() - started)
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        if isinstance(config.sampler, MarchConfig):
+            if isinstance(data, PosedImages):
+                surveyed = survey_views.lower(data, config=config).compile()(data)
+            refreshing = thread.submit(lambda: refresh_occupancy.lower(state, config=config).compile())
+        steps = nerf_steps.lower(state, data, surveyed[1], rates, jnp.int32(0), config=config).compile()
+        if isinstance(config.sampler, MarchConfig):
+            refresh = refreshing.result()
+    return _Programs(surveyed, steps, refresh, time.perf_counter() - started)

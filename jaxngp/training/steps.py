@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
@@ -157,8 +157,7 @@ def nerf_steps(
     The number is an argument, so that one program serves the last, shorter dispatch of a run too. The average of
     the weights is brought up to date once, with the decay of num_steps steps.
     """
-    shapes = jax.eval_shape(functools.partial(nerf_step, config=config), state, data, pixels, learning_rates[0])[1]
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = Metrics(**{field.name: jnp.float32(0) for field in fields(Metrics)})
 
     def one(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
         state, metrics = nerf_step(carry[0], data, pixels, learning_rates[i], config=config)
