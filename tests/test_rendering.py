@@ -122,6 +122,35 @@ def test_the_gradient_of_the_background_is_what_gets_through() -> None:
     np.testing.assert_allclose(gradient, np.tile(1 - np.asarray(out.opacity)[:, None], (1, 3)), atol=1e-6)
 
 
+def cloud(position: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Density and colours without edges, so that what is seen has a slope; of no density near the cube's faces."""
+    offset = position - jnp.array([0.5, 0.55, 0.45])
+    return 20 * jnp.exp(-0.5 * jnp.sum(offset**2, axis=-1) / 0.06**2), 0.5 + 0.4 * jnp.sin(8 * offset + 1)
+
+
+@pytest.mark.parametrize("width", [G, 20], ids=["all occupied", "a box in the middle"])
+def test_the_gradient_of_a_colour_in_the_origin_of_its_ray_is_its_slope(width: int) -> None:
+    """Also where steps are counted from somewhere inside the cube: as of a camera's pose, say."""
+    margin = (G - width) // 2
+    grid = occupancy.init_occupancy(np.pad(np.ones((width,) * 3, bool), margin).reshape(-1))
+    rays, jitter = some_rays(spread=0.1), jnp.full(R, 0.5)
+    cotangent = jnp.asarray(np.random.default_rng(0).uniform(0.5, 1, (R, 3)), jnp.float32)
+
+    @jax.jit
+    def seen(origin: jax.Array) -> jax.Array:
+        background = jnp.broadcast_to(jnp.asarray(BACKGROUND), (R, 3))
+        out, _ = rendering.render_rays(cloud, rays.replace(origin=origin), grid, jitter, background, sampler=CONFIG)
+        return jnp.sum(out.rgb * cotangent, axis=1)
+
+    gradient = np.asarray(jax.jit(jax.grad(lambda origin: jnp.sum(seen(origin))))(rays.origin))
+    h = 2e-3
+    steps = h * jnp.eye(3)
+    slope = np.stack([(seen(rays.origin + step) - seen(rays.origin - step)) / (2 * h) for step in steps], axis=1)
+    assert np.median(np.abs(slope)) > 0.1
+    # The third derivative is of the order of 1 / 0.06^3, times h^2 / 6; and float32 has 1e-6 / h.
+    np.testing.assert_allclose(gradient, slope, rtol=1e-2, atol=h**2 / 6 / 0.06**3 + 1e-3)
+
+
 # Whole views against batches.
 
 
