@@ -71,12 +71,11 @@ def test_the_bits_of_a_word_and_all_before_it_are_counted(packed: np.ndarray) ->
 
 
 @given(words)
-def test_sampling_cells_by_rank_lists_the_set_cells_in_order(packed: np.ndarray) -> None:
+def test_choosing_bits_by_rank_lists_the_set_ones_in_order(packed: np.ndarray) -> None:
     cells = np.flatnonzero(bits(packed))
     ranks = np.arange(256)
-    found = np.asarray(jax.jit(occupancy.sample_cells)(packed, ranks))
+    found = np.asarray(jax.jit(occupancy.nth_bit)(packed, occupancy.count_bits(packed), ranks))
     np.testing.assert_array_equal(found[: len(cells)], cells)
-    np.testing.assert_array_equal(jax.jit(occupancy.nth_bit)(packed, occupancy.count_bits(packed), ranks), found)
     assert ((found >= 0) & (found < 256)).all()  # a valid cell, whatever the rank
 
 
