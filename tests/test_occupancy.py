@@ -224,7 +224,7 @@ def test_a_refreshed_grid_knows_its_bounds(warmup: bool, corners: np.ndarray, se
     cells = cell_coordinates()
     inside = np.all((cells >= corners.min(axis=0)) & (cells < corners.max(axis=0)), axis=1)
     grid = replace(some_grid(seed, 1.0), density=jnp.zeros(G**3))
-    new = refresh(grid, seed, np.where(inside, 2 * LIMIT, 0).astype(np.float32), warmup)
+    new = refresh(grid, np.uint32(seed), np.where(inside, 2 * LIMIT, 0).astype(np.float32), warmup)
     flags = bits(new.occupied)
     low, high = np.asarray(new.bounds)
     if flags.any():
