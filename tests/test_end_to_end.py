@@ -92,7 +92,8 @@ def test_what_is_seen_through_is_the_background(learned: tuple[Progress, Split])
 def test_nothing_is_dropped_in_the_end(learned: tuple[Progress, Split]) -> None:
     metrics = learned[0].metrics
     assert metrics is not None
-    assert float(metrics.rays) > 0.2 * CONFIG.train.num_rays
+    # A tenth: half of the pixels, whose rays took no place in the buffer, are not drawn.
+    assert float(metrics.rays) > 0.1 * CONFIG.train.num_rays
     assert float(metrics.occupied_fraction) < 0.2
 
 

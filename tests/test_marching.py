@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +37,23 @@ until_nth = jax.jit(marching.until_nth, static_argnames="n")
 nth_candidate = jax.jit(marching.nth_candidate)
 march_rays = jax.jit(marching.march_rays, static_argnames="config")
 stratified_samples = jax.jit(marching.stratified_samples, static_argnames=("num_rays", "config"))
+
+
+@jax.jit
+def sample_gradient(rays: Rays, grid: OccupancyGrid, jitter: jax.Array, cotangent: jax.Array) -> tuple:
+    """The samples, and the gradient in the rays' origins of the sum of their t times a cotangent."""
+
+    def total(origin: jax.Array) -> tuple[jax.Array, Samples]:
+        samples = marching.march_rays(replace(rays, origin=origin), grid, jitter, config=ROOMY)
+        return jnp.sum(jnp.where(samples.valid, samples.t, 0) * cotangent), samples
+
+    gradient, samples = jax.grad(total, has_aux=True)(rays.origin)
+    return samples, gradient
+
+
 FULL = occupancy.init_occupancy(np.ones(G**3, bool))
 EMPTY = occupancy.init_occupancy(np.zeros(G**3, bool))
+BOXED = occupancy.init_occupancy(np.pad(np.ones((9, 20, 12), bool), ((11, 12), (6, 6), (20, 0))).reshape(-1))
 jitters = arrays32(R, 0, float(np.nextafter(np.float32(1), 0)))
 
 
@@ -56,10 +74,34 @@ def rays(draw: st.DrawFn) -> Rays:
     return Rays(origin=origin, direction=direction)  # type: ignore[arg-type]
 
 
+def in_box(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """(G^3,): the cells from one corner to another, which it leaves out."""
+    cells = np.indices((G,) * 3).reshape(3, -1)[::-1].T
+    return np.all((cells >= low) & (cells < high), axis=1)
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> np.ndarray:
+    """(G^3,): all cells, or those of a box, which may be one cell or none."""
+    corners = draw(hnp.arrays(np.int64, (2, 3), elements=st.integers(0, G)))
+    return in_box(*np.sort(corners, axis=0)) if draw(st.booleans()) else np.ones(G**3, bool)
+
+
 @st.composite
 def grids(draw: st.DrawFn) -> OccupancyGrid:
     share, seed = draw(st.sampled_from([0.0, 0.02, 0.3, 1.0])), draw(seeds)
-    return occupancy.init_occupancy(jnp.asarray(np.random.default_rng(seed).uniform(size=G**3) < share))
+    return occupancy.init_occupancy(
+        jnp.asarray((np.random.default_rng(seed).uniform(size=G**3) < share) & draw(boxes()))
+    )
+
+
+@st.composite
+def half_opaque_grids(draw: st.DrawFn) -> OccupancyGrid:
+    """Grids of which some occupied cells are opaque."""
+    rng = np.random.default_rng(draw(seeds))
+    occupied = (rng.uniform(size=G**3) < draw(st.sampled_from([0.3, 1.0]))) & draw(boxes())
+    opaque = occupied & (rng.uniform(size=G**3) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])))
+    return replace(occupancy.init_occupancy(occupied), opaque=occupancy.pack_bits(opaque))
 
 
 def unpack(words: jax.Array) -> np.ndarray:
@@ -69,7 +111,7 @@ def unpack(words: jax.Array) -> np.ndarray:
 
 
 def steps_by_definition(rays: Rays, grid: OccupancyGrid, jitter: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which steps (R, S) lie in occupied cells, and of which float32 can tell, in float64."""
+    """Which steps (R, S), from the cube on, are in occupied cells, and of which float32 can tell, in float64."""
     t_near, t_far = slab_interval(rays.origin, rays.direction, np.zeros(3), np.ones(3))
     t = t_near[:, None] + (np.arange(CONFIG.num_steps) + jitter[:, None].astype(np.float64)) * DT
     position = (
@@ -87,16 +129,26 @@ def steps_by_definition(rays: Rays, grid: OccupancyGrid, jitter: np.ndarray) -> 
 # The box.
 
 
-@settings(max_examples=100)
-@given(rays())
-def test_the_interval_in_the_box_is_that_of_the_slabs_in_float64(rays: Rays) -> None:
-    t_near, t_far = (np.asarray(t, np.float64) for t in box_interval(rays))
-    low, high = slab_interval(rays.origin, rays.direction, np.zeros(3), np.ones(3))
+def check_interval(rays: Rays, interval: tuple[jax.Array, jax.Array], corners: np.ndarray) -> None:
+    t_near, t_far = (np.asarray(t, np.float64) for t in interval)
+    low, high = slab_interval(rays.origin, rays.direction, *corners)
     assert (t_near >= 0).all()
     clear = high - low > 1e-4
     np.testing.assert_allclose(t_near[clear], low[clear], rtol=2e-6, atol=2e-5)
     np.testing.assert_allclose(t_far[clear], high[clear], rtol=2e-6, atol=2e-5)
     assert (t_far - t_near < 2e-4)[~clear].all()
+
+
+@settings(max_examples=100)
+@given(rays())
+def test_the_interval_in_the_box_is_that_of_the_slabs_in_float64(rays: Rays) -> None:
+    check_interval(rays, box_interval(rays), np.array([np.zeros(3), np.ones(3)]))
+
+
+@given(rays(), points(2))
+def test_any_other_box_has_its_interval_too(rays: Rays, corners: np.ndarray) -> None:
+    corners = np.sort(corners, axis=0)
+    check_interval(rays, box_interval(rays, *corners), corners)
 
 
 @pytest.mark.parametrize(
@@ -141,11 +193,66 @@ def test_points_of_the_interval_are_in_the_box_and_others_are_not(rays: Rays, fr
 # Which steps.
 
 
+@settings(max_examples=100)
 @given(rays(), grids(), jitters)
 def test_candidates_are_the_steps_in_occupied_cells(rays: Rays, grid: OccupancyGrid, jitter: np.ndarray) -> None:
+    """Numbered from t_start on, a whole number of steps behind where the ray enters the cube."""
     expected, certain = steps_by_definition(rays, grid, jitter)
-    found = unpack(find_candidates(rays, grid, jitter, config=CONFIG).words)
-    np.testing.assert_array_equal(found[certain], expected[certain])
+    candidates = find_candidates(rays, grid, jitter, config=CONFIG)
+    found = unpack(candidates.words)
+    skipped = (np.asarray(candidates.t_start, np.float64) - np.asarray(box_interval(rays)[0])) / DT
+    assert (skipped >= 0).all()
+    any_step = found.any(axis=1) | (expected & certain).any(axis=1)
+    np.testing.assert_allclose(skipped[any_step], np.round(skipped[any_step]), atol=1e-3)
+    # A ray that misses what is occupied may start anywhere, and has no step.
+    number = np.minimum(np.round(skipped), CONFIG.num_steps).astype(int)[:, None] + np.arange(CONFIG.num_steps)
+    by_number = np.zeros((R, 2 * CONFIG.num_steps), bool)
+    np.put_along_axis(by_number, number, found, axis=1)
+    np.testing.assert_array_equal(by_number[:, : CONFIG.num_steps][certain], expected[certain])
+    assert not by_number[:, CONFIG.num_steps :].any()
+
+
+@given(rays(), boxes(), jitters)
+def test_steps_are_counted_from_the_last_before_the_bounds(rays: Rays, flags: np.ndarray, jitter: np.ndarray) -> None:
+    grid = occupancy.init_occupancy(jnp.asarray(flags))
+    candidates = find_candidates(rays, grid, jitter, config=CONFIG)
+    enter, leave = slab_interval(rays.origin, rays.direction, *np.asarray(grid.bounds, np.float64))
+    near, far = slab_interval(rays.origin, rays.direction, np.zeros(3), np.ones(3))
+    clear = (leave - enter > 1e-4) & (far - near > 1e-4)
+    before = enter - np.asarray(candidates.t_start, np.float64)
+    # To the margin and its rounding: a step that begins 1e-5 before the bounds may count as inside.
+    assert (before > -3e-5)[clear].all()
+    assert (before < DT + 3e-5)[clear].all()
+    enter, leave = slab_interval(rays.origin, rays.direction, *np.asarray(grid.bounds) + [[-1e-4], [1e-4]])
+    assert not unpack(candidates.words)[leave == enter].any()
+
+
+@functools.cache
+def find_visible_elsewhere() -> Callable[..., Candidates]:
+    """`find_visible` and `find_candidates` as the program for other backends than the CPU, compiled for the CPU."""
+    args = Rays(origin=jnp.zeros((R, 3)), direction=jnp.ones((R, 3))), FULL, jnp.zeros(R)
+
+    def both(*args: Any) -> tuple[Candidates, Candidates]:
+        return marching.find_visible(*args, config=CONFIG), marching.find_candidates(*args, config=CONFIG)
+
+    with mock.patch.object(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args)):
+        return jax.jit(both).lower(*args).compile()
+
+
+@given(rays(), half_opaque_grids(), jitters)
+def test_the_loop_over_words_and_all_words_at_once_find_the_same_steps(
+    rays: Rays, grid: OccupancyGrid, jitter: np.ndarray
+) -> None:
+    """They may round differently where a sample is on a face; that hides or shows all that lies behind it."""
+    _, certain = steps_by_definition(rays, grid, jitter)
+    for found, other in zip(
+        (f(rays, grid, jitter, config=CONFIG) for f in (find_visible, find_candidates)),
+        find_visible_elsewhere()(rays, grid, jitter),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found.t_start, other.t_start, rtol=1e-6)
+        same = np.all(unpack(found.words) == unpack(other.words), axis=1)
+        assert same[certain.all(axis=1)].all()
 
 
 @given(rays(), grids(), jitters)
@@ -200,16 +307,30 @@ def test_the_steps_reach_through_the_diagonal_of_the_box(jitter: float) -> None:
     np.testing.assert_allclose(jnp.sum(samples.dt), 3**0.5, rtol=1e-5)
 
 
+@given(rays(), jitters, arrays32(ROOMY.num_samples, -1, 1))
+def test_samples_move_with_the_face_through_which_their_ray_enters(
+    rays: Rays, jitter: np.ndarray, cotangent: np.ndarray
+) -> None:
+    """t is where the ray enters the cube and a fixed distance more, and constant for a ray that starts inside."""
+    origin, direction = (np.asarray(a, np.float64) for a in (rays.origin, rays.direction))
+    moving = np.abs(direction) > 1e-6
+    planes = np.where(moving, (np.where(direction > 0, 0.0, 1.0) - origin) / np.where(moving, direction, 1), -np.inf)
+    low, high = slab_interval(rays.origin, rays.direction, np.zeros(3), np.ones(3))
+    _, second, first = np.sort(planes, axis=1).T
+    is_face = planes == first[:, None]
+    slope = np.sum(direction * is_face, axis=1)
+    # Where float32 can tell which face it is, and that the ray starts outside.
+    clear = (high - low > 1e-2) & (first - second > 1e-3) & (np.abs(first) > 1e-3) & (np.abs(slope) > 0.05)
+    samples, gradient = sample_gradient(rays, BOXED, jitter, cotangent)
+    valid = np.asarray(samples.valid)
+    total = np.bincount(np.asarray(samples.ray)[valid], cotangent[valid].astype(np.float64), R)
+    moved = -total / np.where(clear, slope, 1) * (first > 0)
+    expected = is_face * moved[:, None]
+    # A sum of up to 64 numbers below 1 in float32, over a slope above 0.05.
+    np.testing.assert_allclose(np.asarray(gradient)[clear], expected[clear], rtol=1e-5, atol=64 * 1e-6 / 0.05)
+
+
 # What lies behind opaque cells.
-
-
-@st.composite
-def half_opaque_grids(draw: st.DrawFn) -> OccupancyGrid:
-    """Grids of which some occupied cells are opaque."""
-    rng = np.random.default_rng(draw(seeds))
-    occupied = rng.uniform(size=G**3) < draw(st.sampled_from([0.3, 1.0]))
-    opaque = occupied & (rng.uniform(size=G**3) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])))
-    return replace(occupancy.init_occupancy(occupied), opaque=occupancy.pack_bits(opaque))
 
 
 @pytest.mark.parametrize("n", [1, 4, 33])
@@ -228,6 +349,7 @@ def test_a_ray_of_training_ends_after_so_many_steps_in_opaque_cells(
     config = replace(CONFIG, opaque_cells=opaque_steps * CONFIG.step_size * CONFIG.occupancy.resolution)
     assert config.opaque_steps == opaque_steps
     all_steps = unpack(find_candidates(rays, grid, jitter, config=config).words)
+    # The bounds stay those of the occupied cells, which hold the opaque ones too, so that steps have the same numbers.
     opaque = unpack(find_candidates(rays, replace(grid, occupied=grid.opaque), jitter, config=config).words)
     expected = all_steps & (np.cumsum(opaque, axis=1) - opaque < opaque_steps) if opaque_steps else all_steps
     np.testing.assert_array_equal(unpack(find_visible(rays, grid, jitter, config=config).words), expected)
@@ -353,12 +475,13 @@ def test_no_single_opaque_cell_hides_what_lies_behind_it(preset: str) -> None:
     flags = np.zeros((size, size, size), bool)  # z, y, x
     flags[size // 2, size // 2, size // 4] = flags[size // 2, size // 2, 3 * size // 4] = True
     words = occupancy.pack_bits(jnp.asarray(flags.reshape(-1)))
-    grid = OccupancyGrid(density=jnp.zeros(size**3), occupied=words, opaque=words)
+    bounds = occupancy.occupied_bounds(words)
+    grid = OccupancyGrid(density=jnp.zeros(size**3), occupied=words, opaque=words, bounds=bounds)
     turn = np.array([[1.0, 0.0, 0.0], [1.0, 1e-3, 2e-3]], np.float32)
     direction = turn / np.linalg.norm(turn, axis=1, keepdims=True)
     origin = np.array([0.5, 0.5, 0.5], np.float32) + np.float32(0.3 / size) - 0.9 * direction
     rays = Rays(origin=jnp.asarray(origin), direction=jnp.asarray(direction))
-    samples = marching.march_rays(rays, grid, jnp.full(2, 0.5), config=sampler)
+    samples = march_rays(rays, grid, jnp.full(2, 0.5), config=sampler)
     for ray in range(2):
         t = np.asarray(samples.t)[np.asarray(samples.valid) & (np.asarray(samples.ray) == ray)]
         assert t.min() < 0.7 < 1.1 < t.max()

@@ -12,11 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scenes import Ball, look_at, make_camera, photograph, poses_around
-from strategies import TINY_MARCH, arrays32, floats32, points, seeds
+from strategies import TINY_MARCH, arrays32, points, seeds
 
 from jaxngp import occupancy
-from jaxngp.cameras import PosedImages
 from jaxngp.config import MarchConfig, OccupancyConfig
 from jaxngp.occupancy import EMPTY, OccupancyGrid
 
@@ -59,10 +57,24 @@ def test_the_nth_set_bit_is_the_nth_set_bit(word: int) -> None:
 
 
 @given(words)
-def test_sampling_cells_by_rank_lists_the_set_cells_in_order(packed: np.ndarray) -> None:
+def test_the_even_bits_move_together_into_the_lower_half(packed: np.ndarray) -> None:
+    flags = bits(packed).reshape(8, 32)
+    expected = np.concatenate([flags[:, ::2], np.zeros((8, 16), bool)], axis=1)
+    np.testing.assert_array_equal(bits(jax.jit(occupancy.even_bits)(packed)).reshape(8, 32), expected)
+
+
+@given(words)
+def test_the_bits_of_a_word_and_all_before_it_are_counted(packed: np.ndarray) -> None:
+    end = jax.jit(occupancy.count_bits)(packed)
+    assert end.dtype == jnp.int32
+    np.testing.assert_array_equal(end, np.cumsum(bits(packed).reshape(8, 32).sum(axis=1)))
+
+
+@given(words)
+def test_choosing_bits_by_rank_lists_the_set_ones_in_order(packed: np.ndarray) -> None:
     cells = np.flatnonzero(bits(packed))
     ranks = np.arange(256)
-    found = np.asarray(jax.jit(occupancy.sample_cells)(packed, ranks))
+    found = np.asarray(jax.jit(occupancy.nth_bit)(packed, occupancy.count_bits(packed), ranks))
     np.testing.assert_array_equal(found[: len(cells)], cells)
     assert ((found >= 0) & (found < 256)).all()  # a valid cell, whatever the rank
 
@@ -107,127 +119,47 @@ def test_a_fresh_grid_occupies_its_candidates_and_nothing_else() -> None:
 @pytest.mark.parametrize("resolution", range(32, 513, 32))
 def test_a_grid_knows_its_resolution(resolution: int) -> None:
     density = jax.ShapeDtypeStruct((resolution**3,), jnp.float32)
-    assert OccupancyGrid(density=density, occupied=density, opaque=density).resolution == resolution
+    grid = OccupancyGrid(density=density, occupied=density, opaque=density, bounds=density)
+    assert grid.resolution == resolution
 
 
-# Candidates.
-
-WIDTH, HEIGHT = 48, 40
-candidates = jax.jit(occupancy.candidate_cells, static_argnames="config")
+# Bounds.
 
 
-def project(camera_focal: float, c2w: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel (N, 2) and depth (N,) in float64."""
-    local = (position - c2w[:, 3].astype(np.float64)) @ c2w[:, :3].astype(np.float64)
-    pixel = camera_focal * local[:, :2] * [1, -1] / -local[:, 2:] + np.array([WIDTH, HEIGHT]) / 2
-    return pixel, -local[:, 2]
+def bounds_by_numpy(flags: np.ndarray, resolution: int = G) -> np.ndarray:
+    """(2, 3): the corners of the smallest box around the cells of flags (G^3,), of which there are some."""
+    cells = cell_coordinates(resolution)[flags]
+    return np.stack([cells.min(axis=0), cells.max(axis=0) + 1]) / resolution
 
 
-@st.composite
-def balls(draw: st.DrawFn) -> Ball:
-    radius = draw(floats32(0.1, 0.3))
-    centre = draw(arrays32(3, 0.35, 0.65)).tolist()
-    return Ball(centre=tuple(centre), radius=radius, density=1e6, inner=(1, 0, 0), outer=(0, 1, 0))
+occupied_bounds = jax.jit(occupancy.occupied_bounds)
 
 
-def cells_touched_by(ball: Ball) -> np.ndarray:
-    """(G^3,): the cells that contain part of the ball, by the distance from its centre to the cell's box."""
-    low = cell_coordinates() / G
-    nearest = np.clip(ball.centre, low, low + 1 / G)
-    return np.linalg.norm(nearest - ball.centre, axis=1) < ball.radius
+@given(hnp.arrays(np.int64, (3, 3), elements=st.integers(0, G - 1) | st.sampled_from([0, G - 1])), st.integers(1, 3))
+def test_the_bounds_are_the_smallest_box_around_the_occupied_cells(cells: np.ndarray, num_cells: int) -> None:
+    """Of one to three cells, those at the cube's faces, edges and corners among them."""
+    flags = np.zeros(G**3, bool)
+    flags[cells[:num_cells] @ [1, G, G**2]] = True
+    found = occupied_bounds(occupancy.pack_bits(jnp.asarray(flags)))
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, bounds_by_numpy(flags))  # multiples of 1 / G, a power of 2, are exact
 
 
-def seen_by_any(focal: float, c2w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether a cell's centre is in any image, and whether float32 can tell."""
-    seen, certain = np.zeros(G**3, bool), np.ones(G**3, bool)
-    for pose in c2w:
-        pixel, depth = project(focal, pose, (cell_coordinates() + 0.5) / G)
-        inside = np.min(np.minimum(pixel, np.array([WIDTH, HEIGHT]) - pixel), axis=1)
-        seen |= (inside >= 0) & (depth > 0)
-        certain &= np.abs(inside) > 1e-2
-    return seen, certain
+@pytest.mark.parametrize("resolution", [32, 64, 96])
+def test_the_bounds_hold_for_every_width_of_the_grid(resolution: int) -> None:
+    """A row of cells takes one, two or three words."""
+    for seed in range(4):
+        flags = random_flags(seed, 2.0 * resolution**-3, resolution)  # two cells, more or less
+        flags[seed] = True
+        found = occupied_bounds(occupancy.pack_bits(jnp.asarray(flags)))
+        np.testing.assert_allclose(found, bounds_by_numpy(flags, resolution), rtol=2**-23)  # a division's rounding
 
 
-@pytest.mark.parametrize(("focal", "distance"), [(60.0, 1.5), (30.0, 1.0), (300.0, 4.0)])
-@settings(max_examples=10)
-@given(balls(), st.integers(2, 4))
-def test_no_silhouette_excludes_a_cell_that_holds_part_of_a_ball(
-    focal: float, distance: float, ball: Ball, num_views: int
-) -> None:
-    images = photograph(
-        ball, make_camera(WIDTH, HEIGHT, focal), np.resize(poses_around(num_views, distance), (4, 3, 4))
-    )
-    seen, certain = seen_by_any(focal, images.c2w)
-    found = np.asarray(candidates(images, config=CONFIG))
-    must = cells_touched_by(ball) & seen & certain
-    assert must.sum() > 20
-    assert found[must].all()
-
-
-@pytest.mark.parametrize("size", [4, 64])
-def test_no_silhouette_excludes_what_it_shows_off_the_axis_of_a_wide_camera(size: int) -> None:
-    """Large images of a large ball at the side: there a cell looks larger than focal length over depth says."""
-    focal, width, height = 4.0 * size, 16 * size, 8 * size
-    ball = Ball(centre=(0.5, 0.3, 0.5), radius=0.2, density=1e6, inner=(1, 0, 0), outer=(0, 1, 0))
-    c2w = np.stack([look_at((1.4, y, 0.5), (0, y, 0.5)) for y in (0.9, 1.2, 1.5, 1.8)])
-    images = photograph(ball, make_camera(width, height, focal), c2w)
-    seen = np.asarray(candidates(images, config=replace(CONFIG, carve=False)))
-    found = np.asarray(candidates(images, config=CONFIG))
-    must = cells_touched_by(ball) & seen
-    assert must.sum() > 1000
-    assert found[must].all()
-
-
-@settings(max_examples=10)
-@given(balls())
-def test_cells_clearly_outside_a_silhouette_are_excluded(ball: Ball) -> None:
-    focal = 60.0
-    images = photograph(ball, make_camera(WIDTH, HEIGHT, focal), poses_around(4, 1.5))
-    found = np.asarray(candidates(images, config=CONFIG))
-    clear = np.zeros(G**3, bool)
-    centre = (cell_coordinates() + 0.5) / G
-    for pose in images.c2w:
-        pixel, depth = project(focal, pose, centre)
-        margin = 0.5 * 3**0.5 / G * focal / depth + 2.5  # the cell's own half side in pixels, and rounding outward
-        inside = np.all((pixel > margin[:, None]) & (pixel < np.array([WIDTH, HEIGHT]) - margin[:, None]), axis=1)
-        offset, axis = centre - pose[:, 3], ball.centre - pose[:, 3]
-        cosine = offset @ axis / np.linalg.norm(offset, axis=1) / np.linalg.norm(axis)
-        angle = np.arccos(cosine) - np.arcsin(ball.radius / np.linalg.norm(axis))
-        clear |= inside & (angle > 2**0.5 * margin / focal)
-    assert clear.sum() > 1000
-    assert not found[clear].any()
-
-
-def test_cells_that_no_camera_sees_stay_empty_and_opaque_images_exclude_no_others() -> None:
-    c2w = np.stack([look_at((0.9, 0.2, 0.3), (0.5, 0.5, 0.5)), look_at((2, 0.5, 0.6))])
-    opaque = np.full((2, HEIGHT, WIDTH, 4), 255, np.uint8)
-    images = PosedImages(camera=make_camera(WIDTH, HEIGHT, 80.0), c2w=c2w, rgba=opaque)
-    seen, certain = seen_by_any(80.0, c2w)
-    assert 0.1 < seen.mean() < 0.9
-    for carve in (True, False):
-        found = np.asarray(candidates(images, config=replace(CONFIG, carve=carve)))
-        np.testing.assert_array_equal(found[certain], seen[certain])
-
-
-def test_without_carving_silhouettes_exclude_nothing() -> None:
-    clear = np.zeros((4, HEIGHT, WIDTH, 4), np.uint8)
-    images = PosedImages(camera=make_camera(WIDTH, HEIGHT, 60.0), c2w=poses_around(4, 1.5), rgba=clear)
-    seen, certain = seen_by_any(60.0, images.c2w)
-    found = np.asarray(candidates(images, config=replace(CONFIG, carve=False)))
-    np.testing.assert_array_equal(found[certain], seen[certain])
-    assert np.asarray(candidates(images, config=CONFIG)).sum() < 0.2 * seen.sum()
-
-
-def test_a_cell_at_the_edge_of_the_image_is_not_excluded() -> None:
-    """Part of its footprint is unknown, even if all of the image is clear."""
-    focal = 60.0
-    clear = np.zeros((1, HEIGHT, WIDTH, 4), np.uint8)
-    images = PosedImages(camera=make_camera(WIDTH, HEIGHT, focal), c2w=poses_around(1, 1.5), rgba=clear)
-    pixel, depth = project(focal, images.c2w[0], (cell_coordinates() + 0.5) / G)
-    inside = np.min(np.minimum(pixel, np.array([WIDTH, HEIGHT]) - pixel), axis=1)
-    edge = (inside > 0.01) & (inside < 0.5 * 3**0.5 / G * focal / depth)
-    assert edge.sum() > 100
-    assert np.asarray(candidates(images, config=CONFIG))[edge].all()
+def test_the_bounds_of_all_cells_are_the_cube_and_those_of_none_have_no_size() -> None:
+    np.testing.assert_array_equal(occupancy.init_occupancy(jnp.ones(G**3, bool)).bounds, [[0, 0, 0], [1, 1, 1]])
+    low, high = occupancy.init_occupancy(jnp.zeros(G**3, bool)).bounds
+    np.testing.assert_array_equal(low, high)
+    assert ((np.asarray(low) >= 0) & (np.asarray(low) <= 1)).all()
 
 
 # Refreshes.
@@ -261,7 +193,12 @@ def some_grid(seed: int, share_of_candidates: float) -> OccupancyGrid:
     density = np.where(flags, rng.uniform(0, 2, G**3), EMPTY).astype(np.float32)
     marked = flags & (rng.uniform(size=G**3) < 0.125)
     packed = occupancy.pack_bits(jnp.asarray(marked))
-    return OccupancyGrid(density=jnp.asarray(density), occupied=packed, opaque=jnp.zeros_like(packed))
+    return OccupancyGrid(
+        density=jnp.asarray(density),
+        occupied=packed,
+        opaque=jnp.zeros_like(packed),
+        bounds=occupancy.occupied_bounds(packed),
+    )
 
 
 @settings(max_examples=15)
@@ -277,6 +214,23 @@ def test_a_cell_with_density_is_never_marked_empty_by_a_refresh_in_warmup(
     assert (np.asarray(new.density)[dense & flags] >= np.float32(1.01 * LIMIT)).all()
     assert not bits(new.occupied)[~flags].any()
     np.testing.assert_array_equal(np.asarray(new.density)[~flags], EMPTY)
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+@settings(max_examples=5)
+@given(hnp.arrays(np.int64, (2, 3), elements=st.integers(0, G)), seeds)
+def test_a_refreshed_grid_knows_its_bounds(warmup: bool, corners: np.ndarray, seed: int) -> None:
+    """Candidates everywhere, density in a box only; after warmup only some of it is found."""
+    cells = cell_coordinates()
+    inside = np.all((cells >= corners.min(axis=0)) & (cells < corners.max(axis=0)), axis=1)
+    grid = replace(some_grid(seed, 1.0), density=jnp.zeros(G**3))
+    new = refresh(grid, np.uint32(seed), np.where(inside, 2 * LIMIT, 0).astype(np.float32), warmup)
+    flags = bits(new.occupied)
+    low, high = np.asarray(new.bounds)
+    if flags.any():
+        np.testing.assert_array_equal(new.bounds, bounds_by_numpy(flags))
+    else:
+        np.testing.assert_array_equal(low, high)
 
 
 @pytest.mark.parametrize("warmup", [True, False])

@@ -122,6 +122,43 @@ def test_the_gradient_of_the_background_is_what_gets_through() -> None:
     np.testing.assert_allclose(gradient, np.tile(1 - np.asarray(out.opacity)[:, None], (1, 3)), atol=1e-6)
 
 
+def cloud(position: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Density and colours without edges, so that what is seen has a slope; of no density near the cube's faces."""
+    offset = position - jnp.array([0.5, 0.55, 0.45])
+    return 20 * jnp.exp(-0.5 * jnp.sum(offset**2, axis=-1) / 0.06**2), 0.5 + 0.4 * jnp.sin(8 * offset + 1)
+
+
+@jax.jit
+def cloud_and_gradient(rays: Rays, grid: occupancy.OccupancyGrid, cotangent: jax.Array) -> tuple:
+    """What each ray sees of the cloud, times a cotangent (R, 3), and its gradient in the ray's origin."""
+
+    def seen(origin: jax.Array) -> tuple[jax.Array, jax.Array]:
+        jitter, background = jnp.full(R, 0.5), jnp.broadcast_to(jnp.asarray(BACKGROUND), (R, 3))
+        out, _ = rendering.render_rays(cloud, replace(rays, origin=origin), grid, jitter, background, sampler=CONFIG)
+        colour = jnp.sum(out.rgb * cotangent, axis=1)
+        return jnp.sum(colour), colour
+
+    gradient, colour = jax.grad(seen, has_aux=True)(rays.origin)
+    return colour, gradient
+
+
+@pytest.mark.parametrize("width", [G, 20], ids=["all occupied", "a box in the middle"])
+def test_the_gradient_of_a_colour_in_the_origin_of_its_ray_is_its_slope(width: int) -> None:
+    """Also where steps are counted from somewhere inside the cube: as of a camera's pose, say."""
+    grid = occupancy.init_occupancy(jnp.asarray(np.pad(np.ones((width,) * 3, bool), (G - width) // 2).reshape(-1)))
+    rays, cotangent = some_rays(spread=0.1), np.random.default_rng(0).uniform(0.5, 1, (R, 3)).astype(np.float32)
+    _, gradient = cloud_and_gradient(rays, grid, cotangent)
+    h, slopes = 2e-3, []
+    for step in h * np.eye(3, dtype=np.float32):
+        ahead, behind = (
+            cloud_and_gradient(replace(rays, origin=rays.origin + s), grid, cotangent)[0] for s in (step, -step)
+        )
+        slopes.append((ahead - behind) / (2 * h))
+    assert np.median(np.abs(slopes)) > 0.1
+    # The third derivative is of the order of 1 / 0.06^3, times h^2 / 6; and float32 has 1e-6 / h.
+    np.testing.assert_allclose(gradient, np.stack(slopes, axis=1), rtol=1e-2, atol=h**2 / 6 / 0.06**3 + 1e-3)
+
+
 # Whole views against batches.
 
 

@@ -13,16 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from scenes import BALL, make_camera, photograph, pixel_rays, poses_around
+from scenes import BALL as LARGE_BALL
+from scenes import make_camera, photograph, pixel_rays, poses_around
 from strategies import TINY_FIELD, TINY_GRID, seeds
 
 from jaxngp.cameras import PosedImages, Rays
+from jaxngp.carving import PixelSet, candidate_cells, pixel_set
 from jaxngp.config import MarchConfig, NerfConfig, OccupancyConfig, OptimizerConfig, StratifiedConfig, TrainConfig
 from jaxngp.data.rays import RayTable
 from jaxngp.fields import evaluate_field
 from jaxngp.losses import colour_loss
 from jaxngp.marching import find_candidates
-from jaxngp.occupancy import candidate_cells, init_occupancy
+from jaxngp.occupancy import OccupancyGrid, init_occupancy
 from jaxngp.training import steps
 from jaxngp.training.checkpoints import Checkpoints
 from jaxngp.training.loop import Progress, train
@@ -40,10 +42,19 @@ CONFIG = NerfConfig(
 )
 
 
+BALL = replace(LARGE_BALL, radius=0.2)
+"""So small that carving leaves some pixels out."""
+
+
 @functools.cache
 def ball_views() -> PosedImages:
-    """Eight small views of the ball of tests/scenes.py, from its closed form."""
+    """Eight small views of the ball, from its closed form."""
     return photograph(BALL, make_camera(SIZE, SIZE, 40.0), poses_around(8, 1.8))
+
+
+@functools.cache
+def survey() -> tuple[OccupancyGrid, PixelSet]:
+    return steps.survey_views(ball_views(), config=CONFIG)
 
 
 def run(config: NerfConfig, data: Any = None, **options: Any) -> list[Progress]:
@@ -111,11 +122,11 @@ def test_a_run_ends_exactly_at_its_last_step(whole_run: dict[str, Any]) -> None:
 
 def test_every_program_is_compiled_once_before_the_first_step(whole_run: dict[str, Any]) -> None:
     before, *_, after = whole_run["compiled"]
-    for name in ("nerf_steps", "refresh_occupancy", "restrict_occupancy"):
+    for name in ("nerf_steps", "refresh_occupancy", "survey_views"):
         assert sum(count for function, count in before.items() if name in function) == 1, before
     # Saving copies arrays, which compiles a few words; nothing of ours is compiled while training.
     later = after - before
-    assert not [name for name in later if "nerf" in name or "occupancy" in name], later
+    assert not [name for name in later if any(word in name for word in ("nerf", "occupancy", "survey"))], later
     assert whole_run["compiled"][1] == whole_run["compiled"][2]
 
 
@@ -180,13 +191,13 @@ def test_no_two_arrays_of_a_state_share_a_buffer(seed: int) -> None:
 
 def test_training_takes_the_state_and_leaves_what_the_caller_holds() -> None:
     state, other = init_state(0, config=SHORT), init_state(0, config=SHORT)
-    data = jax.device_put(ball_views())
+    data, pixels = jax.device_put((ball_views(), survey()[1]))
     rates = jnp.full(4, 1e-2)
     held = jax.random.key(0)
-    new, _ = steps.nerf_steps(state, data, rates, jnp.int32(2), config=SHORT)
+    new, _ = steps.nerf_steps(state, data, pixels, rates, jnp.int32(2), config=SHORT)
     assert state.params["encoding"]["table"].is_deleted()
     assert int(new.step) == 2
-    for alive in (data, rates, other.params):
+    for alive in (data, pixels, rates, other.params):
         assert not any(a.is_deleted() for a in jax.tree.leaves(alive))
     jax.random.uniform(held)
     np.testing.assert_array_equal(jax.random.key_data(new.key), jax.random.key_data(other.key))
@@ -200,10 +211,14 @@ SHORT = replace(
 """Compiles faster."""
 
 
+def nerf_steps(state: TrainState, pixels: PixelSet, number: int) -> tuple[TrainState, steps.Metrics]:
+    return steps.nerf_steps(state, ball_views(), pixels, jnp.full(4, 1e-2), jnp.int32(number), config=SHORT)
+
+
 def advance(seed: int, num_steps: list[int]) -> TrainState:
-    state, data = init_state(seed, config=SHORT), ball_views()
+    state = init_state(seed, config=SHORT)
     for number in num_steps:
-        state, _ = steps.nerf_steps(state, data, jnp.full(4, 1e-2), jnp.int32(number), config=SHORT)
+        state, _ = nerf_steps(state, survey()[1], number)
     return state
 
 
@@ -219,7 +234,7 @@ def test_every_step_draws_anew() -> None:
     losses = []
     for step in (0, 1, 0):
         state = init_state(0, config=SHORT).replace(step=jnp.int32(step))
-        _, metrics = steps.nerf_steps(state, ball_views(), jnp.full(4, 1e-2), jnp.int32(1), config=SHORT)
+        _, metrics = nerf_steps(state, survey()[1], 1)
         losses.append(float(metrics.loss))
     assert losses[0] != losses[1]
     assert losses[0] == losses[2]
@@ -240,15 +255,15 @@ def test_the_average_moves_as_by_so_many_steps() -> None:
 
 # One step.
 
-draw_pixels = jax.jit(steps.draw_pixels, static_argnames="num_rays")
-draw_noise = jax.jit(steps.draw_noise, static_argnames="config")
+draw_bits = jax.jit(steps.draw_bits, static_argnames="config")
+pick_pixels = jax.jit(steps.pick_pixels)
+make_noise = jax.jit(steps.make_noise, static_argnames="config")
 nerf_loss = jax.jit(steps.nerf_loss, static_argnames="config")
 
 
 def batch_and_noise(config: NerfConfig, seed: int = 0) -> tuple[PixelBatch, StepNoise]:
-    keys = jax.random.split(jax.random.key(seed))
-    data = jax.tree.map(jnp.asarray, ball_views())
-    return draw_pixels(keys[0], data, num_rays=config.train.num_rays), draw_noise(keys[1], config=config)
+    bits = draw_bits(jax.random.key(seed), config=config)
+    return pick_pixels(bits[:, 0], ball_views(), None), make_noise(bits[:, 1:], config=config)
 
 
 def test_a_drawn_pixel_has_the_ray_and_the_colour_of_the_view() -> None:
@@ -271,24 +286,160 @@ def test_a_row_of_a_ray_table_is_an_opaque_pixel() -> None:
     rng = np.random.default_rng(0)
     rays = Rays(origin=jnp.asarray(rng.normal(size=(9, 3))), direction=jnp.asarray(rng.normal(size=(9, 3))))
     table = RayTable(rays=rays, rgb=jnp.asarray(rng.uniform(size=(9, 3))), width=0, height=0)
-    batch = draw_pixels(jax.random.key(0), table, num_rays=100)
+    batch = pick_pixels(jax.random.bits(jax.random.key(0), 100), table, None)
     rows = [int(np.flatnonzero((np.asarray(rays.origin) == o).all(axis=1))[0]) for o in np.asarray(batch.rays.origin)]
     assert set(rows) == set(range(9))
     np.testing.assert_array_equal(batch.rays.direction, rays.direction[np.array(rows)])
     np.testing.assert_array_equal(batch.rgba, np.column_stack([np.asarray(table.rgb)[rows], np.ones(100)]))
 
 
+MANY = replace(CONFIG, train=replace(CONFIG.train, num_rays=2**15))
+"""So many rays that frequencies tell."""
+
+
+def numbered_views() -> PosedImages:
+    """Views whose pixels show their own numbers."""
+    shape = (8, SIZE, SIZE)
+    number = np.arange(np.prod(shape), dtype="<u4").reshape(*shape, 1)
+    return replace(ball_views(), rgba=number.view(np.uint8))
+
+
+def numbers(batch: PixelBatch) -> np.ndarray:
+    return np.round(np.asarray(batch.rgba, np.float64) * 255).astype(np.int64) @ 256 ** np.arange(4)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.02], ids=["all", "half", "few"])
+@settings(max_examples=3)
+@given(seeds)
+def test_the_pixels_of_the_set_are_drawn_equally_often_and_no_others(share: float, seed: int) -> None:
+    flags = np.random.default_rng(seed).uniform(size=8 * SIZE**2) < share
+    bits = draw_bits(jax.random.key(seed), config=MANY)[:, 0]
+    counts = np.bincount(numbers(pick_pixels(bits, numbered_views(), pixel_set(flags))), minlength=len(flags))
+    assert not counts[~flags].any()
+    assert_equally_often(counts[flags])
+
+
+def test_without_a_set_all_pixels_are_drawn_equally_often() -> None:
+    bits = draw_bits(jax.random.key(0), config=MANY)[:, 0]
+    assert_equally_often(np.bincount(numbers(pick_pixels(bits, numbered_views(), None)), minlength=8 * SIZE**2))
+
+
+def assert_equally_often(counts: np.ndarray) -> None:
+    """Chi-square, of n - 1 degrees of freedom, within six of its standard deviations."""
+    mean, freedom = counts.mean(), len(counts) - 1
+    assert abs(np.sum((counts - mean) ** 2) / mean - freedom) < 6 * (2 * freedom) ** 0.5
+
+
+def test_a_pixel_of_a_set_has_the_ray_that_it_has_without() -> None:
+    flags = np.random.default_rng(0).uniform(size=8 * SIZE**2) < 0.3
+    bits = jnp.arange(flags.sum(), dtype=jnp.uint32)
+    batch = pick_pixels(bits, ball_views(), pixel_set(flags))
+    direct = pick_pixels(jnp.asarray(np.flatnonzero(flags), jnp.uint32), ball_views(), None)
+    found, expected = (np.column_stack([b.rays.origin, b.rays.direction, b.rgba]) for b in (batch, direct))
+    order = [np.lexsort(a.T) for a in (found, expected)]
+    np.testing.assert_array_equal(found[order[0]], expected[order[1]])
+
+
 @pytest.mark.parametrize(("background", "expected"), [("white", 1.0), ("black", 0.0)])
 def test_a_fixed_background_is_that_colour(background: Any, expected: float) -> None:
-    np.testing.assert_array_equal(
-        steps.draw_background(jax.random.key(0), 5, background=background), np.full((5, 3), expected)
-    )
+    np.testing.assert_array_equal(steps.background(jnp.full((5, 3), 0.3), background), np.full((5, 3), expected))
 
 
 def test_a_random_background_differs_from_ray_to_ray() -> None:
-    colours = np.asarray(steps.draw_background(jax.random.key(0), 1000, background="random"))
+    colours = np.asarray(batch_and_noise(MANY)[1].background)[:1000]
     assert len(np.unique(colours)) > 2900
     np.testing.assert_allclose(colours.mean(axis=0), 0.5, atol=0.05)
+
+
+BINS = replace(CONFIG, sampler=StratifiedConfig(num_bins=5), train=replace(CONFIG.train, num_rays=2**15))
+
+
+@pytest.mark.parametrize("config", [MANY, BINS], ids=["march", "bins"])
+def test_all_noise_is_below_one_whatever_the_bits(config: NerfConfig) -> None:
+    """A jitter of 1 would put a sample into the next step."""
+    num_bits = draw_bits(jax.random.key(0), config=config).shape[1] - 1
+    for bits in (0, 1, 2**31, 2**32 - 256, 2**32 - 1):
+        noise = make_noise(jnp.full((config.train.num_rays, num_bits), bits, jnp.uint32), config=config)
+        for number in (*np.unique(noise.jitter), *np.unique(noise.background)):
+            assert 0 <= number < 1
+            np.testing.assert_allclose(number, bits / 2**32, atol=2**-24)  # as fine as float32 is below 1
+
+
+@pytest.mark.parametrize("config", [MANY, BINS], ids=["march", "bins"])
+def test_what_a_step_draws_is_uniform_and_independent(config: NerfConfig) -> None:
+    """Pixels, jitters and backgrounds; also those of the next ray, and of the next step."""
+    columns = []
+    for step in range(2):
+        bits = draw_bits(jax.random.fold_in(jax.random.key(7), step), config=config)
+        noise = make_noise(bits[:, 1:], config=config)
+        number = numbers(pick_pixels(bits[:, 0], numbered_views(), None))
+        jitter = np.asarray(noise.jitter).reshape(len(bits), -1)
+        columns += [(number + 0.5) / (8 * SIZE**2), *jitter.T, *np.asarray(noise.background).T]
+    drawn = np.array(columns, np.float64)
+    count = drawn.shape[1]
+    # Kolmogorov and Smirnov: sqrt(count) times the largest distance is above 2.5 once in 10^5 times.
+    distance = np.abs(np.sort(drawn, axis=1) - (np.arange(count) + 0.5) / count).max(axis=1)
+    assert (distance < 2.5 / count**0.5 + 1 / (8 * SIZE**2)).all()
+    drawn = np.concatenate([drawn, np.roll(drawn, 1, axis=1)])
+    # The correlation of two independent columns has standard deviation 1 / sqrt(count).
+    assert np.abs(np.corrcoef(drawn) - np.eye(len(drawn))).max() < 5 / count**0.5
+
+
+# Pixels that show nothing.
+
+
+def facing_and_others() -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the pixels of the survey, and of those that it leaves out."""
+    pixels = survey()[1]
+    facing = np.asarray(pixels.nth(jnp.arange(int(pixels.size))))
+    return facing, np.setdiff1d(np.arange(8 * SIZE**2), facing)
+
+
+loss_gradient = jax.jit(jax.grad(steps.nerf_loss, has_aux=True), static_argnames="config")
+
+
+def gradient_of_pixels(number: np.ndarray, noise: StepNoise) -> Any:
+    batch = pick_pixels(jnp.asarray(number, jnp.uint32), ball_views(), None)
+    params = advance(0, [4]).params
+    gradient, metrics = loss_gradient(params, batch, noise, survey()[0], config=SHORT)
+    assert metrics.rays == len(number)  # all fit
+    return gradient
+
+
+def test_leaving_pixels_out_scales_the_gradient_and_does_no_more() -> None:
+    """Half a batch that shows nothing, and in its place the other half once more: that doubles the gradient."""
+    facing, others = facing_and_others()
+    assert min(len(facing), len(others)) > 128
+    rng = np.random.default_rng(0)
+    half, nothing = rng.choice(facing, 128, replace=False), rng.choice(others, 128, replace=False)
+    noise = jax.tree.map(lambda a: jnp.concatenate([a[:128], a[:128]]), batch_and_noise(SHORT)[1])
+    with_others = gradient_of_pixels(np.concatenate([half, nothing]), noise)
+    without = gradient_of_pixels(np.concatenate([half, half]), noise)
+    for a, b in zip(jax.tree.leaves(with_others), jax.tree.leaves(without), strict=True):
+        assert np.abs(a).max() > 0
+        np.testing.assert_allclose(2 * np.asarray(a), b, rtol=1e-4, atol=1e-5 * np.abs(b).max())  # sums in other orders
+
+
+def test_a_batch_of_pixels_that_face_no_candidate_has_no_gradient() -> None:
+    _, others = facing_and_others()
+    for number in (others[:256], others[-256:]):
+        for leaf in jax.tree.leaves(gradient_of_pixels(number, batch_and_noise(SHORT)[1])):
+            np.testing.assert_array_equal(leaf, 0)
+
+
+def test_a_step_draws_from_the_set_that_it_is_given() -> None:
+    """From pixels that show nothing it learns nothing; weights decay all the same."""
+    facing, others = facing_and_others()
+    changed = []
+    for number in (facing, others):
+        flags = np.zeros(8 * SIZE**2, bool)
+        flags[number] = True
+        start = init_state(0, config=SHORT).replace(occupancy=jax.tree.map(jnp.copy, survey()[0]))
+        table = np.array(start.params["encoding"]["table"])
+        state, metrics = nerf_steps(start, pixel_set(flags), 4)
+        changed.append(not np.array_equal(state.params["encoding"]["table"], table))
+        assert (metrics.samples > 0) == changed[-1]
+    assert changed == [True, False]
 
 
 @pytest.mark.parametrize("loss", ["l2", "huber"])
@@ -338,6 +489,6 @@ def test_rays_that_do_not_fit_are_counted_and_leave_the_loss() -> None:
     rgba = jnp.where(jnp.arange(256)[:, None] < used, batch.rgba, 1 - batch.rgba)
     changed, _ = nerf_loss(params, batch.replace(rgba=rgba), noise, full, config=small)
     assert changed == metrics.loss
-    rgba = batch.rgba.at[used - 1].set(1 - batch.rgba[used - 1])
+    rgba = batch.rgba.at[used - 1].set(jnp.array([0.2, 0.5, 0.7, 1.0]))
     changed, _ = nerf_loss(params, batch.replace(rgba=rgba), noise, full, config=small)
     assert changed != metrics.loss
