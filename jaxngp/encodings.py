@@ -51,19 +51,21 @@ def hash_encode(table: jax.Array, position: jax.Array, *, grid: HashGridConfig) 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _encode(grid: HashGridConfig, table: jax.Array, position: jax.Array) -> jax.Array:
-    return lax.platform_dependent(
-        table,
-        position,
-        cpu=functools.partial(encode_unrolled, grid=grid),
-        default=functools.partial(encode_broadcast, grid=grid),
-    )
+    def features(table: jax.Array, position: jax.Array) -> jax.Array:
+        return lax.platform_dependent(
+            table,
+            position,
+            cpu=functools.partial(encode_unrolled, grid=grid),
+            default=functools.partial(encode_broadcast, grid=grid),
+        )
+
+    return walled(features, table, position)  # whatever consumes it, be it a sum, would else be computed in the gather
 
 
 def _encode_fwd(grid: HashGridConfig, table: CustomVJPPrimal, position: CustomVJPPrimal) -> tuple[jax.Array, tuple]:
-    features = walled(functools.partial(_encode, grid), table.value, position.value)
     # Which gradients anybody asks for is known here, and passed on as the presence of an array.
     wanted = tuple(jnp.zeros(()) if primal.perturbed else None for primal in (table, position))
-    return features, (table.value, position.value, wanted)
+    return _encode(grid, table.value, position.value), (table.value, position.value, wanted)
 
 
 def _encode_bwd(grid: HashGridConfig, saved: tuple, gradient: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
@@ -125,21 +127,21 @@ def _level_gradient(position: jax.Array, gradient: jax.Array, *, grid: HashGridC
 
 def encode_broadcast(table: jax.Array, position: jax.Array, *, grid: HashGridConfig) -> jax.Array:
     """`hash_encode` as one gather over all points, levels and corners: the definition, and what a GPU runs."""
-    row, weight = _all_corners(position, grid)
+    row, weight = all_corners(position, grid)
     features = jnp.sum(weight[..., None] * _fetch(table, row), axis=2)
     return features.reshape(len(position), grid.num_outputs)
 
 
 def table_gradient_broadcast(position: jax.Array, gradient: jax.Array, *, grid: HashGridConfig) -> jax.Array:
     """The transpose of `encode_broadcast` in the table, as one scatter: gradient (N, L * F) -> (rows, F)."""
-    row, weight = _all_corners(position, grid)
+    row, weight = all_corners(position, grid)
     update = weight[..., None] * gradient.reshape(len(position), grid.num_levels, 1, grid.num_features)
     table = jnp.zeros((level_offsets(grid)[-1], grid.num_features), gradient.dtype)
     return table.at[row].add(update, mode="promise_in_bounds")
 
 
-def _all_corners(position: jax.Array, grid: HashGridConfig) -> tuple[jax.Array, jax.Array]:
-    """Rows and weights of all corners of all levels, each (N, L, 2^D)."""
+def all_corners(position: jax.Array, grid: HashGridConfig) -> tuple[jax.Array, jax.Array]:
+    """Rows of the table (N, L, 2^D) u32, and weights (N, L, 2^D), of all corners of the cells that hold the points."""
     rows, weights = [], []
     for level, start in enumerate(level_offsets(grid)[:-1]):
         row, weight = zip(*_corners(position, grid, level), strict=True)

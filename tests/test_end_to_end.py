@@ -29,7 +29,7 @@ CONFIG = apply_overrides(
         "sampler.num_steps=160",
         "sampler.num_samples=2**13",
         "sampler.occupancy.resolution=64",
-        "train.num_rays=2**12",
+        "train.num_rays=2**11",
         "train.max_steps=400",
         "train.max_seconds=0.0",
     ],
@@ -89,11 +89,10 @@ def test_what_is_seen_through_is_the_background(learned: tuple[Progress, Split])
         assert np.mean(picture.opacity[alpha == 255]) > 0.95
 
 
-def test_nothing_is_dropped_in_the_end(learned: tuple[Progress, Split]) -> None:
+def test_most_of_the_box_is_empty_in_the_end_and_a_fifth_of_the_rays_fit(learned: tuple[Progress, Split]) -> None:
     metrics = learned[0].metrics
     assert metrics is not None
-    # A tenth: half of the pixels, whose rays took no place in the buffer, are not drawn.
-    assert float(metrics.rays) > 0.1 * CONFIG.train.num_rays
+    assert float(metrics.rays) > 0.2 * CONFIG.train.num_rays
     assert float(metrics.occupied_fraction) < 0.2
 
 
