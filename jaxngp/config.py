@@ -305,7 +305,7 @@ _SMALL = NerfConfig(
         colour_layers=1,
     ),
     sampler=MarchConfig(num_steps=384, num_samples=3 * 2**13),
-    optimizer=OptimizerConfig(learning_rate=2e-2, decay=CosineDecay()),
+    optimizer=OptimizerConfig(learning_rate=2.5e-2, decay=CosineDecay()),
     train=TrainConfig(num_rays=5 * 2**9, loss="l2", max_steps=20_000, max_seconds=60.0),
 )
 _HUNDRED_LINES = NerfConfig(
