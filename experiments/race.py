@@ -292,9 +292,11 @@ def main(values: flags.Flags) -> None:
         if module:
             about |= {"reference_batch": values.reference_batch, **reference.environment()}
         write_json(output, {**about, "curves": [asdict(curve) for curve in curves]})
-        write_plot(output.with_suffix(".png"), curves, f"{scene.name}, {view}, white background; {about['device']}")
+        batch = f"; reference: {values.reference_batch} rays a step" if module else ""
+        title = f"{scene.name}, {view}, white background; {about['device']}{batch}"
+        write_plot(output.with_suffix(".png"), curves, title)
     versions = f"jax {about['jax_version']}" + (f", torch {about['torch_version']}" if module else "")
-    print(f"{scene.name}, {view}, white background, sRGB; {about['device']}, {versions}\n")
+    print(f"{scene.name}, {view}, white background, sRGB; {about['device']}, {versions}{batch}\n")
     print(tables(curves))
 
 
