@@ -10,8 +10,9 @@ first turn is not counted, and the median is shown.
 once), or its reads and additions at scattered places would take at the ceilings measured in the same run, whichever
 is the most; `bound by` says which. Of the reads and additions the ceiling is what XLA makes of a program that does
 nothing else at the same places, known beforehand: consecutive samples share cells, so these are not random. Such a
-program may be slower than the stage that does the same and more: a factor below 1 says that XLA fuses it badly.
-Prints a Markdown table and writes it as JSON.
+program may be slower than the stage that does the same and more: a factor below 1 says that XLA fuses it badly. The
+limit of the whole step is the sum of its stages' limits, or of their times where these are less. Prints a Markdown
+table and writes it as JSON.
 """
 
 from __future__ import annotations
@@ -327,7 +328,7 @@ def measure(config: NerfConfig, data: PosedImages, values: flags.Flags) -> tuple
     whole = median_ms(whole_calls(config, state, data, pixels, values.image_size), runs=values.runs)
     per_step = whole["step"] / config.train.steps_per_dispatch
     parts = [row for row in rows if row.stage != "MLPs, forward"]
-    limit = math.fsum(row.limit_ms or 0 for row in parts)
+    limit = math.fsum(min(row.limit_ms or 0, row.ms) for row in parts)  # what a stage reaches is no less than its limit
     rows.append(replace(stage_row("whole step", per_step, sampler.num_samples, Work(), ceilings), limit_ms=limit))
     rows.append(stage_row("occupancy refresh", whole["refresh"], 0, Work(), ceilings))
     rows.append(stage_row(f"whole image, {values.image_size}x{values.image_size}", whole["image"], 0, Work(), ceilings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jaxngp import data
 from jaxngp.cameras import Rays, view_rays
 from jaxngp.config import PRESETS, NerfConfig, SceneConfig, apply_overrides
 from jaxngp.data import Split, builtin, load_evaluation, load_training
-from jaxngp.training import loop
+from jaxngp.training import evaluation, loop
 from jaxngp.training.evaluation import ViewPicture, evaluate_views, summarise
 from jaxngp.training.loop import Progress, train
 
@@ -40,9 +41,9 @@ CONFIG = apply_overrides(
 def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Progress, Split]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXNGP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        training, evaluation = load_training(CONFIG.scene), load_evaluation(CONFIG.scene, "val", 4)
+        training, held_out = load_training(CONFIG.scene), load_evaluation(CONFIG.scene, "val", 4)
     *_, progress = train(CONFIG, training.images)
-    return progress, evaluation
+    return progress, held_out
 
 
 def exact_depth(config: SceneConfig, split: Split, view: int) -> tuple[np.ndarray, np.ndarray]:
@@ -87,6 +88,22 @@ def test_what_is_seen_through_is_the_background(learned: tuple[Progress, Split])
         outside = alpha == 0
         assert np.mean(picture.prediction[outside]) < 0.02
         assert np.mean(picture.opacity[alpha == 255]) > 0.95
+
+
+@pytest.mark.parametrize("rays_together", [1, 2 * SIZE**2])
+def test_views_are_the_same_however_many_are_rendered_at_once(
+    rays_together: int, learned: tuple[Progress, Split], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One at a time; two, of which the last batch has but one; and all three, which is what fits by default."""
+    progress, split = learned
+    split = replace(split, views=split.views[:3])
+    expected = list(evaluate_views(progress.state, split, config=CONFIG))
+    monkeypatch.setattr(evaluation, "_RAYS_TOGETHER", rays_together)
+    found = list(evaluate_views(progress.state, split, config=CONFIG))
+    assert [score.name for score, _ in found] == [score.name for score, _ in expected] == list(split.views)
+    for (score, picture), (expected_score, expected_picture) in zip(found, expected, strict=True):
+        np.testing.assert_allclose(picture.prediction, expected_picture.prediction, atol=1e-5)
+        np.testing.assert_allclose(score.psnr, expected_score.psnr, atol=1e-3)
 
 
 def test_most_of_the_box_is_empty_in_the_end_and_a_fifth_of_the_rays_fit(learned: tuple[Progress, Split]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from numpy.testing import assert_allclose
 from scenes import BALL, make_camera, photograph, pixel_rays, poses_around
 
-from experiments import common, encoding_race, race, reference
+from experiments import common, encoding_race, race, reference, throughput
 from experiments.race import Curve
 from jaxngp.cameras import view_rays
 from jaxngp.config import HashGridConfig, InputError, SceneConfig
@@ -265,3 +265,49 @@ def test_points_on_rays_lie_in_the_cube_a_step_apart() -> None:
     assert ((points >= 0) & (points <= 1)).all()
     gaps = np.linalg.norm(np.diff(np.asarray(points).reshape(5, 10, 3), axis=1), axis=-1)
     assert np.median(gaps) == pytest.approx(0.001, rel=1e-2)
+
+
+# Throughput.
+
+CEILINGS = {
+    "gflop_per_s": 100.0,
+    "gb_per_s": 10.0,
+    "mreads_per_s": 200.0,
+    "madditions_per_s": 50.0,
+    "mword_reads_per_s": 400.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"),
+    [
+        (throughput.Work(flops=3e8, num_bytes=1e7), (3.0, "arithmetic")),
+        (throughput.Work(flops=3e8, num_bytes=4e7), (4.0, "memory")),
+        (throughput.Work(reads=1e6, num_bytes=1e7), (5.0, "reads of rows")),
+        (throughput.Work(reads=1e6, additions=1e6), (20.0, "additions to rows")),
+        (throughput.Work(word_reads=1e6), (2.5, "reads of words")),
+    ],
+)
+def test_the_limit_is_the_time_of_what_takes_longest(work: throughput.Work, expected: tuple[float, str]) -> None:
+    limit, bound_by = throughput.limit_ms(work, CEILINGS)
+    assert_allclose(limit, expected[0], rtol=1e-12)
+    assert bound_by == expected[1]
+
+
+def test_a_row_states_rates_and_how_far_from_the_limit_a_stage_is() -> None:
+    work = throughput.Work(flops=3e8, num_bytes=1e7)
+    row = throughput.stage_row("stage", 6.0, 12_000, work, CEILINGS)
+    assert_allclose([row.msamples_per_s, row.gflop_per_s, row.gb_per_s], [2.0, 50.0, 10 / 6], rtol=1e-12)
+    whole = throughput.stage_row("image", 6.0, 0, throughput.Work(), CEILINGS)
+    assert whole.limit_ms is None
+    lines = throughput.markdown([row, whole]).splitlines()
+    assert lines[2] == "| stage | 6.00 | 2.0 | 50.0 | 1.7 | 3.00 | 2.0 | arithmetic |"
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_what_is_iterated_goes_on_where_it_ended_and_leaves_its_input_alone() -> None:
+    start = jnp.arange(3.0)
+    call = common.iterated(lambda x, step: x + step, start, jnp.float32(2), rounds=5)
+    assert_allclose(call(), np.arange(3) + 10)
+    assert_allclose(call(), np.arange(3) + 20)
+    assert_allclose(start, np.arange(3))
