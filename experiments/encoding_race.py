@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 from experiments import reference
-from experiments.common import in_loop, median_ms, points_on_rays
+from experiments.timing import in_loop, median_ms, points_on_rays
 from jaxngp import flags
 from jaxngp.config import HashGridConfig, InputError
 from jaxngp.encodings import hash_encode

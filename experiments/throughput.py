@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags as absl_flags
 
-from experiments.common import iterated, loop_ms, median_ms
+from experiments.timing import iterated, loop_ms, median_ms
 from jaxngp import flags
 from jaxngp.cameras import PosedImages, resize_camera
 from jaxngp.compositing import composite

@@ -15,7 +15,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from experiments.common import loop_ms, points_on_rays
+from experiments.timing import loop_ms, points_on_rays
 from jaxngp import encodings
 from jaxngp.config import PRESETS
 from jaxngp.fusion import walled

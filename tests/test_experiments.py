@@ -14,7 +14,7 @@ import pytest
 from numpy.testing import assert_allclose
 from scenes import BALL, make_camera, photograph, pixel_rays, poses_around
 
-from experiments import common, encoding_race, race, reference, throughput
+from experiments import encoding_race, race, reference, throughput, timing
 from experiments.race import Curve
 from jaxngp.cameras import view_rays
 from jaxngp.config import HashGridConfig, InputError, SceneConfig
@@ -212,7 +212,7 @@ GRID = HashGridConfig(num_levels=2, table_size=2**8, min_resolution=4, max_resol
 
 
 def problem(grid: HashGridConfig = GRID) -> encoding_race.Problem:
-    return encoding_race.make_problem(grid, common.points_on_rays(jax.random.key(0), 40))
+    return encoding_race.make_problem(grid, timing.points_on_rays(jax.random.key(0), 40))
 
 
 def test_the_naive_encoding_is_ours() -> None:
@@ -248,19 +248,19 @@ def test_contestants_that_disagree_are_refused() -> None:
 
 def test_contestants_take_turns() -> None:
     calls: list[str] = []
-    times = common.median_ms({name: functools.partial(calls.append, name) for name in "AB"}, runs=2)
+    times = timing.median_ms({name: functools.partial(calls.append, name) for name in "AB"}, runs=2)
     assert "".join(calls) == "ABABAB"  # the first of each is not counted
     assert times.keys() == {"A", "B"}
 
 
 def test_a_loop_runs_every_round_on_all_of_the_output() -> None:
     x = jnp.arange(4.0)
-    total = common.in_loop(lambda x, factor: {"a": factor * x, "b": jnp.ones(3)}, x, jnp.float32(2), rounds=5)()
+    total = timing.in_loop(lambda x, factor: {"a": factor * x, "b": jnp.ones(3)}, x, jnp.float32(2), rounds=5)()
     assert_allclose(total, 5 * (2 * 6 + 3))
 
 
 def test_points_on_rays_lie_in_the_cube_a_step_apart() -> None:
-    points = common.points_on_rays(jax.random.key(0), 50, per_ray=10, step=0.001)
+    points = timing.points_on_rays(jax.random.key(0), 50, per_ray=10, step=0.001)
     assert points.shape == (50, 3)
     assert ((points >= 0) & (points <= 1)).all()
     gaps = np.linalg.norm(np.diff(np.asarray(points).reshape(5, 10, 3), axis=1), axis=-1)
@@ -307,7 +307,7 @@ def test_a_row_states_rates_and_how_far_from_the_limit_a_stage_is() -> None:
 
 def test_what_is_iterated_goes_on_where_it_ended_and_leaves_its_input_alone() -> None:
     start = jnp.arange(3.0)
-    call = common.iterated(lambda x, step: x + step, start, jnp.float32(2), rounds=5)
+    call = timing.iterated(lambda x, step: x + step, start, jnp.float32(2), rounds=5)
     assert_allclose(call(), np.arange(3) + 10)
     assert_allclose(call(), np.arange(3) + 20)
     assert_allclose(start, np.arange(3))
