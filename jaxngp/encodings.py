@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import operator
@@ -15,7 +16,17 @@ from jax.custom_derivatives import CustomVJPPrimal
 
 from jaxngp.config import HashGridConfig
 from jaxngp.fusion import walled
-from jaxngp.hashing import corner_offsets, level_offsets, level_resolutions, level_sizes, num_vertices, vertex_row
+from jaxngp.hashing import (
+    corner_offsets,
+    dense_index,
+    is_dense,
+    level_offsets,
+    level_resolutions,
+    level_sizes,
+    num_vertices,
+    spatial_hash,
+    vertex_row,
+)
 
 
 def init_table(key: jax.Array, *, grid: HashGridConfig) -> jax.Array:
@@ -29,49 +40,74 @@ def multilinear_weights(fraction: jax.Array) -> jax.Array:
     return jnp.stack([_corner_weight(fraction, offset) for offset in corner_offsets(len(fraction))])
 
 
-def hash_encode(table: jax.Array, position: jax.Array, *, grid: HashGridConfig) -> jax.Array:
+def hash_encode(
+    table: jax.Array,
+    position: jax.Array,
+    *,
+    grid: HashGridConfig,
+    shadow: jax.Array | None = None,
+    dtype: jnp.dtype | None = None,
+) -> jax.Array:
     """The multiresolution hash encoding (paper section 3).
 
     table (rows, F): the rows of all levels as `init_table` lays them out. position (N, D): clipped to [0, 1].
-    Returns (N, L * F), coarsest level first. Differentiable in both arguments; each level is interpolated on its
-    own, so the gradient in position is piecewise constant along an axis (continuous with smoothstep).
+    Returns (N, L * F), coarsest level first, of `dtype`, the table's if none is given; it is interpolated in float32
+    or more. Differentiable in both arguments; each level is interpolated on its own, so the gradient in position is
+    piecewise constant along an axis (continuous with smoothstep).
+
+    shadow: a copy of the table in fewer bits, which is read in its place: half the bytes to fetch at random places.
+    The gradient still goes to the table, in the table's precision.
     """
     rows, width = level_offsets(grid)[-1], grid.num_features
-    if table.shape != (rows, width):
-        raise ValueError(f"table has shape {table.shape}: this grid needs {(rows, width)}")
+    for name, array in (("table", table), ("shadow", table if shadow is None else shadow)):
+        if array.shape != (rows, width):
+            raise ValueError(f"{name} has shape {array.shape}: this grid needs {(rows, width)}")
     if position.ndim != 2 or position.shape[1] != grid.num_dims:
         raise ValueError(f"position has shape {position.shape}: expected (N, {grid.num_dims})")
-    return _encode(grid, table, position)
+    return _encode(grid, jnp.dtype(dtype or table.dtype), table, shadow, position)
 
 
-# Every formula below exists once, for one level; the two backends differ only in how they loop over the levels
-# and corners. Unrolled (CPU): no array of (N, L, 2^D, F) is ever formed, and the levels' scatters run side by
-# side. Broadcast (GPU): one gather and one scatter over all levels and corners, which XLA fuses into one kernel.
+# Every formula below exists once, for arrays or numbers of a level; the two backends differ only in how they loop
+# over the levels and corners. Unrolled (CPU): no array of (N, L, 2^D, F) is ever formed, and the levels' scatters run
+# side by side. Broadcast (GPU): levels are an axis of every array, so that XLA makes one kernel with one gather a
+# corner, and one kernel with one scatter. Unrolled there, a thread would branch over all levels and corners.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _encode(grid: HashGridConfig, table: jax.Array, position: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _encode(
+    grid: HashGridConfig, dtype: jnp.dtype, table: jax.Array, shadow: jax.Array | None, position: jax.Array
+) -> jax.Array:
     def features(table: jax.Array, position: jax.Array) -> jax.Array:
         return lax.platform_dependent(
             table,
             position,
-            cpu=functools.partial(encode_unrolled, grid=grid),
-            default=functools.partial(encode_broadcast, grid=grid),
+            cpu=functools.partial(encode_unrolled, grid=grid, dtype=dtype),
+            default=functools.partial(encode_broadcast, grid=grid, dtype=dtype),
         )
 
-    return walled(features, table, position)  # whatever consumes it, be it a sum, would else be computed in the gather
+    # Whatever consumes it, be it a sum, would else be computed in the gather.
+    return walled(features, table if shadow is None else shadow, position)
 
 
-def _encode_fwd(grid: HashGridConfig, table: CustomVJPPrimal, position: CustomVJPPrimal) -> tuple[jax.Array, tuple]:
+def _encode_fwd(
+    grid: HashGridConfig,
+    dtype: jnp.dtype,
+    table: CustomVJPPrimal,
+    shadow: CustomVJPPrimal | None,
+    position: CustomVJPPrimal,
+) -> tuple[jax.Array, tuple]:
     # Which gradients anybody asks for is known here, and passed on as the presence of an array.
     wanted = tuple(jnp.zeros(()) if primal.perturbed else None for primal in (table, position))
-    return _encode(grid, table.value, position.value), (table.value, position.value, wanted)
+    read = None if shadow is None else shadow.value
+    return _encode(grid, dtype, table.value, read, position.value), (table.value, read, position.value, wanted)
 
 
-def _encode_bwd(grid: HashGridConfig, saved: tuple, gradient: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+def _encode_bwd(
+    grid: HashGridConfig, dtype: jnp.dtype, saved: tuple, gradient: jax.Array
+) -> tuple[jax.Array | None, None, jax.Array | None]:
     # Without the barrier XLA:GPU shares rows and weights with the forward pass and stores them all in between.
-    table, position, wanted = saved
-    table, position, gradient = lax.optimization_barrier((table, position, gradient))
+    table, shadow, position, wanted = saved
+    position, gradient = lax.optimization_barrier((position, gradient))
     table_gradient = position_gradient = None
     if wanted[0] is not None:
         table_gradient = lax.platform_dependent(
@@ -79,32 +115,35 @@ def _encode_bwd(grid: HashGridConfig, saved: tuple, gradient: jax.Array) -> tupl
             gradient,
             cpu=functools.partial(table_gradient_unrolled, grid=grid),
             default=functools.partial(table_gradient_broadcast, grid=grid),
-        )
+        ).astype(table.dtype)
     if wanted[1] is not None:
-        _, position_vjp = jax.vjp(functools.partial(encode_unrolled, table, grid=grid), position)
+        read = table if shadow is None else shadow
+        _, position_vjp = jax.vjp(functools.partial(encode_unrolled, read, grid=grid, dtype=dtype), position)
         (position_gradient,) = position_vjp(gradient)
-    return table_gradient, position_gradient
+    return table_gradient, None, position_gradient
 
 
 _encode.defvjp(_encode_fwd, _encode_bwd, symbolic_zeros=True)
 
 
-def encode_unrolled(table: jax.Array, position: jax.Array, *, grid: HashGridConfig) -> jax.Array:
+def encode_unrolled(
+    table: jax.Array, position: jax.Array, *, grid: HashGridConfig, dtype: jnp.dtype | None = None
+) -> jax.Array:
     """`hash_encode` as a program unrolled over levels and corners."""
     features = []
     for level, start in enumerate(level_offsets(grid)[:-1]):
         corners = _corners(position, grid, level)
         rows = (weight[:, None] * _fetch(table, row + np.uint32(start)) for row, weight in corners)
         features.append(functools.reduce(operator.add, rows))
-    return jnp.concatenate(features, axis=1)
+    return jnp.concatenate(features, axis=1).astype(dtype or table.dtype)
 
 
 def table_gradient_unrolled(position: jax.Array, gradient: jax.Array, *, grid: HashGridConfig) -> jax.Array:
-    """The transpose of `encode_unrolled` in the table: gradient (N, L * F) -> (rows, F).
+    """The transpose of `encode_unrolled` in the table: gradient (N, L * F) -> (rows, F), in float32 or more.
 
     A wall around each level: fused across levels, the scatters take three times as long.
     """
-    width = grid.num_features
+    width, gradient = grid.num_features, _widened(gradient)
     return jnp.concatenate(
         [
             walled(
@@ -125,19 +164,88 @@ def _level_gradient(position: jax.Array, gradient: jax.Array, *, grid: HashGridC
     return table
 
 
-def encode_broadcast(table: jax.Array, position: jax.Array, *, grid: HashGridConfig) -> jax.Array:
-    """`hash_encode` as one gather over all points, levels and corners: the definition, and what a GPU runs."""
-    row, weight = all_corners(position, grid)
-    features = jnp.sum(weight[..., None] * _fetch(table, row), axis=2)
-    return features.reshape(len(position), grid.num_outputs)
+def encode_broadcast(
+    table: jax.Array, position: jax.Array, *, grid: HashGridConfig, dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """`hash_encode` with the levels as an axis: one gather a corner, all in one kernel of N L threads.
+
+    What a thread needs for its F features is broadcast to them here, at the start: broadcast later, XLA takes it for
+    work to be shared between threads, and stores 8 weights for each point and level in between.
+    """
+    levels = _levels(grid)
+    clipped = jnp.clip(position, 0, 1)
+    along = [clipped[:, axis, None] for axis in range(grid.num_dims)]  # (N, 1)
+    wide_shape = (len(position), grid.num_levels, grid.num_features)
+    cell = [_cell_along(x, levels.resolution, levels.last_cell, grid)[0] for x in along]
+    fraction = [
+        _cell_along(
+            jnp.broadcast_to(x[..., None], wide_shape), levels.resolution[:, None], levels.last_cell[:, None], grid
+        )[1]
+        for x in along
+    ]
+    features = jnp.zeros((), _widened(table[:0]).dtype)
+    for offset in corner_offsets(grid.num_dims):
+        vertex = [coordinate + np.uint32(o) for coordinate, o in zip(cell, offset, strict=True)]
+        features = features + _corner_weight(fraction, offset) * _fetch(table, levels.row(vertex, grid))
+    return features.reshape(len(position), grid.num_outputs).astype(dtype or table.dtype)
 
 
 def table_gradient_broadcast(position: jax.Array, gradient: jax.Array, *, grid: HashGridConfig) -> jax.Array:
-    """The transpose of `encode_broadcast` in the table, as one scatter: gradient (N, L * F) -> (rows, F)."""
-    row, weight = all_corners(position, grid)
-    update = weight[..., None] * gradient.reshape(len(position), grid.num_levels, 1, grid.num_features)
-    table = jnp.zeros((level_offsets(grid)[-1], grid.num_features), gradient.dtype)
-    return table.at[row].add(update, mode="promise_in_bounds")
+    """The transpose of `encode_broadcast` in the table, as one scatter: gradient (N, L * F) -> (rows, F).
+
+    Of (L, N, 2^D) updates, a thread each: the corners of a cell and the samples of a ray are neighbours in memory,
+    and so in the order of updates; and one level's part of the gradient stays in the L2 cache until it is done.
+    """
+    levels = _levels(grid)
+    width, num_points = grid.num_features, len(position)
+    corners = corner_offsets(grid.num_dims)
+    rows_shape = (grid.num_levels, num_points, len(corners))
+    clipped = jnp.clip(position, 0, 1)
+    update = jnp.swapaxes(_widened(gradient).reshape(num_points, grid.num_levels, 1, width), 0, 1)
+    vertex = []
+    for axis in range(grid.num_dims):
+        x, far = clipped[None, :, axis, None], corners[:, axis]
+        resolution, last_cell = levels.resolution[:, None, None], levels.last_cell[:, None, None]
+        cell, _ = _cell_along(jnp.broadcast_to(x, rows_shape), resolution, last_cell, grid)
+        vertex.append(cell + far.astype(np.uint32))
+        x = jnp.broadcast_to(x[..., None], (*rows_shape, width))
+        _, fraction = _cell_along(x, resolution[..., None], last_cell[..., None], grid)
+        # The fraction on the far side, one minus it on the near side, exactly.
+        near = np.float32(1 - far)[:, None]
+        update = update * (near + (1 - 2 * near) * fraction)
+    table = jnp.zeros((level_offsets(grid)[-1], width), update.dtype)
+    return table.at[levels.row(vertex, grid)].add(update, mode="promise_in_bounds")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Levels:
+    """What distinguishes the levels of a grid, (L,) each: constants that a kernel looks up."""
+
+    resolution: np.ndarray  # f32
+    last_cell: np.ndarray  # i32
+    vertices_per_axis: np.ndarray  # u32
+    dense: np.ndarray  # bool
+    start: np.ndarray  # u32, the first row
+
+    def row(self, vertex: list[jax.Array], grid: HashGridConfig) -> jax.Array:
+        """The rows of the vertices: coordinates (N, L), or (L, N, 2^D), for each axis -> rows of that shape."""
+        over_levels = (-1,) if vertex[0].ndim == 2 else (-1, 1, 1)
+        side, dense, start = (a.reshape(over_levels) for a in (self.vertices_per_axis, self.dense, self.start))
+        hashed = spatial_hash(vertex, table_size=grid.table_size)
+        return jnp.where(dense, dense_index(vertex, vertices_per_axis=side), hashed) + start
+
+
+@functools.cache
+def _levels(grid: HashGridConfig) -> _Levels:
+    resolutions = level_resolutions(grid)
+    vertices = np.array([num_vertices(grid, n) for n in resolutions], np.uint32)
+    return _Levels(
+        resolution=np.array(resolutions, np.float32),
+        last_cell=vertices.astype(np.int32) - 2,
+        vertices_per_axis=vertices,
+        dense=np.array([is_dense(grid, n) for n in resolutions]),
+        start=np.array(level_offsets(grid)[:-1], np.uint32),
+    )
 
 
 def all_corners(position: jax.Array, grid: HashGridConfig) -> tuple[jax.Array, jax.Array]:
@@ -159,21 +267,27 @@ def _corners(position: jax.Array, grid: HashGridConfig, level: int) -> Iterator[
 
 
 def _cell(position: jax.Array, grid: HashGridConfig, level: int) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Along each axis the cell (N,) u32 that holds the points, and where in it they lie (N,) in [0, 1].
+    """Along each axis the cell (N,) u32 that holds the points, and where in it they lie (N,) in [0, 1]."""
+    resolution = level_resolutions(grid)[level]
+    last_cell = num_vertices(grid, resolution) - 2
+    along = [
+        _cell_along(jnp.clip(position[:, axis], 0, 1), resolution, last_cell, grid) for axis in range(grid.num_dims)
+    ]
+    return [cell for cell, _ in along], [fraction for _, fraction in along]
+
+
+def _cell_along(
+    x: jax.Array, resolution: int | np.ndarray, last_cell: int | np.ndarray, grid: HashGridConfig
+) -> tuple[jax.Array, jax.Array]:
+    """The cell u32 that holds x, and where in it x lies, in [0, 1], at levels of a resolution that broadcasts to x.
 
     The far face of the cube belongs to the last cell, where the fraction is 1. A position that is no number gives
     a valid cell and a fraction that is no number, so the rows stay in bounds and the features show it.
     """
-    resolution = level_resolutions(grid)[level]
-    last_cell = num_vertices(grid, resolution) - 2
-    cells, fractions = [], []
-    for axis in range(grid.num_dims):
-        scaled = jnp.clip(position[:, axis], 0, 1) * resolution + (0.5 if grid.half_voxel_offset else 0)
-        cell = jnp.clip(jnp.floor(scaled).astype(jnp.int32), 0, last_cell)
-        fraction = scaled - cell.astype(scaled.dtype)
-        cells.append(cell.astype(jnp.uint32))
-        fractions.append(fraction**2 * (3 - 2 * fraction) if grid.smoothstep else fraction)
-    return cells, fractions
+    scaled = x * resolution + (0.5 if grid.half_voxel_offset else 0)
+    cell = jnp.clip(jnp.floor(scaled).astype(jnp.int32), 0, last_cell)
+    fraction = scaled - cell.astype(scaled.dtype)
+    return cell.astype(jnp.uint32), fraction**2 * (3 - 2 * fraction) if grid.smoothstep else fraction
 
 
 def _corner_weight(fraction: list[jax.Array] | jax.Array, offset: np.ndarray) -> jax.Array:
@@ -183,7 +297,12 @@ def _corner_weight(fraction: list[jax.Array] | jax.Array, offset: np.ndarray) ->
 
 def _fetch(table: jax.Array, row: jax.Array) -> jax.Array:
     # Rows are in bounds by construction; saying so saves a clamp per read.
-    return table.at[row].get(mode="promise_in_bounds")
+    return _widened(table.at[row].get(mode="promise_in_bounds"))
+
+
+def _widened(array: jax.Array) -> jax.Array:
+    """In float32, or in float64 where it is that already."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def sh_encode(direction: jax.Array, *, degree: int) -> jax.Array:

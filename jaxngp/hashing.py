@@ -79,11 +79,12 @@ def spatial_hash(cell: Coordinates, *, table_size: int) -> jax.Array:
     return result & np.uint32(table_size - 1)
 
 
-def dense_index(cell: Coordinates, *, vertices_per_axis: int) -> jax.Array:
-    """The rank of a vertex in x-fastest order: a bijection onto [0, vertices_per_axis^D). u32 -> u32."""
-    result = jnp.uint32(0)
-    for axis, coordinate in enumerate(cell):
-        result = result + coordinate.astype(jnp.uint32) * np.uint32(vertices_per_axis**axis)
+def dense_index(cell: Coordinates, *, vertices_per_axis: int | np.ndarray) -> jax.Array:
+    """The rank of a vertex in x-fastest order: a bijection onto [0, vertices_per_axis^D). u32 -> u32, modulo 2^32."""
+    result, stride = jnp.uint32(0), np.uint64(1)
+    for coordinate in cell:
+        result = result + coordinate.astype(jnp.uint32) * (stride & np.uint64(2**32 - 1)).astype(np.uint32)
+        stride = stride * np.asarray(vertices_per_axis, np.uint64)
     return result
 
 
