@@ -75,6 +75,7 @@ class HashGridConfig:
 
 DirectionEncoding = Literal["spherical_harmonics", "frequency"]
 MlpInit = Literal["glorot", "torch"]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class FieldConfig:
     use_bias: bool = False
     mlp_init: MlpInit = "glorot"  # "torch" draws weights and biases as torch.nn.Linear does
     mask_outside_box: bool = False  # zero density and colour outside the unit cube
+    precision: Precision = "float32"  # of features and hidden layers; parameters and densities are always float32
 
     def __post_init__(self) -> None:
         _check(self.encoding.num_dims == 3, "field.encoding.num_dims", self.encoding.num_dims, "3 for a NeRF")
@@ -101,6 +103,8 @@ class FieldConfig:
         _check(self.direction_encoding in known, "field.direction_encoding", self.direction_encoding, f"one of {known}")
         known = typing.get_args(MlpInit)
         _check(self.mlp_init in known, "field.mlp_init", self.mlp_init, f"one of {known}")
+        known = typing.get_args(Precision)
+        _check(self.precision in known, "field.precision", self.precision, f"one of {known}")
         limit = 8 if self.direction_encoding == "spherical_harmonics" else 16
         _check(self.direction_degree <= limit, "field.direction_degree", self.direction_degree, f"at most {limit}")
 

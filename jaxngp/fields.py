@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxngp.config import PRESETS, FieldConfig, HashGridConfig, InputError, MlpInit
 from jaxngp.encodings import frequency_encode, hash_encode, init_table, sh_encode
@@ -38,8 +39,68 @@ def _clamped_exp_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Ar
     return clamped_exp(x), tangent * jnp.exp(jnp.clip(x, -MAX_LOG_DENSITY, MAX_LOG_DENSITY))
 
 
+@jax.custom_jvp
+def relu(x: jax.Array) -> jax.Array:
+    """max(x, 0), with a gradient that needs only the result: what went in is neither stored nor read again."""
+    return jnp.maximum(x, 0)
+
+
+@relu.defjvp
+def _relu_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    (x,), (tangent,) = primals, tangents
+    y = relu(x)
+    return y, jnp.where(y != 0, tangent, 0)  # XLA would turn y > 0 into x > 0, and keep x for it
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """x (N, I) times kernel (I, O) f32, multiplied in the precision of x, summed in f32, rounded to dtype -> (N, O).
+
+    In the gradient the cotangent is rounded to the precision of x too; the kernel's gradient comes out in f32.
+    """
+    return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=dtype)
+
+
+def _matmul_fwd(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, tuple]:
+    return matmul(x, kernel, dtype), (x, kernel)
+
+
+def _matmul_bwd(_: jnp.dtype, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    cotangent = cotangent.astype(x.dtype)
+    return matmul(cotangent, kernel.T, x.dtype), jnp.dot(x.T, cotangent, preferred_element_type=kernel.dtype)
+
+
+matmul.defvjp(_matmul_fwd, _matmul_bwd)
+
+
+class Dense(nn.Module):
+    """A linear layer in the precision of its input: (N, inputs) -> (N, outputs) of `dtype`; parameters are f32."""
+
+    outputs: int
+    use_bias: bool
+    initial: MlpInit
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        bound = 1 / math.sqrt(x.shape[-1])  # torch.nn.Linear: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), biases too
+        torch_uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
+        glorot = self.initial == "glorot"
+        initial = nn.initializers.glorot_uniform() if glorot else torch_uniform
+        y = matmul(x, self.param("kernel", initial, (x.shape[-1], self.outputs), jnp.float32), self.dtype)
+        if not self.use_bias:
+            return y
+        initial = nn.initializers.zeros_init() if glorot else torch_uniform
+        return y + self.param("bias", initial, (self.outputs,), jnp.float32).astype(self.dtype)
+
+
 class Mlp(nn.Module):
-    """num_layers hidden layers of `width` with ReLU, then a linear one: (N, inputs) -> (N, outputs)."""
+    """num_layers hidden layers of `width` with ReLU, then a linear one: (N, inputs) -> (N, outputs) f32.
+
+    Hidden layers have the precision of the input. The last one comes out in f32: it holds a log density, or goes
+    into a sigmoid.
+    """
 
     width: int
     num_layers: int
@@ -49,31 +110,22 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        layer = functools.partial(Dense, use_bias=self.use_bias, initial=self.initial)
         for _ in range(self.num_layers):
-            x = nn.relu(self._dense(x, self.width))
-        return self._dense(x, self.outputs)
-
-    def _dense(self, x: jax.Array, outputs: int) -> jax.Array:
-        bound = 1 / math.sqrt(x.shape[-1])  # torch.nn.Linear: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), biases too
-        torch_uniform = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
-        glorot = self.initial == "glorot"
-        return nn.Dense(
-            outputs,
-            use_bias=self.use_bias,
-            kernel_init=nn.initializers.glorot_uniform() if glorot else torch_uniform,
-            bias_init=nn.initializers.zeros_init() if glorot else torch_uniform,
-        )(x)
+            x = relu(layer(self.width, dtype=x.dtype)(x))
+        return layer(self.outputs, dtype=jnp.promote_types(x.dtype, jnp.float32))(x)
 
 
 class HashEncoding(nn.Module):
-    """`encodings.hash_encode` with its table as the parameter `table`: (N, D) in [0, 1] -> (N, L * F)."""
+    """`encodings.hash_encode` with its table as the parameter `table`: (N, D) in [0, 1] -> (N, L * F) of `dtype`."""
 
     grid: HashGridConfig
+    dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, position: jax.Array) -> jax.Array:
+    def __call__(self, position: jax.Array, shadow: jax.Array | None = None) -> jax.Array:
         table = self.param("table", lambda key: init_table(key, grid=self.grid))
-        return hash_encode(table, position, grid=self.grid)
+        return hash_encode(table, position, grid=self.grid, shadow=shadow, dtype=self.dtype)
 
 
 class NerfField(nn.Module):
@@ -87,13 +139,15 @@ class NerfField(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.encoding = HashEncoding(c.encoding)
+        self.encoding = HashEncoding(c.encoding, _compute_dtype(c))
         self.density_mlp = Mlp(c.hidden_width, c.density_layers, c.num_geometry_features, c.use_bias, c.mlp_init)
         self.colour_mlp = Mlp(c.hidden_width, c.colour_layers, 3, c.use_bias, c.mlp_init)
 
-    def __call__(self, position: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """position (N, 3) scene units, direction (N, 3) unit -> density (N,), rgb (N, 3)."""
-        density, rgb = self.networks(self.encoding(position), direction)
+    def __call__(
+        self, position: jax.Array, direction: jax.Array, shadow: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """position (N, 3) scene units, direction (N, 3) unit -> density (N,), rgb (N, 3), f32."""
+        density, rgb = self.networks(self.encoding(position, shadow), direction)
         if self.config.mask_outside_box:
             inside = _inside(position)
             density, rgb = jnp.where(inside, density, 0), jnp.where(inside[:, None], rgb, 0)
@@ -103,13 +157,18 @@ class NerfField(nn.Module):
         """All but the hash encoding: its features (N, L * F), direction (N, 3) -> density (N,), rgb (N, 3)."""
         geometry = self.density_mlp(features)
         encoded = _encode_direction(direction, self.config)
-        rgb = nn.sigmoid(self.colour_mlp(jnp.concatenate([geometry, encoded], axis=-1)))
-        return clamped_exp(geometry[:, 0]), rgb
+        inputs = jnp.concatenate([geometry.astype(features.dtype), encoded.astype(features.dtype)], axis=-1)
+        return clamped_exp(geometry[:, 0]), nn.sigmoid(self.colour_mlp(inputs))
 
-    def density(self, position: jax.Array) -> jax.Array:
+    def density(self, position: jax.Array, shadow: jax.Array | None = None) -> jax.Array:
         """position (N, 3) scene units -> density (N,) per scene unit."""
-        density = clamped_exp(self.density_mlp(self.encoding(position))[:, 0])
+        density = clamped_exp(self.density_mlp(self.encoding(position, shadow))[:, 0])
         return jnp.where(_inside(position), density, 0) if self.config.mask_outside_box else density
+
+
+def _compute_dtype(config: FieldConfig) -> jnp.dtype | None:
+    """Of the features and hidden layers; None is that of the parameters."""
+    return jnp.dtype(jnp.bfloat16) if config.precision == "bfloat16" else None
 
 
 def _inside(position: jax.Array) -> jax.Array:
@@ -133,23 +192,45 @@ def init_params(key: jax.Array, *, config: FieldConfig) -> Params:
     return {"encoding": {"table": init_table(table_key, grid=config.encoding)}, **networks}
 
 
+def make_shadow(params: Params, *, config: FieldConfig) -> jax.Array | None:
+    """A copy of the hash table to read from, half its size; None where the field computes in float32.
+
+    In float16, which is as small as bfloat16 and rounds eight times finer: its narrow range would trouble gradients,
+    and none are kept in it.
+    """
+    return params["encoding"]["table"].astype(jnp.float16) if config.precision == "bfloat16" else None
+
+
 def evaluate_field(
-    params: Params, position: jax.Array, direction: jax.Array, *, config: FieldConfig
+    params: Params,
+    position: jax.Array,
+    direction: jax.Array,
+    *,
+    config: FieldConfig,
+    shadow: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """A NerfField as a function: density (N,) per scene unit and rgb (N, 3)."""
-    density, rgb = NerfField(config).apply({"params": params}, position, direction)
+    """A NerfField as a function: density (N,) per scene unit and rgb (N, 3). shadow: what `make_shadow` gives."""
+    density, rgb = NerfField(config).apply({"params": params}, position, direction, shadow)
     return jnp.asarray(density), jnp.asarray(rgb)
 
 
 @functools.cache
 def field_maker(config: FieldConfig) -> Callable[[Params], Callable]:
     """params -> `evaluate_field` with them; the same function object for equal configs, as static arguments need."""
-    return lambda params: functools.partial(evaluate_field, params, config=config)
+
+    def make_field(params: Params) -> Callable:
+        # Behind the barrier it is made once; XLA would else read the table itself and round what it has read.
+        shadow = lax.optimization_barrier(make_shadow(params, config=config))
+        return functools.partial(evaluate_field, params, config=config, shadow=shadow)
+
+    return make_field
 
 
-def evaluate_density(params: Params, position: jax.Array, *, config: FieldConfig) -> jax.Array:
+def evaluate_density(
+    params: Params, position: jax.Array, *, config: FieldConfig, shadow: jax.Array | None = None
+) -> jax.Array:
     """Only the density (N,) of a NerfField, per scene unit."""
-    return jnp.asarray(NerfField(config).apply({"params": params}, position, method="density"))
+    return jnp.asarray(NerfField(config).apply({"params": params}, position, shadow, method="density"))
 
 
 def params_from_reference(

@@ -57,6 +57,17 @@ def even_bits(words: jax.Array) -> jax.Array:
     return words
 
 
+def interleave(even: jax.Array, odd: jax.Array) -> jax.Array:
+    """Two sets of bits (n,) u32 as one of pairs, (2 n,) u32: bit i of the first in place 2 i, of the second in 2 i + 1.
+
+    `even_bits` takes them apart again.
+    """
+    halves = jnp.stack([words >> shift & 0xFFFF for shift in (0, 16) for words in (even, odd)], axis=1)
+    for shift, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
+        halves = (halves | (halves << shift)) & np.uint32(mask)
+    return (halves[:, 0::2] | (halves[:, 1::2] << 1)).reshape(-1)
+
+
 def nth_set_bit(word: jax.Array, n: jax.Array) -> jax.Array:
     """The place (0 to 31) of the n-th set bit, counted from 0, of a u32 word that has more than n of them."""
     place = jnp.zeros_like(word)
@@ -115,6 +126,12 @@ def bit_of(words: jax.Array, cell: jax.Array) -> jax.Array:
     """The bits (...) bool of cells (...) i32."""
     word = words.at[cell >> 5].get(mode="promise_in_bounds")
     return (word >> (cell & 31).astype(jnp.uint32)) & 1 != 0
+
+
+def pair_of(pairs: jax.Array, cell: jax.Array) -> jax.Array:
+    """The two bits (...) u32, of words of pairs as `interleave` makes them, of cells (...) i32."""
+    word = pairs.at[cell >> 4].get(mode="promise_in_bounds")
+    return (word >> (2 * (cell & 15)).astype(jnp.uint32)) & 3
 
 
 def cell_centre(cell: jax.Array, *, resolution: int) -> jax.Array:

@@ -63,6 +63,16 @@ def test_the_even_bits_move_together_into_the_lower_half(packed: np.ndarray) -> 
     np.testing.assert_array_equal(bits(jax.jit(occupancy.even_bits)(packed)).reshape(8, 32), expected)
 
 
+@given(words, words)
+def test_interleaved_sets_are_read_in_pairs_and_come_apart_again(even: np.ndarray, odd: np.ndarray) -> None:
+    pairs = jax.jit(occupancy.interleave)(even, odd)
+    found = jax.jit(occupancy.pair_of)(pairs, jnp.arange(256))
+    np.testing.assert_array_equal(found, bits(even) + 2 * bits(odd))
+    for shift, packed in enumerate((even, odd)):
+        apart = np.asarray(occupancy.even_bits(pairs >> shift)).reshape(8, 2)
+        np.testing.assert_array_equal(apart[:, 0] | (apart[:, 1] << 16), packed)
+
+
 @given(words)
 def test_the_bits_of_a_word_and_all_before_it_are_counted(packed: np.ndarray) -> None:
     end = jax.jit(occupancy.count_bits)(packed)

@@ -15,7 +15,8 @@ from jaxngp.cameras import PosedImages, Rays, pixel_to_ray
 from jaxngp.carving import PixelSet, survey
 from jaxngp.config import Background, MarchConfig, NerfConfig
 from jaxngp.data.rays import RayTable
-from jaxngp.fields import Params, evaluate_density, evaluate_field
+from jaxngp.fields import Params, evaluate_density, evaluate_field, make_shadow
+from jaxngp.fusion import walled
 from jaxngp.losses import colour_loss
 from jaxngp.marching import jitter_shape
 from jaxngp.metrics import psnr
@@ -101,45 +102,78 @@ def background(uniform: jax.Array, kind: Background) -> jax.Array:
 
 
 def nerf_loss(
-    params: Params, batch: PixelBatch, noise: StepNoise, grid: OccupancyGrid | None, *, config: NerfConfig
+    params: Params,
+    batch: PixelBatch,
+    noise: StepNoise,
+    grid: OccupancyGrid | None,
+    *,
+    config: NerfConfig,
+    shadow: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """The mean loss over the rays whose samples fit, each before its own background, and what happened on the way."""
-    field_fn = functools.partial(evaluate_field, params, config=config.field)
+    """The mean loss over the rays whose samples fit, each before its own background, and what happened on the way.
+
+    shadow: the table that the field reads in place of that in params; see `fields.make_shadow`.
+    """
+    field_fn = functools.partial(evaluate_field, params, config=config.field, shadow=shadow)
     out, samples = render_rays(field_fn, batch.rays, grid, noise.jitter, noise.background, sampler=config.sampler)
     alpha = batch.rgba[:, 3:]
     target = batch.rgba[:, :3] * alpha + noise.background * (1 - alpha)
-    used = samples.ray_complete[:, None]
-    count = 3 * jnp.maximum(jnp.sum(used), 1)
-    loss = jnp.sum(jnp.where(used, colour_loss(out.rgb, target, loss=config.train.loss), 0)) / count
-    squared_error = jnp.sum(jnp.where(used, (out.rgb - target) ** 2, 0)) / count
+    # Of each ray, whether it is used, its loss and its squared error: summed over rays together, in one pass.
+    terms = jnp.stack(
+        [jnp.ones_like(out.opacity)]
+        + [jnp.sum(e, axis=-1) for e in (colour_loss(out.rgb, target, loss=config.train.loss), (out.rgb - target) ** 2)]
+    )
+    num_used, loss, squared_error = jnp.sum(jnp.where(samples.ray_complete, terms, 0), axis=1)
+    count = 3 * jnp.maximum(num_used, 1)
     metrics = Metrics(
-        loss=loss,
-        psnr=psnr(squared_error),
-        rays=jnp.sum(used).astype(jnp.float32),
+        loss=loss / count,
+        psnr=psnr(squared_error / count),
+        rays=num_used,
         samples=jnp.sum(samples.valid).astype(jnp.float32),
         dropped_samples=samples.num_dropped.astype(jnp.float32),
-        occupied_fraction=_occupied_fraction(grid),
+        occupied_fraction=occupied_fraction(grid),
     )
-    return loss, metrics
+    return loss / count, metrics
 
 
-def _occupied_fraction(grid: OccupancyGrid | None) -> jax.Array:
+def occupied_fraction(grid: OccupancyGrid | None) -> jax.Array:
+    """The share of cells that are occupied, () f32; 1 without a grid."""
     if grid is None:
         return jnp.float32(1)
     return jnp.sum(lax.population_count(grid.occupied)) / jnp.float32(grid.density.shape[0])
 
 
 def nerf_step(
-    state: TrainState, data: TrainingData, pixels: PixelSet | None, learning_rate: jax.Array, *, config: NerfConfig
-) -> tuple[TrainState, Metrics]:
-    """Draw pixels and noise, take the gradient, apply Adam."""
-    bits = draw_bits(jax.random.fold_in(state.key, state.step), config=config)
-    batch = pick_pixels(bits[:, 0], data, pixels)
-    noise = make_noise(bits[:, 1:], config=config)
-    gradient, metrics = jax.grad(nerf_loss, has_aux=True)(state.params, batch, noise, state.occupancy, config=config)
+    state: TrainState,
+    shadow: jax.Array | None,
+    batch: PixelBatch,
+    noise: StepNoise,
+    learning_rate: jax.Array,
+    *,
+    config: NerfConfig,
+) -> tuple[TrainState, jax.Array | None, Metrics]:
+    """Take the gradient of a batch and apply Adam. shadow, of state.params, is brought up to date as well."""
+    gradient, metrics = jax.grad(nerf_loss, has_aux=True)(
+        state.params, batch, noise, state.occupancy, config=config, shadow=shadow
+    )
     updates, opt_state = make_optimizer(config.optimizer).update(gradient, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-    return replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
+    state = replace(state, step=state.step + 1, params=params, opt_state=opt_state)
+    return state, make_shadow(params, config=config.field), metrics
+
+
+def draw_batches(
+    step: jax.Array, key: jax.Array, data: TrainingData, pixels: PixelSet | None, *, num_steps: int, config: NerfConfig
+) -> tuple[PixelBatch, StepNoise]:
+    """Pixels and noise of num_steps steps from a given one on, (K, R, ...), each from fold_in(key, its number).
+
+    All in a few kernels, where K steps would launch K times as many for little work each.
+    """
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(step + jnp.arange(num_steps))
+    bits = jax.vmap(functools.partial(draw_bits, config=config))(keys)
+    batch = pick_pixels(bits[..., 0].reshape(-1), data, pixels)
+    batch = jax.tree.map(lambda a: a.reshape(num_steps, -1, *a.shape[1:]), batch)
+    return batch, jax.vmap(functools.partial(make_noise, config=config))(bits[..., 1:])
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -154,21 +188,31 @@ def nerf_steps(
 ) -> tuple[TrainState, Metrics]:
     """The first num_steps () i32 of the steps whose learning_rates (K,) are given; metrics are their means.
 
-    The number is an argument, so that one program serves the last, shorter dispatch of a run too. The average of
-    the weights is brought up to date once, with the decay of num_steps steps.
+    The number is an argument, so that one program serves the last, shorter dispatch of a run too. A CPU stops there.
+    Elsewhere all K steps run, so that the host need not be asked before each whether there is another, and those
+    beyond leave everything as it was. The average of the weights is brought up to date once, with the decay of
+    num_steps steps.
     """
-    zeros = Metrics(**{field.name: jnp.float32(0) for field in fields(Metrics)})
+    max_steps = len(learning_rates)
+    rounds = lax.platform_dependent(num_steps, cpu=lambda n: n, default=lambda _: jnp.int32(max_steps))
+    draw = functools.partial(draw_batches, num_steps=max_steps, config=config)
+    batches = walled(draw, state.step, state.key, data, pixels)
+    names = [field.name for field in fields(Metrics)]
 
-    def one(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-        state, metrics = nerf_step(carry[0], data, pixels, learning_rates[i], config=config)
-        return state, jax.tree.map(jnp.add, carry[1], metrics)
+    def one(i: jax.Array, carry: tuple) -> tuple:
+        state, shadow, sums = carry
+        batch, noise = jax.tree.map(lambda a: a[i], batches)
+        *new, metrics = nerf_step(state, shadow, batch, noise, learning_rates[i], config=config)
+        new.append(sums + jnp.stack([getattr(metrics, name) for name in names]))
+        return jax.tree.map(functools.partial(jnp.where, i < num_steps), tuple(new), carry)
 
-    state, sums = lax.fori_loop(0, num_steps, one, (state, zeros))
+    start = (state, make_shadow(state.params, config=config.field), jnp.zeros(len(names)))
+    state, _, sums = lax.fori_loop(0, rounds, one, start)
     if config.optimizer.ema_decay:
         keep = config.optimizer.ema_decay ** num_steps.astype(jnp.float32)
         ema = jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, state.ema_params, state.params)
         state = replace(state, ema_params=ema)
-    return state, jax.tree.map(lambda s: s / num_steps, sums)
+    return state, Metrics(*(sums / num_steps))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
