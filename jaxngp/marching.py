@@ -25,7 +25,8 @@ class Samples:
     """N samples of R rays, packed: those of one ray stand together, in order of t; rays in order.
 
     t (N,), dt (N,) scene units; ray (N,) i32, sorted; valid (N,) bool, False in the unused end of the buffer;
-    ray_complete (R,) bool: all samples of this ray are here; num_dropped () i32: samples that did not fit.
+    ray_complete (R,) bool: all samples of this ray are here; num_samples () i32: how many are valid; num_dropped ()
+    i32: samples that did not fit.
     """
 
     t: jax.Array
@@ -33,6 +34,7 @@ class Samples:
     ray: jax.Array
     valid: jax.Array
     ray_complete: jax.Array
+    num_samples: jax.Array
     num_dropped: jax.Array
 
 
@@ -133,8 +135,7 @@ def _test_steps(
 
 def until_nth(words: jax.Array, n: int) -> jax.Array:
     """All bits up to the n-th (counted from 1) that is set in each row of words (R, W), or all if there is none."""
-    count = lax.population_count(words).astype(jnp.int32)
-    end = jnp.cumsum(count, axis=1)
+    count, end = lax.population_count(words).astype(jnp.int32), count_steps(words)
     place = nth_set_bit(words, jnp.clip(n - 1 - (end - count), 0, 31))
     ending = (np.uint32(2) << place) - 1
     return jnp.where(end < n, np.uint32(0xFFFFFFFF), jnp.where(end - count < n, ending, np.uint32(0)))
@@ -154,7 +155,8 @@ def pack_steps(candidates: Candidates, jitter: jax.Array, *, config: MarchConfig
     Rays are taken in order while all of their samples fit; the samples of the others are counted as dropped.
     """
     size, num_rays = config.num_samples, len(jitter)
-    counts = jnp.sum(lax.population_count(candidates.words), axis=-1, dtype=jnp.int32)
+    ends = count_steps(candidates.words)
+    counts = ends[:, -1]
     end = jnp.cumsum(counts)
     complete = end <= size
     num_kept = jnp.max(jnp.where(complete, end, 0))
@@ -162,7 +164,7 @@ def pack_steps(candidates: Candidates, jitter: jax.Array, *, config: MarchConfig
     slot = jnp.arange(size, dtype=jnp.int32)
     ray = jnp.cumsum(jnp.zeros(size, jnp.int32).at[end].add(1, mode="drop", indices_are_sorted=True))
     ray = jnp.minimum(ray, num_rays - 1)
-    step = nth_candidate(candidates.words, ray, slot - (end - counts)[ray])
+    step = nth_candidate(candidates.words, ends, ray, slot - (end - counts)[ray])
     valid = slot < num_kept
     return Samples(
         t=candidates.t_start[ray] + (step + jitter[ray]) * config.step_size,
@@ -170,23 +172,28 @@ def pack_steps(candidates: Candidates, jitter: jax.Array, *, config: MarchConfig
         ray=ray,
         valid=valid,
         ray_complete=complete,
+        num_samples=num_kept,
         num_dropped=end[-1] - num_kept,
     )
 
 
-def nth_candidate(words: jax.Array, ray: jax.Array, n: jax.Array) -> jax.Array:
+def count_steps(words: jax.Array) -> jax.Array:
+    """For words (R, W) u32, how many steps are set in each and those before it, (R, W) i32."""
+    return jnp.cumsum(lax.population_count(words).astype(jnp.int32), axis=1)
+
+
+def nth_candidate(words: jax.Array, ends: jax.Array, ray: jax.Array, n: jax.Array) -> jax.Array:
     """The number of the n-th step (counted from 0) that is set for a ray; some valid step where it has no n-th.
 
-    words (R, W) u32, ray (N,) i32, n (N,) i32 -> (N,) i32.
+    words (R, W) u32 and ends = count_steps(words), ray (N,) i32, n (N,) i32 -> (N,) i32.
     """
     num_words = words.shape[1]
-    end = jnp.cumsum(lax.population_count(words).astype(jnp.int32), axis=1)
     word = jnp.zeros_like(ray)
     for width in (1 << b for b in reversed(range((num_words - 1).bit_length()))):
         # The words before `word + width` hold no more than n set steps: go on behind them.
         middle = jnp.minimum(word + width, num_words - 1)
-        word = jnp.where(end[ray, middle - 1] <= n, middle, word)
-    before = jnp.where(word > 0, end[ray, word - 1], 0)
+        word = jnp.where(ends[ray, middle - 1] <= n, middle, word)
+    before = jnp.where(word > 0, ends[ray, word - 1], 0)
     return word * 32 + nth_set_bit(words[ray, word], jnp.clip(n - before, 0, 31)).astype(jnp.int32)
 
 
@@ -206,6 +213,7 @@ def stratified_samples(num_rays: int, jitter: jax.Array, *, config: StratifiedCo
         ray=jnp.repeat(jnp.arange(num_rays, dtype=jnp.int32), config.num_bins),
         valid=jnp.ones(t.size, bool),
         ray_complete=jnp.ones(num_rays, bool),
+        num_samples=jnp.int32(t.size),
         num_dropped=jnp.int32(0),
     )
 

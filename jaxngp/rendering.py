@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,15 @@ from jaxngp.cameras import Camera, Rays, view_rays
 from jaxngp.compositing import RenderOutput, blend, composite, optical_weights
 from jaxngp.config import MarchConfig, StratifiedConfig
 from jaxngp.fusion import walled
-from jaxngp.marching import Candidates, Samples, find_candidates, jitter_shape, nth_candidate, sample_rays
+from jaxngp.marching import (
+    Candidates,
+    Samples,
+    count_steps,
+    find_candidates,
+    jitter_shape,
+    nth_candidate,
+    sample_rays,
+)
 from jaxngp.occupancy import OccupancyGrid
 
 FieldFn = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -51,9 +60,26 @@ def render_rays(
 # samples in every round, and when it ends (no sample left, or too little light gets through) write it out and
 # pick up the next ray in line. No sample is evaluated behind an opaque surface, and none is dropped.
 
-_MAX_CHUNK = 2**18  # rays in one call of the compiled program
-_LANES = 2**13
-_SAMPLES_PER_ROUND = 8
+
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """How much is done at once: rays in one call of the compiled program, lanes, and samples of a lane in a round."""
+
+    rays: int
+    lanes: int
+    samples: int = 8
+
+
+CPU_BATCHING = Batching(rays=2**18, lanes=2**13)
+"""A round's activations stay in a CPU's cache."""
+
+GPU_BATCHING = Batching(rays=2**21, lanes=2**16)
+"""A frame of 1920x1080 in one call, so that lanes run empty once; rounds large enough to be worth their launches."""
+
+
+def default_batching() -> Batching:
+    """What suits the device that jax runs on."""
+    return CPU_BATCHING if jax.default_backend() == "cpu" else GPU_BATCHING
 
 
 @struct.dataclass
@@ -66,7 +92,7 @@ class _Lanes:
     sums: jax.Array  # (lanes, 5): weighted sums of rgb, 1 and t
 
 
-@functools.partial(jax.jit, static_argnames=("make_field", "sampler"))
+@functools.partial(jax.jit, static_argnames=("make_field", "sampler", "batching"))
 def render_chunk(
     params: Any,
     rays: Rays,
@@ -75,6 +101,7 @@ def render_chunk(
     *,
     make_field: Callable[[Any], FieldFn],
     sampler: Sampler,
+    batching: Batching = CPU_BATCHING,
 ) -> tuple[RenderOutput, jax.Array]:
     """The colour of R rays, every sample taken. background (3,). Also the number of field evaluations () i32.
 
@@ -85,7 +112,7 @@ def render_chunk(
         return _render_stratified(field_fn, rays, background, sampler)
     if grid is None:
         raise ValueError("grid = None: marching needs an OccupancyGrid")
-    return _render_marched(field_fn, rays, grid, background, sampler)
+    return _render_marched(field_fn, rays, grid, background, sampler, batching)
 
 
 def _render_stratified(
@@ -102,16 +129,15 @@ def _render_stratified(
 
 
 def _render_marched(
-    field_fn: FieldFn, rays: Rays, grid: OccupancyGrid, background: jax.Array, sampler: MarchConfig
+    field_fn: FieldFn, rays: Rays, grid: OccupancyGrid, background: jax.Array, sampler: MarchConfig, batching: Batching
 ) -> tuple[RenderOutput, jax.Array]:
     num_rays = rays.origin.shape[0]
-    num_lanes = min(_LANES, num_rays)
+    num_lanes = min(batching.lanes, num_rays)
     jitter = jnp.full(num_rays, 0.5)
     candidates = walled(functools.partial(find_candidates, config=sampler), rays, grid, jitter)
-    counts = jnp.sum(lax.population_count(candidates.words), axis=-1, dtype=jnp.int32)
-    # The rays that meet an occupied cell, in image order: neighbours read neighbouring table rows.
-    queue = jnp.nonzero(counts > 0, size=num_rays, fill_value=0)[0].astype(jnp.int32)
-    length = jnp.sum(counts > 0, dtype=jnp.int32)
+    ends = walled(count_steps, candidates.words)
+    counts = ends[:, -1]
+    queue, length = longest_first(counts, batching.samples)
 
     def unfinished(carry: tuple) -> jax.Array:
         lanes, *_ = carry
@@ -121,7 +147,8 @@ def _render_marched(
         lanes, sums, next_place, rounds = carry
         ray = queue[jnp.minimum(lanes.place, num_rays - 1)]
         active = lanes.place < length
-        lanes = _take_samples(field_fn, lanes, rays, candidates, ray, jnp.where(active, counts[ray], 0), sampler)
+        count = jnp.where(active, counts[ray], 0)
+        lanes = _take_samples(field_fn, lanes, rays, candidates, ends, ray, count, sampler, batching.samples)
         ended = (lanes.taken >= counts[ray]) | (lanes.transmittance < sampler.min_transmittance)
         sums = sums.at[jnp.where(ended & active, ray, num_rays)].set(lanes.sums, mode="drop")
         return _refill(lanes, ended, next_place), sums, next_place + jnp.sum(ended, dtype=jnp.int32), rounds + 1
@@ -135,7 +162,24 @@ def _render_marched(
     carry = (lanes, jnp.zeros((num_rays, 5)), jnp.int32(num_lanes), jnp.int32(0))
     _, sums, _, rounds = lax.while_loop(unfinished, advance, carry)
     out = blend(sums[:, :3], sums[:, 3], sums[:, 4], background)
-    return out, rounds * num_lanes * _SAMPLES_PER_ROUND
+    return out, rounds * num_lanes * batching.samples
+
+
+def longest_first(counts: jax.Array, per_round: int) -> tuple[jax.Array, jax.Array]:
+    """The rays (R,) i32 that have any of the counts (R,) of samples, and behind them others; and how many () i32.
+
+    In four classes, those with the most rounds before them first: started last, they would keep a few lanes busy and
+    all others waiting. Within a class in image order, for neighbours read neighbouring table rows.
+    """
+    num_rays = len(counts)
+    few_rounds = sum((counts <= per_round * rounds).astype(jnp.int32) for rounds in (16, 8, 4))
+    member = (few_rounds[:, None] == jnp.arange(4)) & (counts > 0)[:, None]
+    number = jnp.cumsum(member.astype(jnp.int32), axis=0)
+    size = number[-1]
+    place = jnp.sum(jnp.where(member, number - 1 + jnp.cumsum(size) - size, 0), axis=1)
+    places = jnp.where(counts > 0, place, num_rays)
+    queue = jnp.zeros(num_rays, jnp.int32).at[places].set(jnp.arange(num_rays, dtype=jnp.int32), mode="drop")
+    return queue, jnp.sum(size)
 
 
 def _take_samples(
@@ -143,15 +187,17 @@ def _take_samples(
     lanes: _Lanes,
     rays: Rays,
     candidates: Candidates,
+    ends: jax.Array,
     ray: jax.Array,
     count: jax.Array,
     sampler: MarchConfig,
+    num_samples: int,
 ) -> _Lanes:
-    """Every lane takes the next samples of its ray, those that are left of `count` (lanes,)."""
+    """Every lane takes the next `num_samples` samples of its ray, those that are left of `count` (lanes,)."""
     num_lanes = ray.shape[0]
-    number = lanes.taken[:, None] + jnp.arange(_SAMPLES_PER_ROUND)
-    lane_ray = jnp.repeat(ray, _SAMPLES_PER_ROUND)
-    step = nth_candidate(candidates.words, lane_ray, number.reshape(-1)).reshape(number.shape)
+    number = lanes.taken[:, None] + jnp.arange(num_samples)
+    lane_ray = jnp.repeat(ray, num_samples)
+    step = nth_candidate(candidates.words, ends, lane_ray, number.reshape(-1)).reshape(number.shape)
     t = candidates.t_start[ray][:, None] + (step + 0.5) * sampler.step_size
     direction = rays.direction[ray][:, None]
     position = rays.origin[ray][:, None] + t[..., None] * direction
@@ -161,11 +207,11 @@ def _take_samples(
     dt = jnp.where(number < count[:, None], sampler.step_size, 0.0)
     weights, through = jax.vmap(optical_weights)(density.reshape(dt.shape), dt)
     weights = weights * lanes.transmittance[:, None]
-    rgb = rgb.reshape(num_lanes, _SAMPLES_PER_ROUND, 3)
+    rgb = rgb.reshape(num_lanes, num_samples, 3)
     terms = jnp.concatenate([rgb, jnp.ones_like(t)[..., None], t[..., None]], axis=-1)
     return _Lanes(
         place=lanes.place,
-        taken=lanes.taken + _SAMPLES_PER_ROUND,
+        taken=lanes.taken + num_samples,
         transmittance=lanes.transmittance * through,
         sums=lanes.sums + jnp.sum(weights[..., None] * terms, axis=1),
     )
@@ -191,10 +237,11 @@ def render_image(
     *,
     make_field: Callable[[Any], FieldFn],
     sampler: Sampler,
+    batching: Batching | None = None,
 ) -> RenderOutput:
     """A whole view as numpy arrays: rgb (H, W, 3), opacity (H, W), depth (H, W). c2w (3, 4), background (3,)."""
     rays = jax.jit(view_rays)(camera, c2w)
-    return render_ray_grid(params, rays, grid, background, make_field=make_field, sampler=sampler)
+    return render_ray_grid(params, rays, grid, background, make_field=make_field, sampler=sampler, batching=batching)
 
 
 def render_ray_grid(
@@ -205,20 +252,23 @@ def render_ray_grid(
     *,
     make_field: Callable[[Any], FieldFn],
     sampler: Sampler,
+    batching: Batching | None = None,
 ) -> RenderOutput:
     """Rays (H, W), or of any other shape, in equal chunks that one compiled program serves; as numpy arrays.
 
-    The last chunk is filled up with copies of the last ray, which are thrown away.
+    The last chunk is filled up with copies of the last ray, which are thrown away. batching: `default_batching()`
+    if none is given.
     """
+    batching = batching or default_batching()
     shape = rays.origin.shape[:-1]
     total = int(np.prod(shape))
-    num_chunks = -(-total // _MAX_CHUNK)
+    num_chunks = -(-total // batching.rays)
     chunk = -(-total // num_chunks)
     index = np.minimum(np.arange(num_chunks * chunk), total - 1).reshape(num_chunks, chunk)
     flat = jax.tree.map(lambda a: a.reshape(-1, 3), rays)
     parts = []
     for rows in index:
         part = jax.tree.map(lambda a, rows=rows: a[rows], flat) if num_chunks > 1 else flat
-        out, _ = render_chunk(params, part, grid, background, make_field=make_field, sampler=sampler)
+        out, _ = render_chunk(params, part, grid, background, make_field=make_field, sampler=sampler, batching=batching)
         parts.append(jax.tree.map(np.asarray, out))  # off the device: a view may be larger than what is left of it
     return jax.tree.map(lambda *a: np.concatenate(a)[:total].reshape(*shape, *a[0].shape[1:]), *parts)

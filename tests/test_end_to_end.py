@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxngp import data
+from jaxngp import data, rendering
 from jaxngp.cameras import Rays, view_rays
 from jaxngp.config import PRESETS, NerfConfig, SceneConfig, apply_overrides
 from jaxngp.data import Split, builtin, load_evaluation, load_training
-from jaxngp.training import evaluation, loop
+from jaxngp.training import loop
 from jaxngp.training.evaluation import ViewPicture, evaluate_views, summarise
 from jaxngp.training.loop import Progress, train
 
@@ -98,7 +98,8 @@ def test_views_are_the_same_however_many_are_rendered_at_once(
     progress, split = learned
     split = replace(split, views=split.views[:3])
     expected = list(evaluate_views(progress.state, split, config=CONFIG))
-    monkeypatch.setattr(evaluation, "_RAYS_TOGETHER", rays_together)
+    monkeypatch.setattr(rendering, "CPU_BATCHING", replace(rendering.CPU_BATCHING, rays=rays_together))
+    monkeypatch.setattr(rendering, "GPU_BATCHING", rendering.CPU_BATCHING)
     found = list(evaluate_views(progress.state, split, config=CONFIG))
     assert [score.name for score, _ in found] == [score.name for score, _ in expected] == list(split.views)
     for (score, picture), (expected_score, expected_picture) in zip(found, expected, strict=True):

@@ -423,7 +423,9 @@ def test_the_nth_candidate_is_the_nth_set_step(num_words: int, data: st.DataObje
     words = data.draw(hnp.arrays(np.uint32, (3, num_words), elements=word))
     flags = unpack(words)
     ray, n = (a.reshape(-1) for a in np.meshgrid(np.arange(3), np.arange(32 * num_words), indexing="ij"))
-    found = np.asarray(nth_candidate(words, ray.astype(np.int32), n.astype(np.int32)))
+    ends = np.cumsum(flags.reshape(3, num_words, 32).sum(axis=-1), axis=1, dtype=np.int32)
+    np.testing.assert_array_equal(marching.count_steps(words), ends)
+    found = np.asarray(nth_candidate(words, ends, ray.astype(np.int32), n.astype(np.int32)))
     assert ((found >= 0) & (found < 32 * num_words)).all()
     for row in range(3):
         steps = np.flatnonzero(flags[row])

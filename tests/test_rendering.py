@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from scenes import BALL, Ball, Slab, look_at, make_camera, pixel_rays
 from strategies import arrays32, seeds
 
@@ -39,11 +40,6 @@ def some_rays(seed: int = 0, spread: float = 0.5) -> Rays:
     direction = rng.uniform(0.5 - spread, 0.5 + spread, (R, 3)) - origin
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
     return Rays(origin=jnp.asarray(origin, jnp.float32), direction=jnp.asarray(direction, jnp.float32))
-
-
-def maker(scene: Slab | Ball) -> Callable[[Any], rendering.FieldFn]:
-    """A new function object, so that nothing is found compiled with other sizes of chunks and lanes."""
-    return lambda _: scene.field
 
 
 @functools.partial(jax.jit, static_argnames=("scene", "sampler"))
@@ -173,13 +169,15 @@ def patchy_grid(seed: int = 0) -> occupancy.OccupancyGrid:
     [(2**13, 8, FOG), (16, 8, replace(BALL, density=400.0)), (5, 3, FOG)],
     ids=["a lane a ray", "few lanes", "few samples"],
 )
-def test_a_chunk_is_the_batch_with_a_buffer_for_all(
-    monkeypatch: pytest.MonkeyPatch, lanes: int, per_round: int, scene: Slab | Ball
-) -> None:
-    monkeypatch.setattr(rendering, "_LANES", lanes)
-    monkeypatch.setattr(rendering, "_SAMPLES_PER_ROUND", per_round)
+def test_a_chunk_is_the_batch_with_a_buffer_for_all(lanes: int, per_round: int, scene: Slab | Ball) -> None:
     out, _ = rendering.render_chunk(
-        None, some_rays(), patchy_grid(), BACKGROUND, make_field=maker(scene), sampler=CONFIG
+        None,
+        some_rays(),
+        patchy_grid(),
+        BACKGROUND,
+        make_field=scene.make_field,
+        sampler=CONFIG,
+        batching=rendering.Batching(rays=R, lanes=lanes, samples=per_round),
     )
     expected = render_rays(scene, some_rays(), patchy_grid(), np.full(R, 0.5, np.float32))
     assert np.ptp(np.asarray(expected.opacity)) > 0.5
@@ -225,16 +223,16 @@ def test_rays_that_all_miss_the_box_see_the_background() -> None:
 
 @pytest.mark.parametrize("max_chunk", [76, 32])
 @pytest.mark.parametrize("sampler", [CONFIG, BINS], ids=["march", "bins"])
-def test_chunks_make_up_the_whole_whatever_their_size(
-    monkeypatch: pytest.MonkeyPatch, max_chunk: int, sampler: Any
-) -> None:
+def test_chunks_make_up_the_whole_whatever_their_size(max_chunk: int, sampler: Any) -> None:
     rays = jax.tree.map(lambda a: a.reshape(7, 11, 3), some_rays())
     grid = FULL if sampler is CONFIG else None
     expected, _ = rendering.render_chunk(
         None, some_rays(), grid, BACKGROUND, make_field=BALL.make_field, sampler=sampler
     )
-    monkeypatch.setattr(rendering, "_MAX_CHUNK", max_chunk)
-    out = rendering.render_ray_grid(None, rays, grid, BACKGROUND, make_field=BALL.make_field, sampler=sampler)
+    batching = rendering.Batching(rays=max_chunk, lanes=16)
+    out = rendering.render_ray_grid(
+        None, rays, grid, BACKGROUND, make_field=BALL.make_field, sampler=sampler, batching=batching
+    )
     assert out.rgb.shape == (7, 11, 3)
     assert out.depth.shape == (7, 11)
     for name in ("rgb", "opacity", "depth"):
@@ -242,16 +240,17 @@ def test_chunks_make_up_the_whole_whatever_their_size(
         np.testing.assert_allclose(found, np.asarray(getattr(expected, name)).reshape(R, -1), atol=2e-6)
 
 
-def test_all_chunks_share_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "_MAX_CHUNK", 20)
-    traced = []
+def test_all_chunks_share_one_program() -> None:
+    traced, batching = [], rendering.Batching(rays=20, lanes=8)
 
     def make_field(params: Any) -> rendering.FieldFn:
         traced.append(params)
         return BALL.field
 
     for seed in (0, 1):
-        rendering.render_ray_grid(None, some_rays(seed), FULL, BACKGROUND, make_field=make_field, sampler=CONFIG)
+        rendering.render_ray_grid(
+            None, some_rays(seed), FULL, BACKGROUND, make_field=make_field, sampler=CONFIG, batching=batching
+        )
     assert len(traced) == 1
 
 
@@ -262,6 +261,20 @@ def test_a_chunk_of_bins_is_the_batch_of_bins() -> None:
     expected = render_rays(BALL, some_rays(), None, np.full((R, BINS.num_bins), 0.5, np.float32), BINS)
     assert_close(out, expected, atol=3e-6)
     assert evaluations == R * BINS.num_bins
+
+
+@given(hnp.arrays(np.int32, R, elements=st.integers(0, 40) | st.just(0)), st.integers(1, 3))
+def test_rays_stand_in_line_by_the_rounds_they_may_take_and_then_in_image_order(
+    counts: np.ndarray, per_round: int
+) -> None:
+    queue, length = longest_first(counts, per_round)
+    rank = np.searchsorted(per_round * np.array([4, 8, 16]), counts)
+    expected = sorted(np.flatnonzero(counts), key=lambda ray: (-rank[ray], ray))
+    np.testing.assert_array_equal(queue[:length], expected)
+    assert ((np.asarray(queue) >= 0) & (np.asarray(queue) < R)).all()
+
+
+longest_first = jax.jit(rendering.longest_first, static_argnums=1)
 
 
 def test_marching_without_a_grid_is_refused() -> None:

@@ -20,12 +20,11 @@ from jaxngp.data import Split
 from jaxngp.data.rays import RayTable
 from jaxngp.fields import field_maker
 from jaxngp.metrics import mean_squared_error, psnr, ssim
-from jaxngp.rendering import render_ray_grid
+from jaxngp.rendering import default_batching, render_ray_grid
 from jaxngp.training.report import contact_sheet, depth_image, error_image, to_uint8, write_png
 from jaxngp.training.state import TrainState
 
 EvalBackground = Literal["white", "black"]
-_RAYS_TOGETHER = 2**18  # at most, of all views that are rendered at once
 _COLOURS = {"white": 1.0, "black": 0.0}  # sRGB, of all three channels
 
 
@@ -82,7 +81,7 @@ def evaluate_views(
     if background == "black" and not split.has_alpha:
         raise InputError("a black background needs images with alpha: in these the background is part of the picture")
     # Several small views at once: rays that end late then hold up the lanes once, and not once a view.
-    num_batches = -(-split.num_views // max(1, _RAYS_TOGETHER // (width * height)))
+    num_batches = -(-split.num_views // max(1, default_batching().rays // (width * height)))
     size = -(-split.num_views // num_batches)
     for first in range(0, split.num_views, size):
         # Every batch has one size, for one compiled program serves all; what fills up the last one is not yielded.

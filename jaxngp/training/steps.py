@@ -129,7 +129,7 @@ def nerf_loss(
         loss=loss / count,
         psnr=psnr(squared_error / count),
         rays=num_used,
-        samples=jnp.sum(samples.valid).astype(jnp.float32),
+        samples=samples.num_samples.astype(jnp.float32),
         dropped_samples=samples.num_dropped.astype(jnp.float32),
         occupied_fraction=occupied_fraction(grid),
     )
@@ -197,22 +197,23 @@ def nerf_steps(
     rounds = lax.platform_dependent(num_steps, cpu=lambda n: n, default=lambda _: jnp.int32(max_steps))
     draw = functools.partial(draw_batches, num_steps=max_steps, config=config)
     batches = walled(draw, state.step, state.key, data, pixels)
-    names = [field.name for field in fields(Metrics)]
+    varying = [field.name for field in fields(Metrics) if field.name != "occupied_fraction"]
 
     def one(i: jax.Array, carry: tuple) -> tuple:
         state, shadow, sums = carry
         batch, noise = jax.tree.map(lambda a: a[i], batches)
         *new, metrics = nerf_step(state, shadow, batch, noise, learning_rates[i], config=config)
-        new.append(sums + jnp.stack([getattr(metrics, name) for name in names]))
+        new.append(sums + jnp.stack([getattr(metrics, name) for name in varying]))
         return jax.tree.map(functools.partial(jnp.where, i < num_steps), tuple(new), carry)
 
-    start = (state, make_shadow(state.params, config=config.field), jnp.zeros(len(names)))
+    start = (state, make_shadow(state.params, config=config.field), jnp.zeros(len(varying)))
     state, _, sums = lax.fori_loop(0, rounds, one, start)
     if config.optimizer.ema_decay:
         keep = config.optimizer.ema_decay ** num_steps.astype(jnp.float32)
         ema = jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, state.ema_params, state.params)
         state = replace(state, ema_params=ema)
-    return state, Metrics(*(sums / num_steps))
+    means = dict(zip(varying, sums / num_steps, strict=True))
+    return state, Metrics(**means, occupied_fraction=occupied_fraction(state.occupancy))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
