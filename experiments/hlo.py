@@ -149,7 +149,8 @@ def count_float64(module: Module) -> int:
 _NAMES_ONLY = frozenset(
     ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id")
 )
-_LOOKS_THROUGH = frozenset(("bitcast", "reshape"))
+_RENAMES = frozenset(("bitcast", "reshape"))
+_BY_ELEMENT = _RENAMES | {"convert", "add", "subtract", "multiply", "maximum", "minimum", "and", "or", "negate", "not"}
 
 
 @dataclass(frozen=True)
@@ -226,41 +227,47 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
 
 def _fused_traffic(fused: Computation) -> Traffic:
     total = Traffic()
+    known: dict[str, Traffic | None] = {}
     for parameter in fused.values():
         if parameter.opcode == "parameter":
-            total += _reads(fused, parameter) or Traffic(streamed=parameter.num_bytes)
+            total += _reads(fused, parameter, known) or Traffic(streamed=parameter.num_bytes)
     root = next(i for i in fused.values() if i.is_root)
     for written in [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]:
         total += _writes(fused, written)
     return total
 
 
-def _reads(fused: Computation, value: Instruction) -> Traffic | None:
-    """Of a value that is only gathered from, sliced, or updated in place; None where something reads all of it."""
-    total = Traffic()
-    for user in fused.values():
-        if value.name not in user.operands:
-            continue
-        only_first = user.operands.index(value.name) == 0 and user.operands.count(value.name) == 1
-        if user.opcode in _LOOKS_THROUGH:
-            part = _reads(fused, user)
-        elif user.opcode == "gather" and only_first:
-            part = Traffic(scattered=user.num_bytes)
-        elif user.opcode == "dynamic-slice" and only_first:
-            part = Traffic(streamed=user.num_bytes)
-        elif user.opcode in ("scatter", "dynamic-update-slice") and only_first:
-            part = Traffic()  # counted as written
-        else:
-            part = None
-        if part is None:
-            return None
-        total += part
-    return total
+def _reads(fused: Computation, value: Instruction, known: dict[str, Traffic | None]) -> Traffic | None:
+    """Of a value that is only gathered from, sliced, or updated in place, itself or what is made of it element by
+    element: what of it is read. None where all of it is. `known` holds the answers so far, by name.
+    """
+    if value.name not in known:
+        users = [user for user in fused.values() if value.name in user.operands]
+        parts = [_reads_of_user(fused, value, user, known) for user in users]
+        counted = [part for part in parts if part is not None]
+        known[value.name] = None if value.is_root or len(counted) < len(parts) else sum(counted, Traffic())
+    return known[value.name]
+
+
+def _reads_of_user(
+    fused: Computation, value: Instruction, user: Instruction, known: dict[str, Traffic | None]
+) -> Traffic | None:
+    if user.opcode in _BY_ELEMENT:
+        return _reads(fused, user, known)
+    if user.operands.index(value.name) > 0 or user.operands.count(value.name) > 1:
+        return None
+    if user.opcode == "gather":
+        return Traffic(scattered=user.num_bytes)
+    if user.opcode in ("slice", "dynamic-slice"):
+        return Traffic(streamed=user.num_bytes)
+    if user.opcode in ("scatter", "dynamic-update-slice"):
+        return Traffic()  # counted as written
+    return None
 
 
 def _writes(fused: Computation, value: Instruction) -> Traffic:
     origin = value
-    while origin.opcode in _LOOKS_THROUGH:
+    while origin.opcode in _RENAMES:
         origin = fused[origin.operands[0]]
     if origin.opcode == "scatter":  # operands, indices, and as many updates as operands
         updates = origin.operands[(len(origin.operands) + 1) // 2 :]

@@ -198,9 +198,30 @@ def test_traffic_counts_the_elements_of_gathers_and_scatters_and_no_workspace() 
 
 
 def test_an_array_that_is_gathered_from_and_read_whole_is_read_whole() -> None:
-    other = "  %all = f32[1000,4]{1,0} negate(%p0)\n  %product"
+    other = "  %all = f32[] reduce(%p0, %p1), dimensions={0,1}, to_apply=%add\n  %product"
     text = MODULE.replace("  %product", other, 1)
     assert traffic_of("gathered", text) == Traffic(streamed=TABLE + INDICES + ROWS + ROWS)
+
+
+def test_elements_are_gathered_from_what_is_made_of_an_array_too() -> None:
+    shifted = "  %twice = f32[1000,4]{1,0} add(%p0, %p0)\n  %rows = f32[16,1,4]{2,1,0} gather(%twice, %p1)"
+    text = MODULE.replace("  %rows = f32[16,1,4]{2,1,0} gather(%p0, %p1)", shifted)
+    assert traffic_of("gathered", text) == traffic_of("gathered")
+
+
+def test_an_array_that_is_only_renamed_is_read_and_written() -> None:
+    text = """
+%fused (p: f32[8]) -> f32[2,4] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %renamed = f32[2,4]{1,0} bitcast(%p)
+}
+
+ENTRY %main (x: f32[8]) -> f32[2,4] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %copied = f32[2,4]{1,0} fusion(%x), kind=kLoop, calls=%fused
+}
+"""
+    assert traffic_of("copied", text) == Traffic(streamed=32 + 32)
 
 
 def test_of_a_slice_and_of_a_tuple_of_results() -> None:
