@@ -158,7 +158,8 @@ class Traffic:
     """Bytes that a kernel reads and writes.
 
     streamed: of arrays, or slices of them, that are read or written whole, each once. scattered: of the elements that
-    are gathered from an array or scattered to one, as often as they are: caches may serve most of them.
+    are gathered from an array or scattered to one, as often as they are: caches may serve most of them. An array that
+    is padded or joined to another before it is gathered from counts as read whole.
     """
 
     streamed: int = 0
@@ -215,14 +216,15 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
     """What one launch reads and writes: operands and results, but of what it only gathers from or scatters to, and of
     what it slices or updates in place, the elements that it touches. The workspace of a matmul is not counted.
     """
-    operands = {name: computation[name] for name in instruction.operands}
     if instruction.opcode == "fusion":
-        (fused_name,) = instruction.called("calls")
-        return _fused_traffic(module.computations[fused_name])
+        (fused,) = instruction.called("calls")
+        return _fused_traffic(module.computations[fused])
+    operands = [computation[name] for name in dict.fromkeys(instruction.operands)]
     results = instruction.results
     if "__cublas" in instruction.attributes and len(results) > 1 and results[-1].dtype == "s8":
         results = results[:-1]
-    return Traffic(streamed=sum(a.num_bytes for a in results) + sum(o.num_bytes for o in operands.values()))
+    written = sum(array.num_bytes for array in results)
+    return Traffic(streamed=written + sum(operand.num_bytes for operand in operands))
 
 
 def _fused_traffic(fused: Computation) -> Traffic:
@@ -230,7 +232,9 @@ def _fused_traffic(fused: Computation) -> Traffic:
     known: dict[str, Traffic | None] = {}
     for parameter in fused.values():
         if parameter.opcode == "parameter":
-            total += _reads(fused, parameter, known) or Traffic(streamed=parameter.num_bytes)
+            whole = Traffic(streamed=parameter.num_bytes)
+            part = _reads(fused, parameter, known) or whole
+            total += Traffic(min(part.streamed, whole.streamed), part.scattered)  # slices may overlap
     root = next(i for i in fused.values() if i.is_root)
     for written in [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]:
         total += _writes(fused, written)
