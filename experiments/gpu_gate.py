@@ -3,10 +3,11 @@
     python -m experiments.gpu_gate --preset=base
     python -m experiments.gpu_gate --gpu=rtx3090 --override=sampler.num_samples=2**17 --kernels
 
-Compiles a dispatch of training steps, a refresh of the occupancy grid and the rendering of one chunk of a view, for
-images of the given number and size. Needs the plugin of jax for CUDA 13, and neither a driver nor a library of CUDA:
-`pip install .[gpu-aot]`. Nothing runs, so nothing is timed but the compiler. On a GPU XLA tries for each matmul whether
-cuBLAS or Triton is faster; here all are cuBLAS's, or Triton's with --triton_gemm.
+Compiles a dispatch of training steps, the survey before the first, a refresh of the occupancy grid and the rendering
+of one chunk of a view, for images of the given number and size. Needs the plugin of jax for CUDA 13, and neither a
+driver nor a library of CUDA: `pip install .[gpu-aot]`. Nothing runs, so nothing is timed but the compiler. On a GPU XLA
+may try for each matmul whether cuBLAS or Triton is faster; here all are cuBLAS's, as the package asks, or Triton's with
+--triton_gemm.
 
 Prints a Markdown table and writes it as JSON. MB are 2^20 bytes. "a + b" is what one round of a program's loops takes
 (a training step, a round of samples), a loop in a loop counted once, and what the rest of it takes. Streamed are the
@@ -43,6 +44,7 @@ from jaxngp import flags, rendering
 from jaxngp.cameras import Camera, PosedImages
 from jaxngp.config import PRESETS, HashGridConfig, InputError, MarchConfig, NerfConfig, apply_overrides
 from jaxngp.fields import field_maker
+from jaxngp.gpu import gpu_compiler_options, jaxlib_version
 from jaxngp.training import steps
 from jaxngp.training.report import environment, write_json
 from jaxngp.training.state import init_state
@@ -210,11 +212,12 @@ def make_programs(config: NerfConfig, *, num_views: int, image_size: int, frame:
         _, pixels = jax.eval_shape(functools.partial(steps.survey_views, config=config), images)
     programs = {"train": Program(steps.nerf_steps, (state, images, pixels, rates, num_steps), {"config": config})}
     if isinstance(config.sampler, MarchConfig):
+        programs["survey"] = Program(steps.survey_views, (images,), {"config": config})
         programs["refresh"] = Program(steps.refresh_occupancy, (state,), {"config": config})
 
     # What render_image calls the compiled program with: recorded, for it knows how a frame is cut into chunks.
-    chunk = rendering.render_chunk
-    with mock.patch.object(rendering, "render_chunk", side_effect=StopIteration) as call:
+    with mock.patch.object(rendering, "_program") as make_program:
+        make_program.return_value.side_effect = StopIteration
         with contextlib.suppress(StopIteration):
             rendering.render_image(
                 state.eval_params,
@@ -224,8 +227,10 @@ def make_programs(config: NerfConfig, *, num_views: int, image_size: int, frame:
                 jnp.ones(3),
                 make_field=field_maker(config.field),
                 sampler=config.sampler,
+                batching=rendering.GPU_BATCHING,
             )
-        programs["render"] = Program(chunk, call.call_args.args, call.call_args.kwargs)
+    static = dict(zip(("make_field", "sampler", "batching"), make_program.call_args.args, strict=True))
+    programs["render"] = Program(rendering.render_chunk, make_program.return_value.call_args.args, static)
     return programs
 
 
@@ -407,7 +412,8 @@ def main(values: flags.Flags) -> None:
         raise InputError(f"--preset: unknown {values.preset!r}; there are {', '.join(PRESETS)}")
     check_plugin()
     config = apply_overrides(PRESETS[values.preset], values.override)
-    options = {"xla_gpu_enable_triton_gemm": values.triton_gemm, **parse_options(values.compiler_option)}
+    options = gpu_compiler_options(jaxlib_version())
+    options |= {"xla_gpu_enable_triton_gemm": values.triton_gemm, **parse_options(values.compiler_option)}
     # All before jax asks for devices: the plugin compiles without the libraries of CUDA, but looks for them first.
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     jax.config.update("jax_platforms", "cpu")

@@ -37,7 +37,7 @@ from jaxngp.data import load_training
 from jaxngp.encodings import all_corners, hash_encode
 from jaxngp.fields import NerfField, Params, field_maker
 from jaxngp.marching import Candidates, box_interval, find_visible, pack_steps
-from jaxngp.occupancy import cell_at
+from jaxngp.occupancy import cells_at
 from jaxngp.rendering import render_image
 from jaxngp.training import steps
 from jaxngp.training.loop import train
@@ -97,8 +97,9 @@ def measure_ceilings(config: NerfConfig, state: steps.TrainState, position: jax.
     square = jax.random.normal(key, (MATRIX, MATRIX)) / MATRIX**0.5
     table, update = state.params["encoding"]["table"], jnp.ones((len(position), grid.num_features))
     rows = jnp.transpose(all_corners(position, grid)[0], (1, 2, 0))  # (L, 8, N)
-    cell = cell_at(*position.T, resolution=state.occupancy.resolution)
-    words = jnp.tile(cell >> 5, WORD_READS)
+    resolution = state.occupancy.resolution
+    column, row, layer = cells_at(*position.T, resolution=resolution)
+    words = jnp.tile((column + resolution * (row + resolution * layer)) >> 5, WORD_READS)
 
     def read(table: jax.Array, rows: jax.Array) -> jax.Array:
         levels = [[table.at[row].get(mode="promise_in_bounds") for row in level] for level in rows]

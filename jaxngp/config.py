@@ -301,7 +301,11 @@ _PAPER = NerfConfig(
     optimizer=OptimizerConfig(ema_decay=0.0),
     train=TrainConfig(loss="l2", max_steps=50_000),
 )
-_BASE = NerfConfig(field=FieldConfig(encoding=HashGridConfig(num_levels=8, num_features=4)))
+_BASE = NerfConfig(
+    field=FieldConfig(encoding=HashGridConfig(num_levels=8, num_features=4), precision="bfloat16"),
+    optimizer=OptimizerConfig(decay=CosineDecay()),
+    train=TrainConfig(num_rays=2**14, loss="l2"),
+)
 _SMALL = NerfConfig(
     field=FieldConfig(
         encoding=HashGridConfig(num_levels=8, num_features=4, table_size=2**16, max_resolution=512),

@@ -211,7 +211,7 @@ def table_gradient_broadcast(position: jax.Array, gradient: jax.Array, *, grid: 
         x = jnp.broadcast_to(x[..., None], (*rows_shape, width))
         _, fraction = _cell_along(x, resolution[..., None], last_cell[..., None], grid)
         # The fraction on the far side, one minus it on the near side, exactly.
-        near = np.float32(1 - far)[:, None]
+        near = (1 - far).astype(np.float32)[:, None]
         update = update * (near + (1 - 2 * near) * fraction)
     table = jnp.zeros((level_offsets(grid)[-1], width), update.dtype)
     return table.at[levels.row(vertex, grid)].add(update, mode="promise_in_bounds")

@@ -81,7 +81,7 @@ def spatial_hash(cell: Coordinates, *, table_size: int) -> jax.Array:
 
 def dense_index(cell: Coordinates, *, vertices_per_axis: int | np.ndarray) -> jax.Array:
     """The rank of a vertex in x-fastest order: a bijection onto [0, vertices_per_axis^D). u32 -> u32, modulo 2^32."""
-    result, stride = jnp.uint32(0), np.uint64(1)
+    result, stride = jnp.uint32(0), np.asarray(1, np.uint64)
     for coordinate in cell:
         result = result + coordinate.astype(jnp.uint32) * (stride & np.uint64(2**32 - 1)).astype(np.uint32)
         stride = stride * np.asarray(vertices_per_axis, np.uint64)

@@ -11,7 +11,7 @@ from jax import lax
 from jaxngp.cameras import Rays
 from jaxngp.config import MarchConfig, StratifiedConfig
 from jaxngp.fusion import walled
-from jaxngp.occupancy import OccupancyGrid, bit_of, cell_at, even_bits, interleave, nth_set_bit, pack_bits, pair_of
+from jaxngp.occupancy import OccupancyGrid, bit_at, even_bits, interleave, nth_set_bit, pair_at
 
 Bound = float | jax.Array
 """A corner of a box: one number for all axes, or (3,)."""
@@ -98,19 +98,19 @@ def _test_steps(
     skipped = jnp.floor(jnp.maximum(t_enter - lax.stop_gradient(t_near), 0) / config.step_size)
     t_start = t_near + skipped * config.step_size
     first_t = lax.stop_gradient(t_start)
-    pairs = interleave(*sets) if len(sets) == 2 else None
+    cells = sets[0] if len(sets) == 1 else interleave(*sets)
 
     def words(first: jax.Array, count: int) -> list[jax.Array]:
         """(R, count) u32 for each set: the words from the given one on. No (R, S, 3) array of positions is stored."""
         step = first * 32 + jnp.arange(count * 32)
         t = first_t[:, None] + (step + jitter[:, None]) * config.step_size
         x, y, z = (rays.origin[:, axis, None] + t * rays.direction[:, axis, None] for axis in range(3))
-        cell = cell_at(x, y, z, resolution=grid.resolution)
         inside = t < t_leave[:, None]
         if len(sets) == 1:
-            return [pack_bits(bit_of(sets[0], cell) & inside)]
+            found = jnp.where(inside, bit_at(cells, x, y, z, resolution=grid.resolution), 0).reshape(-1, count, 32)
+            return [jnp.sum(found << np.arange(32, dtype=np.uint32), axis=-1, dtype=jnp.uint32)]
         # Two sets in one pass: one read and two bits a step, 16 steps a word, taken apart afterwards.
-        found = jnp.where(inside, pair_of(pairs, cell), 0).reshape(-1, count, 2, 16)
+        found = jnp.where(inside, pair_at(cells, x, y, z, resolution=grid.resolution), 0).reshape(-1, count, 2, 16)
         halves = jnp.sum(found << (2 * np.arange(16, dtype=np.uint32)), axis=-1, dtype=jnp.uint32)
         apart = [even_bits(halves >> i) for i in range(2)]
         return [half[..., 0] | (half[..., 1] << 16) for half in apart]

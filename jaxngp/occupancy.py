@@ -108,30 +108,36 @@ def occupied_bounds(words: jax.Array) -> jax.Array:
 def is_occupied(grid: OccupancyGrid, position: jax.Array) -> jax.Array:
     """Whether the cells that hold the points are occupied. position (..., 3) in [0, 1] -> (...) bool."""
     x, y, z = (position[..., axis] for axis in range(3))
-    return bit_at(grid.occupied, x, y, z, resolution=grid.resolution)
+    return bit_at(grid.occupied, x, y, z, resolution=grid.resolution) != 0
 
 
 def bit_at(words: jax.Array, x: jax.Array, y: jax.Array, z: jax.Array, *, resolution: int) -> jax.Array:
-    """The bits, (...) bool, of the cells that hold the points; one array (...) per axis spares (..., 3) temporaries."""
-    return bit_of(words, cell_at(x, y, z, resolution=resolution))
+    """The bits (...) u32, 0 or 1, of the cells that hold the points; the nearest cell for a point outside the cube.
+
+    One array (...) per axis spares (..., 3) temporaries.
+    """
+    return _bits_at(words, x, y, z, resolution=resolution, width=1)
 
 
-def cell_at(x: jax.Array, y: jax.Array, z: jax.Array, *, resolution: int) -> jax.Array:
-    """The number (...) i32 of the cell that holds a point; the nearest one for a point outside the cube."""
+def pair_at(pairs: jax.Array, x: jax.Array, y: jax.Array, z: jax.Array, *, resolution: int) -> jax.Array:
+    """`bit_at` for words of pairs as `interleave` makes them: both bits (...) u32, the first set's the lower."""
+    return _bits_at(pairs, x, y, z, resolution=resolution, width=2)
+
+
+def _bits_at(words: jax.Array, x: jax.Array, y: jax.Array, z: jax.Array, *, resolution: int, width: int) -> jax.Array:
+    column, row, layer = cells_at(x, y, z, resolution=resolution)
+    shift = 5 - (width - 1)  # 2^shift cells to a word
+    # Rows of cells are whole words, so the place in a word depends on the column alone: of the cell's number, used
+    # for both, XLA:GPU would make an array in memory.
+    word = (column >> shift) + (resolution >> shift) * (row + resolution * layer)
+    place = width * (column & (2**shift - 1))
+    return (words.at[word].get(mode="promise_in_bounds") >> place.astype(jnp.uint32)) & np.uint32(2**width - 1)
+
+
+def cells_at(x: jax.Array, y: jax.Array, z: jax.Array, *, resolution: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Column, row and layer (...) i32 of the cells that hold the points, or are nearest to them."""
     column, row, layer = (jnp.clip((p * resolution).astype(jnp.int32), 0, resolution - 1) for p in (x, y, z))
-    return column + resolution * (row + resolution * layer)
-
-
-def bit_of(words: jax.Array, cell: jax.Array) -> jax.Array:
-    """The bits (...) bool of cells (...) i32."""
-    word = words.at[cell >> 5].get(mode="promise_in_bounds")
-    return (word >> (cell & 31).astype(jnp.uint32)) & 1 != 0
-
-
-def pair_of(pairs: jax.Array, cell: jax.Array) -> jax.Array:
-    """The two bits (...) u32, of words of pairs as `interleave` makes them, of cells (...) i32."""
-    word = pairs.at[cell >> 4].get(mode="promise_in_bounds")
-    return (word >> (2 * (cell & 15)).astype(jnp.uint32)) & 3
+    return column, row, layer
 
 
 def cell_centre(cell: jax.Array, *, resolution: int) -> jax.Array:

@@ -17,6 +17,7 @@ from jaxngp.cameras import Camera, Rays, view_rays
 from jaxngp.compositing import RenderOutput, blend, composite, optical_weights
 from jaxngp.config import MarchConfig, StratifiedConfig
 from jaxngp.fusion import walled
+from jaxngp.gpu import compiler_options
 from jaxngp.marching import (
     Candidates,
     Samples,
@@ -133,7 +134,8 @@ def _render_marched(
 ) -> tuple[RenderOutput, jax.Array]:
     num_rays = rays.origin.shape[0]
     num_lanes = min(batching.lanes, num_rays)
-    jitter = jnp.full(num_rays, 0.5)
+    # Behind the barrier it is data like any other: knowing it, XLA:GPU moves its sums out of the march, to memory.
+    jitter = lax.optimization_barrier(jnp.full(num_rays, 0.5))
     candidates = walled(functools.partial(find_candidates, config=sampler), rays, grid, jitter)
     ends = walled(count_steps, candidates.words)
     counts = ends[:, -1]
@@ -172,8 +174,8 @@ def longest_first(counts: jax.Array, per_round: int) -> tuple[jax.Array, jax.Arr
     all others waiting. Within a class in image order, for neighbours read neighbouring table rows.
     """
     num_rays = len(counts)
-    few_rounds = sum((counts <= per_round * rounds).astype(jnp.int32) for rounds in (16, 8, 4))
-    member = (few_rounds[:, None] == jnp.arange(4)) & (counts > 0)[:, None]
+    rank = jnp.sum(counts[:, None] <= per_round * np.array([16, 8, 4]), axis=1)
+    member = (rank[:, None] == np.arange(4)) & (counts > 0)[:, None]
     number = jnp.cumsum(member.astype(jnp.int32), axis=0)
     size = number[-1]
     place = jnp.sum(jnp.where(member, number - 1 + jnp.cumsum(size) - size, 0), axis=1)
@@ -244,6 +246,15 @@ def render_image(
     return render_ray_grid(params, rays, grid, background, make_field=make_field, sampler=sampler, batching=batching)
 
 
+@functools.lru_cache(maxsize=64)
+def _program(
+    make_field: Callable[[Any], FieldFn], sampler: Sampler, batching: Batching
+) -> Callable[..., tuple[RenderOutput, jax.Array]]:
+    """`render_chunk` with what the device's compiler is to be told, which only the outermost program can say."""
+    chunk = functools.partial(render_chunk, make_field=make_field, sampler=sampler, batching=batching)
+    return jax.jit(chunk, compiler_options=compiler_options())
+
+
 def render_ray_grid(
     params: Any,
     rays: Rays,
@@ -266,9 +277,9 @@ def render_ray_grid(
     chunk = -(-total // num_chunks)
     index = np.minimum(np.arange(num_chunks * chunk), total - 1).reshape(num_chunks, chunk)
     flat = jax.tree.map(lambda a: a.reshape(-1, 3), rays)
-    parts = []
+    program, parts = _program(make_field, sampler, batching), []
     for rows in index:
         part = jax.tree.map(lambda a, rows=rows: a[rows], flat) if num_chunks > 1 else flat
-        out, _ = render_chunk(params, part, grid, background, make_field=make_field, sampler=sampler, batching=batching)
+        out, _ = program(params, part, grid, background)
         parts.append(jax.tree.map(np.asarray, out))  # off the device: a view may be larger than what is left of it
     return jax.tree.map(lambda *a: np.concatenate(a)[:total].reshape(*shape, *a[0].shape[1:]), *parts)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports only modules of earlier lines, or of its own subpackage. Subpackages count as one.
 LAYERS = (
     "config",
-    "cameras hashing compositing losses metrics fusion",
+    "cameras hashing compositing losses metrics fusion gpu",
     "encodings occupancy",
     "carving",
     "fields marching",

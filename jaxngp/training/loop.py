@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from jaxngp.cameras import PosedImages
 from jaxngp.carving import PixelSet
 from jaxngp.config import InputError, MarchConfig, NerfConfig
+from jaxngp.gpu import compiler_options, slow_scatter_warning
 from jaxngp.occupancy import OccupancyGrid
 from jaxngp.training.optimizer import learning_rate
 from jaxngp.training.state import TrainState, init_state
@@ -61,6 +63,8 @@ def train(config: NerfConfig, data: TrainingData, *, resume: Progress | None = N
     if resume and resume.finished:
         yield resume
         return
+    if message := slow_scatter_warning():
+        warnings.warn(message, stacklevel=2)
     state = resume.state if resume else init_state(config.train.seed, config=config)
     # By name: restored arrays are bound to their device and fresh ones are not, and jax compiles for each anew.
     state, data = jax.device_put((state, data), jax.devices()[0])
@@ -127,15 +131,15 @@ def _compile(state: TrainState, data: TrainingData, config: NerfConfig) -> _Prog
     The survey runs once, while the others are compiled; what is left of it when they are is what training waits for.
     """
     started = time.perf_counter()
-    rates = jnp.zeros(config.train.steps_per_dispatch)
+    options, rates = compiler_options(), jnp.zeros(config.train.steps_per_dispatch)
     surveyed: tuple[OccupancyGrid | None, PixelSet | None] = (None, None)
     refresh: Callable[..., Any] = lambda state: state  # noqa: E731
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         if isinstance(config.sampler, MarchConfig):
             if isinstance(data, PosedImages):
-                surveyed = survey_views.lower(data, config=config).compile()(data)
-            refreshing = thread.submit(lambda: refresh_occupancy.lower(state, config=config).compile())
-        steps = nerf_steps.lower(state, data, surveyed[1], rates, jnp.int32(0), config=config).compile()
+                surveyed = survey_views.lower(data, config=config).compile(options)(data)
+            refreshing = thread.submit(lambda: refresh_occupancy.lower(state, config=config).compile(options))
+        steps = nerf_steps.lower(state, data, surveyed[1], rates, jnp.int32(0), config=config).compile(options)
         if isinstance(config.sampler, MarchConfig):
             refresh = refreshing.result()
     return _Programs(surveyed, steps, refresh, time.perf_counter() - started)
