@@ -438,3 +438,56 @@ def test_half_precision_positions_have_a_gradient() -> None:
     position = jax.random.uniform(jax.random.key(1), (8, 3), jnp.float16)
     gradient = jax.grad(lambda t: encodings.hash_encode(t, position, grid=grid).sum())(table)
     assert np.all(np.isfinite(gradient))
+
+
+# Less precision.
+
+
+def test_a_shadow_is_read_and_the_table_gets_the_gradient() -> None:
+    grid = GRIDS["four_features"]
+    table = random_table(grid)
+    shadow, cotangent = jnp.asarray(table, jnp.float16), random_cotangent(grid)
+    position = np.random.default_rng(2).uniform(size=(NUM, grid.num_dims)).astype(np.float32)
+
+    @jax.jit
+    def both(table: jax.Array, position: jax.Array) -> Any:
+        encode = functools.partial(encodings.hash_encode, grid=grid, shadow=shadow)
+        features, pull = jax.vjp(encode, table, position)
+        return features, *pull(cotangent)
+
+    features, of_table, of_position = both(table, position)
+    np.testing.assert_allclose(features, encode_by_definition(np.asarray(shadow), position, grid), atol=2e-5)
+    plain_table, _ = compiled(grid)["hash_vjp"](table, position, cotangent)
+    np.testing.assert_array_equal(of_table, plain_table)
+    _, expected = compiled(grid)["hash_vjp"](shadow.astype(jnp.float32), position, cotangent)
+    np.testing.assert_allclose(of_position, expected, atol=1e-4)
+    # What the table holds, nobody looks at.
+    np.testing.assert_array_equal(both(np.full_like(table, np.nan), position)[0], features)
+
+
+@pytest.mark.parametrize("encode", [encodings.encode_unrolled, encodings.encode_broadcast])
+def test_features_in_fewer_bits_are_rounded_once(encode: Any) -> None:
+    grid = GRIDS["3d"]
+    table, position = random_table(grid), np.random.default_rng(3).uniform(size=(NUM, 3)).astype(np.float32)
+    found = jax.jit(functools.partial(encode, grid=grid, dtype=jnp.bfloat16))(table, position)
+    assert found.dtype == jnp.bfloat16
+    exact = encode_by_definition(table, position, grid)
+    np.testing.assert_array_less(np.abs(np.asarray(found, np.float64) - exact), 2.0**-8 * np.abs(exact) + 2e-5)
+
+
+@pytest.mark.parametrize("transpose", [encodings.table_gradient_unrolled, encodings.table_gradient_broadcast])
+def test_gradients_in_fewer_bits_are_summed_in_float32(transpose: Any) -> None:
+    """A thousand points in one cell: in bfloat16 the sum would stop growing at 256 times a summand."""
+    grid = GRIDS["one_level"]
+    position = jnp.full((1000, 3), 1e-4)
+    gradient = jnp.ones((1000, grid.num_outputs), jnp.bfloat16)
+    found = jax.jit(functools.partial(transpose, grid=grid))(position, gradient)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(jnp.sum(found), 1000, rtol=1e-5)
+
+
+def test_a_shadow_of_another_shape_is_refused() -> None:
+    grid = GRIDS["2d"]
+    table = random_table(grid)
+    with pytest.raises(ValueError, match="shadow has shape"):
+        encodings.hash_encode(table, jnp.zeros((1, 2)), grid=grid, shadow=table[1:])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +112,49 @@ def test_a_field_maker_is_the_same_object_for_equal_configs() -> None:
     expected = evaluate_field(params, position, direction, config=TINY_FIELD)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@given(arrays32(16, -3, 3))
+def test_the_gradient_of_relu_is_that_of_what_it_lets_through(x: np.ndarray) -> None:
+    x = np.concatenate([x, np.float32([0, -0.0, 1e-37])])
+    value, pull = jax.vjp(fields.relu, jnp.asarray(x))
+    np.testing.assert_array_equal(value, np.maximum(x, 0))
+    np.testing.assert_array_equal(pull(jnp.full_like(x, 3.0))[0], np.where(x > 0, 3, 0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@given(arrays32((5, 7), -1, 1), arrays32((7, 3), -1, 1), arrays32((5, 3), -1, 1))
+def test_a_matmul_multiplies_in_one_precision_and_sums_in_float32(
+    dtype: Any, x: np.ndarray, kernel: np.ndarray, cotangent: np.ndarray
+) -> None:
+    def rounded(a: np.ndarray) -> np.ndarray:
+        return np.asarray(jnp.asarray(a, dtype), np.float64)
+
+    value, pull = jax.vjp(lambda x, kernel: fields.matmul(x, kernel, jnp.dtype(jnp.float32)), x.astype(dtype), kernel)
+    of_x, of_kernel = pull(jnp.asarray(cotangent))
+    assert (value.dtype, of_x.dtype, of_kernel.dtype) == (jnp.float32, dtype, jnp.float32)
+    np.testing.assert_allclose(value, rounded(x) @ rounded(kernel), atol=2e-6)
+    np.testing.assert_allclose(of_kernel, rounded(x).T @ rounded(cotangent), atol=2e-6)
+    np.testing.assert_allclose(
+        of_x.astype(np.float32), rounded(cotangent) @ rounded(kernel).T, rtol=jnp.finfo(dtype).eps, atol=2e-6
+    )
+
+
+def test_a_field_in_bfloat16_is_nearly_the_same_field() -> None:
+    config = replace(TINY_FIELD, precision="bfloat16")
+    params = init_params(jax.random.key(0), config=config)
+    params["encoding"]["table"] = params["encoding"]["table"] * 3e3
+    position, direction = points_and_directions()
+    assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(params))
+    expected = evaluate_field(params, position, direction, config=TINY_FIELD)
+    for field in (functools.partial(evaluate_field, params, config=config), fields.field_maker(config)(params)):
+        found = field(position, direction)
+        for a, b in zip(found, expected, strict=True):
+            assert a.dtype == jnp.float32
+            np.testing.assert_allclose(a, b, rtol=5e-2, atol=1e-2)
+            assert not np.array_equal(a, b)
+    assert fields.make_shadow(params, config=TINY_FIELD) is None
+    assert fields.make_shadow(params, config=config).dtype == jnp.float16
 
 
 @given(arrays32(16, -40, 40))

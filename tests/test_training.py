@@ -21,7 +21,7 @@ from jaxngp.cameras import PosedImages, Rays
 from jaxngp.carving import PixelSet, candidate_cells, pixel_set
 from jaxngp.config import MarchConfig, NerfConfig, OccupancyConfig, OptimizerConfig, StratifiedConfig, TrainConfig
 from jaxngp.data.rays import RayTable
-from jaxngp.fields import evaluate_field
+from jaxngp.fields import evaluate_field, make_shadow
 from jaxngp.losses import colour_loss
 from jaxngp.marching import find_candidates
 from jaxngp.occupancy import OccupancyGrid, init_occupancy
@@ -251,6 +251,62 @@ def test_the_average_moves_as_by_so_many_steps() -> None:
         np.testing.assert_allclose(e, keep * s + (1 - keep) * p, rtol=1e-5, atol=1e-7)
     assert state.eval_params is state.ema_params
     assert replace(state, ema_params={}).eval_params is state.params
+
+
+# What a GPU runs: other formulas of the same, which a CPU can compute too.
+
+
+def off_the_cpu(*args: Any, default: Any, **_: Any) -> Any:
+    """`lax.platform_dependent` as on a GPU."""
+    return default(*args)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_steps_as_a_gpu_runs_them_are_the_steps(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a step in its other formulation, and the rounds beyond the last step that only a GPU runs."""
+    config = replace(SHORT, field=replace(SHORT.field, precision=precision))
+
+    def three_steps() -> tuple[TrainState, steps.Metrics]:
+        call = functools.partial(steps.nerf_steps.__wrapped__, config=config)
+        return jax.jit(call)(init_state(0, config=config), ball_views(), survey()[1], jnp.full(4, 1e-2), jnp.int32(3))
+
+    expected, expected_metrics = three_steps()
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.lax, "platform_dependent", off_the_cpu)
+        found, metrics = three_steps()
+    assert int(found.step) == 3
+    assert int(found.opt_state[1].count) == 3
+    # Sums are in another order, and Adam divides gradients by their size: of most entries the third step is the same.
+    for a, b in zip(leaves(expected), leaves(found), strict=True):
+        assert np.mean(np.isclose(a, b, rtol=2e-2, atol=2e-4)) > 0.98
+    for a, b in zip(*map(jax.tree.leaves, (expected_metrics, metrics)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3)
+
+
+def test_the_batches_of_a_dispatch_are_what_its_steps_would_draw_alone() -> None:
+    key, pixels = jax.random.key(5), survey()[1]
+    draw = jax.jit(steps.draw_batches, static_argnames=("num_steps", "config"))
+    together = draw(jnp.int32(7), key, ball_views(), pixels, num_steps=3, config=SHORT)
+    for i in range(3):
+        bits = draw_bits(jax.random.fold_in(key, 7 + i), config=SHORT)
+        alone = pick_pixels(bits[:, 0], ball_views(), pixels), make_noise(bits[:, 1:], config=SHORT)
+        for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-7)
+
+
+def test_a_shadow_is_brought_up_to_date_with_its_table() -> None:
+    config = replace(SHORT, field=replace(SHORT.field, precision="bfloat16"))
+    state = init_state(0, config=config)
+    batch, noise = steps.draw_batches(state.step, state.key, ball_views(), None, num_steps=1, config=config)
+    batch, noise = jax.tree.map(lambda a: a[0], (batch, noise))
+    shadow = make_shadow(state.params, config=config.field)
+    new, found, _ = jax.jit(functools.partial(steps.nerf_step, config=config))(
+        state, shadow, batch, noise, jnp.float32(1e-2)
+    )
+    assert found.dtype == jnp.float16
+    assert new.params["encoding"]["table"].dtype == jnp.float32
+    np.testing.assert_array_equal(found, make_shadow(new.params, config=config.field))
+    assert not np.array_equal(found, shadow)
 
 
 # One step.
