@@ -44,7 +44,7 @@ from jaxngp import flags, rendering
 from jaxngp.cameras import Camera, PosedImages
 from jaxngp.config import PRESETS, HashGridConfig, InputError, MarchConfig, NerfConfig, apply_overrides
 from jaxngp.fields import field_maker
-from jaxngp.gpu import gpu_compiler_options, jaxlib_version
+from jaxngp.gpu import OPTIONS, jaxlib_version, scatter_cure
 from jaxngp.training import steps
 from jaxngp.training.report import environment, write_json
 from jaxngp.training.state import init_state
@@ -412,8 +412,7 @@ def main(values: flags.Flags) -> None:
         raise InputError(f"--preset: unknown {values.preset!r}; there are {', '.join(PRESETS)}")
     check_plugin()
     config = apply_overrides(PRESETS[values.preset], values.override)
-    options = gpu_compiler_options(jaxlib_version())
-    options |= {"xla_gpu_enable_triton_gemm": values.triton_gemm, **parse_options(values.compiler_option)}
+    asked = {"xla_gpu_enable_triton_gemm": values.triton_gemm, **parse_options(values.compiler_option)}
     # All before jax asks for devices: the plugin compiles without the libraries of CUDA, but looks for them first.
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     jax.config.update("jax_platforms", "cpu")
@@ -426,11 +425,12 @@ def main(values: flags.Flags) -> None:
     if unknown := set(values.program) - set(programs):
         raise InputError(f"--program: unknown {min(unknown)!r}; this config has {', '.join(programs)}")
     sharding = gpu_sharding(gpu)
-    rows = [
-        make_row(name, compile_program(program, sharding, options), config.field.encoding)
-        for name, program in programs.items()
-        if not values.program or name in values.program
-    ]
+    cure = scatter_cure(jaxlib_version(), gpu.compute_capability, config.field.precision)
+    rows = []
+    for name, program in programs.items():
+        if not values.program or name in values.program:
+            options = OPTIONS | (cure if name == "train" else {}) | asked  # as the package compiles it
+            rows.append(make_row(name, compile_program(program, sharding, options), config.field.encoding))
     views = f"{values.views} views of {values.image_size}x{values.image_size}"
     print(f"preset {values.preset}, {views}, a frame of {values.frame}; {gpu.name}, jax {jax.__version__}\n")
     print(markdown(rows))
@@ -448,7 +448,7 @@ def main(values: flags.Flags) -> None:
             "views": values.views,
             "image_size": values.image_size,
             "frame": values.frame,
-            "compiler_options": options,
+            "compiler_options": {"steps": OPTIONS | cure | asked, "others": OPTIONS | asked},
             "programs": {row.program: asdict(row) for row in rows},
         },
     )

@@ -9,41 +9,61 @@ from typing import Any
 
 import jax
 
+from jaxngp.config import Precision
+
 FAST_SCATTER_JAXLIB = (0, 11, 1)
 """The first jaxlib that adds to scattered places with a GPU's atomic additions. Those before, back to 0.10.2 at least,
 compare and swap until no other thread was faster (jax issue 38806)."""
 
+OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
+"""No matmuls by Triton: ours are narrow and wait for memory, cuBLAS applies the ReLU as it writes, and trying out
+Triton's tiles would take longer than much of the training."""
+
 
 def compiler_options() -> dict[str, Any]:
-    """Options for `jax.jit` or `.compile` that suit the device jax runs on; {} where there is nothing to say."""
-    if jax.default_backend() != "gpu":
+    """What to give `jax.jit` or `.compile` for the device jax runs on, less what XLA_FLAGS says already."""
+    return _unless_said(OPTIONS) if _on_gpu() else {}
+
+
+def step_compiler_options(precision: Precision) -> dict[str, Any]:
+    """`compiler_options` for a program that takes training steps, and so adds to scattered places."""
+    if not _on_gpu():
         return {}
-    return gpu_compiler_options(jaxlib_version(), os.environ.get("XLA_FLAGS", ""))
+    return _unless_said(OPTIONS | scatter_cure(jaxlib_version(), compute_capability(), precision))
 
 
-def gpu_compiler_options(jaxlib: tuple[int, ...], xla_flags: str = "") -> dict[str, Any]:
-    """The options for a GPU, less those that XLA_FLAGS sets already.
+def scatter_cure(jaxlib: tuple[int, ...], capability: tuple[int, int], precision: Precision) -> dict[str, Any]:
+    """The option with which an old jaxlib adds by atomic additions too; {} for a newer one, and where it is not safe.
 
-    No matmuls by Triton: ours are narrow and wait for memory, cuBLAS applies the ReLU as it writes, and trying out
-    Triton's tiles would take longer than much of the training. Before jaxlib 0.11.1 numbers below 1e-38 are flushed
-    to zero, for then XLA adds with atomic additions there too.
+    That is to flush numbers below 1e-38 to zero. From compute capability 9.0 on such a jaxlib then writes comparisons
+    of bfloat16 that the assembler refuses; there it adds rows of 4 features fast without being told.
     """
-    options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
-    if jaxlib < FAST_SCATTER_JAXLIB:
-        options["xla_gpu_ftz"] = True
-    return {name: value for name, value in options.items() if name not in xla_flags}
+    if jaxlib >= FAST_SCATTER_JAXLIB or (precision == "bfloat16" and capability >= (9, 0)):
+        return {}
+    return {"xla_gpu_ftz": True}
 
 
-def slow_scatter_warning() -> str | None:
+def slow_scatter_warning(precision: Precision) -> str | None:
     """What to say about an old jaxlib on a GPU; None on another device, with a newer one, and where it is cured."""
-    cured = "xla_gpu_ftz=true" in os.environ.get("XLA_FLAGS", "")
-    if jax.default_backend() != "gpu" or jaxlib_version() >= FAST_SCATTER_JAXLIB or cured:
+    said = "xla_gpu_ftz=true" in os.environ.get("XLA_FLAGS", "")
+    if not _on_gpu() or jaxlib_version() >= FAST_SCATTER_JAXLIB or said:
         return None
-    return (
-        f"jaxlib {importlib.metadata.version('jaxlib')} adds to scattered places by compare-and-swap on a GPU, up to a "
-        "thousand times slower. Training and rendering here are compiled with xla_gpu_ftz, which avoids it; for "
-        "programs of your own set XLA_FLAGS=--xla_gpu_ftz=true, or install jaxlib 0.11.1 or newer (Python 3.12)"
+    problem = (
+        f"jaxlib {importlib.metadata.version('jaxlib')} may add to scattered places by compare-and-swap on a GPU, "
+        "up to a thousand times slower; jaxlib 0.11.1 (Python 3.12) and newer do not. "
     )
+    if scatter_cure(jaxlib_version(), compute_capability(), precision):
+        return problem + (
+            "Training here is compiled with xla_gpu_ftz, which avoids it; for programs of your own set "
+            "XLA_FLAGS=--xla_gpu_ftz=true"
+        )
+    return problem + "If training is slow, try --override=field.precision=float32, for which there is a cure"
+
+
+def compute_capability() -> tuple[int, int]:
+    """Of the first GPU, as (9, 0); (0, 0) where it does not tell."""
+    major, _, minor = str(getattr(jax.devices()[0], "compute_capability", "0.0")).partition(".")
+    return int(major), int(minor or 0)
 
 
 def jaxlib_version() -> tuple[int, ...]:
@@ -54,3 +74,11 @@ def jaxlib_version() -> tuple[int, ...]:
 def parse_version(text: str) -> tuple[int, ...]:
     """The numbers that a version begins with: (0, 11, 1) of 0.11.1.dev2."""
     return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", text)[0].split("."))  # type: ignore[index]
+
+
+def _on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+def _unless_said(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in os.environ.get("XLA_FLAGS", "")}

@@ -1,4 +1,4 @@
-"""What a GPU's compiler is told: by the version of jaxlib and the environment, for no GPU is needed to ask."""
+"""What a GPU's compiler is told: by the version of jaxlib, the GPU and the environment, which are made up here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import jax
 import pytest
 
 from jaxngp import gpu
+
+OLD, NEW = (0, 10, 2), (0, 11, 1)
+A100, H100 = (8, 0), (9, 0)
 
 
 @pytest.mark.parametrize(
@@ -16,35 +19,57 @@ def test_a_version_is_the_numbers_it_begins_with(text: str, numbers: tuple[int, 
     assert gpu.parse_version(text) == numbers
 
 
-@pytest.mark.parametrize(("jaxlib", "old"), [((0, 10, 2), True), ((0, 11, 0), True), ((0, 11, 1), False)])
-def test_an_old_jaxlib_is_told_to_flush_small_numbers_and_none_tries_triton(jaxlib: tuple, old: bool) -> None:
-    expected = {"xla_gpu_enable_triton_gemm": False} | ({"xla_gpu_ftz": True} if old else {})
-    assert gpu.gpu_compiler_options(jaxlib) == expected
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """A machine with a backend, a version of jaxlib and a compute capability."""
 
+    def set_up(backend: str, jaxlib: tuple[int, ...], capability: tuple[int, int], flags: str = "") -> None:
+        monkeypatch.setattr(jax, "default_backend", lambda: backend)
+        monkeypatch.setattr(gpu, "jaxlib_version", lambda: jaxlib)
+        monkeypatch.setattr(gpu, "compute_capability", lambda: capability)
+        monkeypatch.setenv("XLA_FLAGS", flags)
 
-def test_what_xla_flags_says_is_not_said_again() -> None:
-    flags = "--xla_gpu_ftz=false --xla_gpu_enable_triton_gemm=true"
-    assert gpu.gpu_compiler_options((0, 10, 2), flags) == {}
-
-
-def test_another_device_gets_no_options_and_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    monkeypatch.setattr(gpu, "jaxlib_version", lambda: (0, 10, 2))
-    assert gpu.compiler_options() == {}
-    assert gpu.slow_scatter_warning() is None
+    return set_up
 
 
 @pytest.mark.parametrize(
-    ("jaxlib", "flags", "warns"),
-    [((0, 10, 2), "", True), ((0, 10, 2), "--xla_gpu_ftz=true", False), ((0, 11, 1), "", False)],
+    ("jaxlib", "capability", "precision", "cured"),
+    [
+        (OLD, A100, "float32", True),
+        (OLD, A100, "bfloat16", True),
+        (OLD, H100, "float32", True),
+        (OLD, H100, "bfloat16", False),  # the assembler would refuse it
+        ((0, 11, 0), A100, "bfloat16", True),
+        (NEW, A100, "float32", False),  # nothing to cure
+    ],
 )
-def test_a_gpu_with_an_old_jaxlib_is_warned_of(
-    monkeypatch: pytest.MonkeyPatch, jaxlib: tuple[int, ...], flags: str, warns: bool
+def test_steps_are_cured_where_an_old_jaxlib_needs_it_and_can(
+    pretend, jaxlib: tuple, capability: tuple, precision: gpu.Precision, cured: bool
 ) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(gpu, "jaxlib_version", lambda: jaxlib)
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    message = gpu.slow_scatter_warning()
-    assert (message is not None) == warns
-    assert message is None or "XLA_FLAGS=--xla_gpu_ftz=true" in message
-    assert gpu.compiler_options().get("xla_gpu_enable_triton_gemm") is False
+    pretend("gpu", jaxlib, capability)
+    assert gpu.compiler_options() == {"xla_gpu_enable_triton_gemm": False}
+    expected = gpu.compiler_options() | ({"xla_gpu_ftz": True} if cured else {})
+    assert gpu.step_compiler_options(precision) == expected
+    message = gpu.slow_scatter_warning(precision)
+    assert (message is None) == (jaxlib == NEW)
+    if message:
+        assert ("XLA_FLAGS=--xla_gpu_ftz=true" in message) == cured
+        assert ("field.precision=float32" in message) == (not cured)
+
+
+def test_what_xla_flags_says_is_not_said_again(pretend) -> None:
+    pretend("gpu", OLD, A100, "--xla_gpu_ftz=true --xla_gpu_enable_triton_gemm=true")
+    assert gpu.compiler_options() == {}
+    assert gpu.step_compiler_options("float32") == {}
+    assert gpu.slow_scatter_warning("float32") is None
+
+
+def test_another_device_gets_no_options_and_no_warning(pretend) -> None:
+    pretend("cpu", OLD, (0, 0))
+    assert gpu.compiler_options() == {}
+    assert gpu.step_compiler_options("float32") == {}
+    assert gpu.slow_scatter_warning("float32") is None
+
+
+def test_a_device_that_does_not_tell_has_no_compute_capability() -> None:
+    assert gpu.compute_capability() == (0, 0)

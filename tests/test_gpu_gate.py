@@ -8,20 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 from experiments import gpu_gate, hlo
 from experiments.hlo import Array, Traffic
 from jaxngp.config import PRESETS, InputError
+from jaxngp.gpu import FAST_SCATTER_JAXLIB, jaxlib_version
+from jaxngp.rendering import GPU_BATCHING
 
 # Bounds on preset base with 100 views of 800x800 and a frame of 1920x1080, for an H100.
-MAX_KERNELS = {"train": (142, 21), "render": (24, 28)}  # in one round of the loop, and outside
-MAX_TEMPORARY_MB = {"train": 600, "render": 1050}
-MAX_CORNER_ARRAYS = {"train": 2, "render": 1}
-TRIP_COUNTS: dict[str, list[int | None]] = {"train": [None], "render": [None]}  # of rays, none can be known
-# XLA before that of jax 0.11.1 adds floats by compare-and-swap unless denormals may be flushed.
-OPTIONS = ["--compiler_option=xla_gpu_ftz=true"] if jax.__version_info__ < (0, 11, 1) else []
+MAX_KERNELS = {"train": (105, 36), "render": (36, 32)}  # in one round of the loop, and outside
+MAX_TEMPORARY_MB = {"train": 345, "render": 700}
+NUM_SUMS = 5  # that a ray's samples are added up to
+TRIP_COUNTS: dict[str, list[int | None]] = {"train": [16], "render": [None]}  # of rays, none can be known
 
 # HLO.
 
@@ -331,13 +330,14 @@ def test_what_a_user_gets_wrong_is_said() -> None:
 
 def test_the_programs_are_called_with_the_shapes_of_a_run() -> None:
     programs = gpu_gate.make_programs(PRESETS["base"], num_views=3, image_size=40, frame=(1000, 500))
-    assert set(programs) == {"train", "refresh", "render"}
+    assert set(programs) == {"train", "survey", "refresh", "render"}
     _, images, pixels, rates, _ = programs["train"].arguments
     assert images.rgba.shape == (3, 40, 40, 4)
     assert pixels.words.shape == (3 * 40 * 40 // 32,)
     assert rates.shape == (PRESETS["base"].train.steps_per_dispatch,)
     _, rays, _, _ = programs["render"].arguments
-    assert rays.origin.shape == (250_000, 3)  # two equal chunks
+    assert rays.origin.shape == (500_000, 3)
+    assert programs["render"].static["batching"] == GPU_BATCHING
     assert set(gpu_gate.make_programs(PRESETS["hundred_lines"], num_views=1, image_size=8, frame=(8, 8))) == {
         "train",
         "render",
@@ -351,7 +351,7 @@ def test_the_programs_for_an_h100_stay_within_their_bounds(tmp_path: Path) -> No
     except InputError as error:
         pytest.skip(str(error))
     output = tmp_path / "gate.json"
-    command = [sys.executable, "-m", "experiments.gpu_gate", "--preset=base", f"--output={output}", *OPTIONS]
+    command = [sys.executable, "-m", "experiments.gpu_gate", "--preset=base", f"--output={output}"]
     # In a process of its own, which loads the plugin, and without the options of XLA that these tests set.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
@@ -370,8 +370,10 @@ def test_the_programs_for_an_h100_stay_within_their_bounds(tmp_path: Path) -> No
         assert looping <= MAX_KERNELS[name][0], done.stdout
         assert outside <= MAX_KERNELS[name][1], done.stdout
         assert row["temporary_bytes"] <= MAX_TEMPORARY_MB[name] * gpu_gate.MB, done.stdout
-        assert len(row["corner_arrays"]) <= MAX_CORNER_ARRAYS[name], done.stdout
+        assert row["corner_arrays"] == [], done.stdout
         assert row["trip_counts"] == TRIP_COUNTS[name], done.stdout
-        assert row["cas_loops"] == {}, done.stdout
+        # An old jaxlib adds up rays, few and in order, by compare-and-swap; the table it must not.
+        slow = [name for name in row["cas_loops"] if "scatter-add" not in name or f",{NUM_SUMS}]" not in name]
+        assert slow == [] if jaxlib_version() < FAST_SCATTER_JAXLIB else row["cas_loops"] == {}, done.stdout
         assert row["float64_ops"] == 0, done.stdout
     assert rows["train"]["vector_atomics"] == {"atom.global.v4.f32.add": 1}  # rows of the table are added to whole

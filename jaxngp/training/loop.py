@@ -16,7 +16,7 @@ import numpy as np
 from jaxngp.cameras import PosedImages
 from jaxngp.carving import PixelSet
 from jaxngp.config import InputError, MarchConfig, NerfConfig
-from jaxngp.gpu import compiler_options, slow_scatter_warning
+from jaxngp.gpu import compiler_options, slow_scatter_warning, step_compiler_options
 from jaxngp.occupancy import OccupancyGrid
 from jaxngp.training.optimizer import learning_rate
 from jaxngp.training.state import TrainState, init_state
@@ -63,7 +63,7 @@ def train(config: NerfConfig, data: TrainingData, *, resume: Progress | None = N
     if resume and resume.finished:
         yield resume
         return
-    if message := slow_scatter_warning():
+    if message := slow_scatter_warning(config.field.precision):
         warnings.warn(message, stacklevel=2)
     state = resume.state if resume else init_state(config.train.seed, config=config)
     # By name: restored arrays are bound to their device and fresh ones are not, and jax compiles for each anew.
@@ -139,7 +139,8 @@ def _compile(state: TrainState, data: TrainingData, config: NerfConfig) -> _Prog
             if isinstance(data, PosedImages):
                 surveyed = survey_views.lower(data, config=config).compile(options)(data)
             refreshing = thread.submit(lambda: refresh_occupancy.lower(state, config=config).compile(options))
-        steps = nerf_steps.lower(state, data, surveyed[1], rates, jnp.int32(0), config=config).compile(options)
+        lowered = nerf_steps.lower(state, data, surveyed[1], rates, jnp.int32(0), config=config)
+        steps = lowered.compile(step_compiler_options(config.field.precision))
         if isinstance(config.sampler, MarchConfig):
             refresh = refreshing.result()
     return _Programs(surveyed, steps, refresh, time.perf_counter() - started)
