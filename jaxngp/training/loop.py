@@ -126,21 +126,22 @@ def _learning_rates(progress: Progress, size: int, config: NerfConfig) -> np.nda
 
 
 def _compile(state: TrainState, data: TrainingData, config: NerfConfig) -> _Programs:
-    """In two threads, for while XLA compiles one program Python can trace the other.
+    """In three threads: XLA compiles several programs at once, and while it does Python traces the next.
 
     The survey runs once, while the others are compiled; what is left of it when they are is what training waits for.
     """
     started = time.perf_counter()
     options, rates = compiler_options(), jnp.zeros(config.train.steps_per_dispatch)
-    surveyed: tuple[OccupancyGrid | None, PixelSet | None] = (None, None)
-    refresh: Callable[..., Any] = lambda state: state  # noqa: E731
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        pixels, surveying, refreshing = None, None, None
         if isinstance(config.sampler, MarchConfig):
             if isinstance(data, PosedImages):
-                surveyed = survey_views.lower(data, config=config).compile(options)(data)
-            refreshing = thread.submit(lambda: refresh_occupancy.lower(state, config=config).compile(options))
-        lowered = nerf_steps.lower(state, data, surveyed[1], rates, jnp.int32(0), config=config)
+                survey = survey_views.lower(data, config=config)
+                pixels = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), survey.out_info[1])
+                surveying = threads.submit(lambda: survey.compile(options)(data))
+            refreshing = threads.submit(lambda: refresh_occupancy.lower(state, config=config).compile(options))
+        lowered = nerf_steps.lower(state, data, pixels, rates, jnp.int32(0), config=config)
         steps = lowered.compile(step_compiler_options(config.field.precision))
-        if isinstance(config.sampler, MarchConfig):
-            refresh = refreshing.result()
+        refresh: Callable[..., Any] = refreshing.result() if refreshing else lambda state: state
+        surveyed = surveying.result() if surveying else (None, None)
     return _Programs(surveyed, steps, refresh, time.perf_counter() - started)
