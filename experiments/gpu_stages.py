@@ -47,8 +47,9 @@ class Ceiling:
 def ceilings(*, scale: float = 1.0) -> dict[str, Ceiling]:
     """What a device can do at best: memory, matmuls, and reads of and additions to rows of a table; sizes times scale.
 
-    A read or an addition reads its row's number, 4 B, too. Rows are drawn uniformly; or they are one corner of the
-    cells that hold consecutive points on rays, in the paper's grid (all eight corners of a point in turn); or all are one row, where additions queue.
+    A read or an addition reads its row's number, 4 B, too. Rows are drawn uniformly; or they are those of one level of
+    the paper's grid around consecutive points on rays, the eight corners of each point in turn; or all are one row,
+    where additions queue.
     """
     count, floats, side = int(2**22 * scale), int(2**28 * scale), int(8192 * scale**0.5)
     copy = functools.partial(iterated, lambda a: a + 1, jnp.zeros(floats), rounds=ROUNDS)
@@ -59,7 +60,9 @@ def ceilings(*, scale: float = 1.0) -> dict[str, Ceiling]:
     for megabytes in (24, 49):
         for width in (1, 2, 4):
             build = functools.partial(_reads, int(megabytes * 2**20 * scale) // (4 * width), width, count)
-            found[f"reads of random rows of {4 * width} B from {megabytes} MB"] = Ceiling(build, 1e-9 * count, "G/s")
+            found[f"reads of random rows of {4 * width} B from {megabytes * scale:.3g} MB"] = Ceiling(
+                build, 1e-9 * count, "G/s"
+            )
     grid = HashGridConfig(table_size=int(2**19 * scale))
     for width in (1, 2, 4):
         for pattern in PATTERNS:
@@ -201,17 +204,16 @@ def _encoding_variants(grid: HashGridConfig, forward: Timed, backward: Timed) ->
         halves = [(gradient.astype(dtype), position) for gradient, position in given]
         variant = Timed(_scatter(grid, "lnc"), halves, backward.prediction)
         found[f"encode, backward, (level, point, corner), {jnp.dtype(dtype).name}"] = variant
-    for num_levels, num_features in ((16, 2), (8, 4)):
-        if num_levels != grid.num_levels:
-            other = replace(grid, num_levels=num_levels, num_features=num_features)
-            found |= _other_grid(other, [position for _, position in given], forward, backward, grid)
+    factor = 2 if grid.num_features >= 4 else 0.5  # L=8, F=4 against L=16, F=2, either way
+    other = replace(grid, num_levels=int(grid.num_levels * factor), num_features=int(grid.num_features / factor))
+    found |= _other_grid(other, [position for _, position in given], forward, backward, factor)
     return found
 
 
 def _other_grid(
-    other: HashGridConfig, positions: Sequence[jax.Array], forward: Timed, backward: Timed, grid: HashGridConfig
+    other: HashGridConfig, positions: Sequence[jax.Array], forward: Timed, backward: Timed, lookups: float
 ) -> dict[str, Timed]:
-    """The package's encoding of the same points with other levels; what its table holds is of no account."""
+    """The package's encoding of the same points in `lookups` times as many levels of a table that is not trained."""
     table = init_table(jax.random.key(0), grid=other)
     gradient = jax.random.normal(jax.random.key(1), (len(positions[0]), other.num_outputs))
 
@@ -221,7 +223,7 @@ def _other_grid(
     def encode_backward(gradient: jax.Array, position: jax.Array, table: jax.Array) -> jax.Array:
         return jax.vjp(lambda t: hash_encode(t, position, grid=other), table)[1](gradient)[0]
 
-    name, lookups = f"L={other.num_levels}, F={other.num_features}", other.num_levels / grid.num_levels
+    name = f"L={other.num_levels}, F={other.num_features}"
     predictions = [
         stage.prediction and stage.prediction.scaled(stage.prediction.per * lookups) for stage in (forward, backward)
     ]

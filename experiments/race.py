@@ -80,7 +80,7 @@ class Judge:
     def __init__(self, name: str, budget: float, stop_psnr: float, marks: Sequence[float] = MARKS) -> None:
         self.curve = Curve(name, 0.0, [], [], [])
         self.budget, self.stop_psnr, self.marks = budget, stop_psnr, marks
-        self.bar = tqdm(total=budget, desc=name, unit="s", bar_format="{l_bar}{bar}{n:.0f} s{postfix}")
+        self.bar = tqdm(total=budget, desc=name, unit="s", bar_format="{l_bar}{bar}{n:.0f} s{postfix}", disable=None)
 
     def ended(self, seconds: float, step: int, evaluate: Callable[[], float]) -> bool:
         """To be asked after every step, or every few; `evaluate` gives the PSNR as of now."""
