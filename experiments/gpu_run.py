@@ -104,7 +104,8 @@ class Dispatch:
     def __init__(self, config: NerfConfig, trained: Trained, count: int, options: Mapping[str, Any]) -> None:
         started = time.perf_counter()
         self.count = count
-        self.arguments = (trained.data, trained.pixels, jnp.full(count, 1e-3), jnp.int32(count))
+        rates = jnp.full(count, 1e-3, jnp.float32)  # not of weak type, so that this is the program of `train`
+        self.arguments = (trained.data, trained.pixels, rates, jnp.int32(count))
         lowered = steps.nerf_steps.lower(trained.state, *self.arguments, config=config)
         self.compiled = lowered.compile(compiler_options=dict(options))
         self.compile_seconds = time.perf_counter() - started

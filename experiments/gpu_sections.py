@@ -70,7 +70,7 @@ def train_state(bench: Bench) -> None:
     bench.say(f"{progress.step} steps, {ms:.2f} ms each with everything; compiled in {progress.compile_seconds:.1f} s")
     bench.say(f"peak device memory of training: {'unknown' if peak is None else f'{peak / 1e6:.0f} MB'}")
     bench.add("train", steps=progress.step, ms=ms, compile_seconds=progress.compile_seconds, peak_bytes=peak)
-    state, data = progress.state, jax.device_put(images)
+    state, data = progress.state, jax.device_put(images, jax.devices()[0])  # by name, as `train` has it: one program
     _, pixels = steps.survey_views(data, config=config)
     inputs = step_inputs(jax.random.key(1), state, data, pixels, config=config)
     batches = [training_stages(config, state, data, pixels, seed=1 + i) for i in range(bench.sizes.batches)]
@@ -242,6 +242,8 @@ def xla_options(bench: Bench) -> None:
     count = bench.config.train.steps_per_dispatch
     names = list(XLA_OPTIONS)[: bench.sizes.options]
     for group in ([n for n in names if n not in SLOW], [n for n in names if n in SLOW]):
+        if not group:
+            continue
         if bench.late(sum(SLOW.get(name, 0.0) for name in group)):
             bench.say(f"{', '.join(group)}: skipped, for lack of time")
             continue
