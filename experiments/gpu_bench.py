@@ -1,7 +1,7 @@
 """Where a GPU stands: ceilings, correctness, the training step and its stages, XLA's flags, rendering, and PSNR.
 
     python -m experiments.gpu_bench --scene=lego --data_dir=DIR
-    python -m experiments.gpu_bench --toy --scene=bricks --downscale=8 --seconds=2    # all of it, on a CPU too
+    python -m experiments.gpu_bench --toy --scene=bricks --downscale=8    # all of it, on a CPU too
 
 One command of at most --budget seconds that may be stopped anywhere: every section prints its lines as they come and
 rewrites the JSON, one that fails says why in a line and the next goes on, and one that no longer fits is skipped, the
@@ -35,8 +35,8 @@ from jaxngp.cameras import PosedImages
 from jaxngp.config import PRESETS, InputError, MarchConfig, apply_overrides, scene_config
 from jaxngp.data import load_training
 
-FULL = Sizes(1000, 4, 1.0, ((1920, 1080), (800, 800)), 5, len(gpu_sections.XLA_OPTIONS))
-TOY = Sizes(16, 1, 2.0**-10, ((64, 36),), 2, 2)
+FULL = Sizes(1000, 4, 1.0, ((1920, 1080), (800, 800)), 5, len(gpu_sections.XLA_OPTIONS), 60.0)
+TOY = Sizes(16, 1, 2.0**-10, ((64, 36),), 2, 2, 2.0)
 TOY_OVERRIDES = (
     "field.encoding.num_levels=2",
     "field.encoding.table_size=2**10",
@@ -127,7 +127,7 @@ def define_flags(values: flags.Flags) -> None:
     absl_flags.DEFINE_string("preset", "base", "A preset that marches.", flag_values=values)
     absl_flags.DEFINE_multi_string("override", [], "Set a field of the config.", flag_values=values)
     absl_flags.DEFINE_integer("eval_views", 4, "Evenly spaced views to evaluate.", 1, flag_values=values)
-    absl_flags.DEFINE_float("seconds", 60.0, "Of training, for the PSNR.", 0.1, flag_values=values)
+    absl_flags.DEFINE_float("seconds", None, "Of training, for the PSNR; 60, or 2 of a toy.", 0.1, flag_values=values)
     absl_flags.DEFINE_float("budget", 480.0, "Seconds for everything.", 1.0, flag_values=values)
     names = [section.name for section in SECTIONS]
     absl_flags.DEFINE_list("sections", names, f"Of {', '.join(names)}.", flag_values=values)
@@ -152,12 +152,13 @@ def main(values: flags.Flags) -> None:
     config = apply_overrides(replace(PRESETS[values.preset], scene=scene), overrides)
     if not isinstance(config.sampler, MarchConfig):
         raise InputError(f"--preset={values.preset} does not march, and this times marching: try base")
-    sections = choose_sections(values.sections, values.seconds)
+    sizes = TOY if values.toy else FULL
+    psnr_seconds = values.seconds or sizes.psnr_seconds
+    sections = choose_sections(values.sections, psnr_seconds)
     training = load_training(scene)
     if not isinstance(training.images, PosedImages):
         raise InputError(f"{scene.name} is a ray table: this needs views")
-    sizes = TOY if values.toy else FULL
-    bench = Bench(config, sizes, training, values.eval_views, values.seconds, Path(values.output))
+    bench = Bench(config, sizes, training, values.eval_views, psnr_seconds, Path(values.output))
     failed = run_sections(bench, sections, end)
     bench.say("\n## headline\n")
     bench.header("figure", "measured", "target", "")

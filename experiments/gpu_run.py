@@ -37,6 +37,7 @@ class Sizes:
     frames: tuple[tuple[int, int], ...]  # width, height; the first is the headline's
     poses: int  # of each frame
     options: int  # of gpu_sections.XLA_OPTIONS, how many
+    psnr_seconds: float  # of training, if the command does not say
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,9 @@ def ceilings(bench: Bench) -> None:
     programs = build_all(bench, {name: ceiling.build for name, ceiling in given.items()})
     bench.header("ceiling", "a second", "ms")
     for name, program in programs.items():
+        if bench.late():
+            bench.say("the rest is skipped, for lack of time")
+            break
         ms = median_ms({name: program}, runs=RUNS)[name] / ROUNDS
         rate, unit = given[name].amount / (1e-3 * ms), given[name].unit
         bench.say(f"| {name} | {rate:.3g} {unit} | {ms:.3f} |")
@@ -171,7 +174,10 @@ def profile(bench: Bench) -> None:
 
 
 def stages(bench: Bench) -> None:
-    """The parts of a step one by one, and variants of some."""
+    """The parts of a step one by one, and variants of some.
+
+    What was predicted for the march counts packing too, and for compositing the loss and Adam on the networks.
+    """
     config, trained = bench.config, bench.trained
     assert isinstance(config.sampler, MarchConfig)
     given = gpu_stages.all_stages(config, trained.batches)
