@@ -216,7 +216,7 @@ def make_programs(config: NerfConfig, *, num_views: int, image_size: int, frame:
         programs["refresh"] = Program(steps.refresh_occupancy, (state,), {"config": config})
 
     # What render_image calls the compiled program with: recorded, for it knows how a frame is cut into chunks.
-    with mock.patch.object(rendering, "_program") as make_program:
+    with mock.patch.object(rendering, "chunk_program") as make_program:
         make_program.return_value.side_effect = StopIteration
         with contextlib.suppress(StopIteration):
             rendering.render_image(

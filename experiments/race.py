@@ -72,21 +72,22 @@ class Curve:
 class Judge:
     """Decides when a contestant is evaluated, adds what it reaches to its curve, and says when it may stop.
 
-    Evaluations are due at 1, 1.5, 2, 3, 5, 7, 10, 15, ... seconds of training and at the end of the budget. A curve
-    ends with the budget, or with the first evaluation that reaches `stop_psnr` where that is not 0.
+    Evaluations are due when the seconds of training pass a mark, by default 1, 1.5, 2, 3, 5, 7, 10, 15, ..., and at the
+    end of the budget. A curve ends with the budget, or with the first evaluation that reaches `stop_psnr` where that
+    is not 0.
     """
 
-    def __init__(self, name: str, budget: float, stop_psnr: float) -> None:
+    def __init__(self, name: str, budget: float, stop_psnr: float, marks: Sequence[float] = MARKS) -> None:
         self.curve = Curve(name, 0.0, [], [], [])
-        self.budget, self.stop_psnr = budget, stop_psnr
-        self.bar = tqdm(total=budget, desc=name, unit="s", bar_format="{l_bar}{bar}{n:.0f} s{postfix}")
+        self.budget, self.stop_psnr, self.marks = budget, stop_psnr, marks
+        self.bar = tqdm(total=budget, desc=name, unit="s", bar_format="{l_bar}{bar}{n:.0f} s{postfix}", disable=None)
 
     def ended(self, seconds: float, step: int, evaluate: Callable[[], float]) -> bool:
         """To be asked after every step, or every few; `evaluate` gives the PSNR as of now."""
         self.bar.update(min(seconds, self.budget) - self.bar.n)
         finished = seconds >= self.budget
         last = self.curve.seconds[-1] if self.curve.seconds else 0.0
-        if finished or any(last < mark <= seconds for mark in MARKS):
+        if finished or any(last < mark <= seconds for mark in self.marks):
             self.curve.seconds.append(seconds)
             self.curve.steps.append(step)
             self.curve.psnr.append(evaluate())

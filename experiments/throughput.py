@@ -27,16 +27,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags as absl_flags
+from flax import struct
 
 from experiments.timing import iterated, loop_ms, median_ms
 from jaxngp import flags
 from jaxngp.cameras import PosedImages, resize_camera
 from jaxngp.compositing import composite
-from jaxngp.config import PRESETS, InputError, MarchConfig, NerfConfig, apply_overrides, scene_config
+from jaxngp.config import PRESETS, FieldConfig, InputError, MarchConfig, NerfConfig, apply_overrides, scene_config
 from jaxngp.data import load_training
 from jaxngp.encodings import all_corners, hash_encode
-from jaxngp.fields import NerfField, Params, field_maker
-from jaxngp.marching import Candidates, box_interval, find_visible, pack_steps
+from jaxngp.fields import NerfField, Params, compute_dtype, field_maker, make_shadow
+from jaxngp.marching import Candidates, Samples, box_interval, find_visible, pack_steps
 from jaxngp.occupancy import cells_at
 from jaxngp.rendering import render_image
 from jaxngp.training import steps
@@ -152,26 +153,64 @@ def network_flops(params: Params, num_samples: int) -> int:
     return 2 * num_samples * sum(kernel.size for kernel in kernels)
 
 
+@struct.dataclass
+class StepInputs:
+    """What each stage of one step reads: R rays and their noise, N packed samples, and what the field makes of them."""
+
+    bits: jax.Array
+    batch: steps.PixelBatch
+    noise: steps.StepNoise
+    candidates: Candidates
+    samples: Samples
+    direction: jax.Array  # (N, 3)
+    position: jax.Array  # (N, 3) scene units
+    features: jax.Array  # (N, L * F)
+    density: jax.Array  # (N,)
+    rgb: jax.Array  # (N, 3)
+
+
+def table_to_read(params: Params, field: FieldConfig) -> jax.Array:
+    """The hash table, or its shadow where the field reads that."""
+    shadow = make_shadow(params, config=field)
+    return params["encoding"]["table"] if shadow is None else shadow
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def step_inputs(
+    key: jax.Array, state: steps.TrainState, data: PosedImages, pixels: steps.PixelSet, *, config: NerfConfig
+) -> StepInputs:
+    """The inputs of the stages of one step, whose pixels and noise `key` draws."""
+    sampler = config.sampler
+    assert isinstance(sampler, MarchConfig)
+    assert state.occupancy is not None
+    bits = steps.draw_bits(key, config=config)
+    batch = steps.pick_pixels(bits[:, 0], data, pixels)
+    noise = steps.make_noise(bits[:, 1:], config=config)
+    candidates = find_visible(batch.rays, state.occupancy, noise.jitter, config=sampler)
+    samples = pack_steps(candidates, noise.jitter, config=sampler)
+    direction = batch.rays.direction[samples.ray]
+    position = batch.rays.origin[samples.ray] + samples.t[:, None] * direction
+    field, read = config.field, table_to_read(state.params, config.field)
+    features = hash_encode(read, position, grid=field.encoding, dtype=compute_dtype(field))
+    density, rgb = run_networks(features, direction, state.params, field=field)
+    return StepInputs(bits, batch, noise, candidates, samples, direction, position, features, density, rgb)
+
+
 def training_stages(
-    config: NerfConfig, state: steps.TrainState, data: PosedImages, pixels: steps.PixelSet
+    config: NerfConfig, state: steps.TrainState, data: PosedImages, pixels: steps.PixelSet, *, seed: int = 1
 ) -> dict[str, Stage]:
-    """The stages of one step, each with the arguments that it has there."""
+    """The stages of one step, each with the arguments that it has there; `seed` draws the step's pixels and noise."""
     sampler = config.sampler
     assert isinstance(sampler, MarchConfig)
     assert state.occupancy is not None
     field, grid, occupancy = config.field, config.field.encoding, state.occupancy
-    bits = steps.draw_bits(jax.random.key(1), config=config)
-    batch = steps.pick_pixels(bits[:, 0], data, pixels)
-    noise = steps.make_noise(bits[:, 1:], config=config)
-    candidates = jax.jit(functools.partial(find_visible, config=sampler))(batch.rays, occupancy, noise.jitter)
-    samples = jax.jit(functools.partial(pack_steps, config=sampler))(candidates, noise.jitter)
-    direction = batch.rays.direction[samples.ray]
-    position = batch.rays.origin[samples.ray] + samples.t[:, None] * direction
+    inputs = step_inputs(jax.random.key(seed), state, data, pixels, config=config)
+    bits, batch, noise = inputs.bits, inputs.batch, inputs.noise
+    candidates, samples, direction, position = inputs.candidates, inputs.samples, inputs.direction, inputs.position
+    features, density, rgb = inputs.features, inputs.density, inputs.rgb
     table = state.params["encoding"]["table"]
-    features = jax.jit(functools.partial(hash_encode, grid=grid))(table, position)
     count, corners = sampler.num_samples, 2**grid.num_dims * grid.num_levels
     networks = {name: value for name, value in state.params.items() if name != "encoding"}
-    density, rgb = jax.jit(functools.partial(run_networks, field=field))(features, direction, state.params)
     # The steps within the grid's bounds have to be tested, in one set of cells or two.
     t_enter, t_leave = box_interval(batch.rays, occupancy.bounds[0], occupancy.bounds[1])
     tests = float(jnp.sum(jnp.maximum(t_leave - t_enter, 0))) / sampler.step_size * (2 if sampler.opaque_steps else 1)
@@ -194,11 +233,11 @@ def training_stages(
         return samples.t, samples.dt, samples.ray
 
     def encode(position: jax.Array, table: jax.Array) -> jax.Array:
-        return hash_encode(table, position, grid=grid)
+        return hash_encode(table, position, grid=grid, dtype=compute_dtype(field))
 
     def encode_backward(gradient: jax.Array, position: jax.Array, table: jax.Array) -> jax.Array:
         position = moved(gradient, position)
-        return jax.vjp(lambda t: hash_encode(t, position, grid=grid), table)[1](gradient)[0]
+        return jax.vjp(lambda t: hash_encode(t, position, grid=grid, dtype=gradient.dtype), table)[1](gradient)[0]
 
     def networks_forward(features: jax.Array, direction: jax.Array, params: Params) -> Any:
         return run_networks(features, moved(features, direction), params, field=field)
@@ -222,12 +261,18 @@ def training_stages(
     forward = network_flops(networks, count)
     return {
         "draw": Stage(
-            draw, (jnp.zeros(1), state.key, data, pixels), Work(num_bytes=pixel_bytes + num_bytes(bits)), count
+            draw,
+            (jnp.zeros(1), jax.random.key(seed), data, pixels),
+            Work(num_bytes=pixel_bytes + num_bytes(bits)),
+            count,
         ),
         "march": Stage(march, (noise.jitter, batch.rays, occupancy), Work(word_reads=tests), count),
         "pack": Stage(pack, (noise.jitter, candidates), Work(num_bytes=num_bytes(candidates.words, samples)), count),
         "encode, forward": Stage(
-            encode, (position, table), Work(reads=corners * count, num_bytes=num_bytes(position, features)), count
+            encode,
+            (position, table_to_read(state.params, field)),
+            Work(reads=corners * count, num_bytes=num_bytes(position, features)),
+            count,
         ),
         "encode, backward": Stage(
             encode_backward,

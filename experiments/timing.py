@@ -51,8 +51,9 @@ def in_loop(stage: Callable[..., Any], x: jax.Array, *others: Any, rounds: int =
     def run(x: jax.Array, *others: Any) -> jax.Array:
         def one_round(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             x, total = carry
-            total = total + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(stage(x, *others)))
-            return x + total * 1e-30, total
+            # In float32, since a sum of halves may overflow, and what is no number would enter the next round.
+            total = total + sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(stage(x, *others)))
+            return (x + total * 1e-30).astype(x.dtype), total
 
         return jax.lax.fori_loop(0, rounds, one_round, (x, jnp.float32(0)))[1]
 

@@ -139,7 +139,7 @@ class NerfField(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.encoding = HashEncoding(c.encoding, _compute_dtype(c))
+        self.encoding = HashEncoding(c.encoding, compute_dtype(c))
         self.density_mlp = Mlp(c.hidden_width, c.density_layers, c.num_geometry_features, c.use_bias, c.mlp_init)
         self.colour_mlp = Mlp(c.hidden_width, c.colour_layers, 3, c.use_bias, c.mlp_init)
 
@@ -166,7 +166,7 @@ class NerfField(nn.Module):
         return jnp.where(_inside(position), density, 0) if self.config.mask_outside_box else density
 
 
-def _compute_dtype(config: FieldConfig) -> jnp.dtype | None:
+def compute_dtype(config: FieldConfig) -> jnp.dtype | None:
     """Of the features and hidden layers; None is that of the parameters."""
     return jnp.dtype(jnp.bfloat16) if config.precision == "bfloat16" else None
 

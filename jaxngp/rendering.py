@@ -247,7 +247,7 @@ def render_image(
 
 
 @functools.lru_cache(maxsize=64)
-def _program(
+def chunk_program(
     make_field: Callable[[Any], FieldFn], sampler: Sampler, batching: Batching
 ) -> Callable[..., tuple[RenderOutput, jax.Array]]:
     """`render_chunk` with what the device's compiler is to be told, which only the outermost program can say."""
@@ -277,7 +277,7 @@ def render_ray_grid(
     chunk = -(-total // num_chunks)
     index = np.minimum(np.arange(num_chunks * chunk), total - 1).reshape(num_chunks, chunk)
     flat = jax.tree.map(lambda a: a.reshape(-1, 3), rays)
-    program, parts = _program(make_field, sampler, batching), []
+    program, parts = chunk_program(make_field, sampler, batching), []
     for rows in index:
         part = jax.tree.map(lambda a, rows=rows: a[rows], flat) if num_chunks > 1 else flat
         out, _ = program(params, part, grid, background)
