@@ -62,7 +62,7 @@ def test_a_toy_runs_through_every_section(
     assert results["profile"]["busy_us"] > 0
     assert "scatter" in " ".join(kernel["source"] for kernel in results["profile"]["kernels"])
     assert 0 < results["render"]["64x36"]["fill"] <= 1
-    assert len(results["psnr"]["psnr"]) == 1
+    assert [run["psnr"] > 0 for run in results["psnr"]["runs"]] == [True]
     assert "val split, 1 views of 24x24, white background, sRGB" in text
     assert (tmp_path / "out" / "trace.xplane.pb").exists()
     assert "| PSNR after 2 s, dB | - | 30.1 | not measured |" in text
@@ -126,7 +126,7 @@ def test_sections_are_chosen_with_the_training_that_they_need() -> None:
     assert names == ["versions", "train", "stages"]
     assert [s.name for s in gpu_bench.choose_sections(["render"], 60)] == ["train", "render"]
     (psnr,) = gpu_bench.choose_sections(["psnr"], 60)
-    assert psnr.seconds == 90
+    assert psnr.seconds == 30 + 2 + 5 + 15 + 60
     with pytest.raises(InputError, match="unknown 'ncu'; there are versions, ceilings"):
         gpu_bench.choose_sections(["ncu"], 60)
 
@@ -161,15 +161,16 @@ def test_headlines_are_read_off_the_results() -> None:
         "step": {"ms": 1.2},
         "train": {"peak_bytes": 9e8, "compile_seconds": 12.0},
         "render": {"64x36": {"device_ms": 20.0}, "8x8": {"device_ms": 1.0}},
-        "psnr": {"views": "4", "seconds": [2.1, 5.1, 16.0, 20.0], "psnr": [30.0, 33.0, 35.7, 36.0]},
+        "psnr": {"runs": [{"budget": b, "psnr": p} for b, p in ((2.0, 30.0), (5.0, 33.0), (15.0, 35.7))]},
     }
     values = [headline.value for headline in gpu_bench.headlines(results, "64x36")]
     assert values == [1.2, 900.0, 20.0, 12.0, 30.0, 33.0, 35.7, None]
 
 
-def test_a_psnr_counts_for_the_marks_before_it() -> None:
-    assert gpu_sections.psnr_at_marks({}) == {}
-    assert gpu_sections.psnr_at_marks({"seconds": [6.0, 14.0], "psnr": [20.0, 21.0]}) == {2.0: 20.0, 5.0: 20.0}
+def test_there_is_a_run_for_every_target_up_to_the_longest() -> None:
+    assert gpu_sections.psnr_budgets(60.0) == [2, 5, 15, 60]
+    assert gpu_sections.psnr_budgets(6.0) == [2, 5, 6]
+    assert gpu_sections.psnr_budgets(0.5) == [0.5]
 
 
 def test_a_stage_stands_beside_what_was_predicted_for_its_work() -> None:
