@@ -252,11 +252,12 @@ class TrainConfig:
     max_steps: int = 35_000
     max_seconds: float = 0.0  # of training, compilation excluded; 0 means no limit
     steps_per_dispatch: int = 16  # steps in one call of the compiled program
+    dispatches_together: int = 1  # calls given to the device before the host looks at what the last ones did
     checkpoint_seconds: float = 60.0  # between checkpoints; one is always written at the end
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_rays", "max_steps", "steps_per_dispatch"):
+        for name in ("num_rays", "max_steps", "steps_per_dispatch", "dispatches_together"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _check(self.loss in typing.get_args(Loss), "train.loss", self.loss, f"one of {typing.get_args(Loss)}")
         known = typing.get_args(Background)
@@ -304,7 +305,7 @@ _PAPER = NerfConfig(
 _BASE = NerfConfig(
     field=FieldConfig(encoding=HashGridConfig(num_levels=8, num_features=4), precision="bfloat16"),
     optimizer=OptimizerConfig(decay=CosineDecay()),
-    train=TrainConfig(num_rays=2**14, loss="l2"),
+    train=TrainConfig(num_rays=2**14, loss="l2", dispatches_together=4),
 )
 _SMALL = NerfConfig(
     field=FieldConfig(

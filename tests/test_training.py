@@ -130,6 +130,22 @@ def test_every_program_is_compiled_once_before_the_first_step(whole_run: dict[st
     assert whole_run["compiled"][1] == whole_run["compiled"][2]
 
 
+def test_dispatches_given_together_are_the_same_run(whole_run: dict[str, Any]) -> None:
+    """Four of them, then the fifth and what is left of the sixth."""
+    config = replace(CONFIG, train=replace(CONFIG.train, dispatches_together=4))
+    alone, yielded = whole_run["yielded"][1:], []
+    for progress in train(config, ball_views()):
+        yielded.append(replace(progress, state=None))
+        final = progress
+    assert [p.step for p in yielded] == [0, 80, 110]
+    assert_equal_bits(final.state, whole_run["final"].state)
+    np.testing.assert_allclose(yielded[-1].num_samples, alone[-1].num_samples, rtol=1e-6)
+    for progress, parts, weights in ((yielded[1], alone[:4], None), (yielded[2], alone[4:], (20, 10))):
+        for name in ("loss", "psnr", "samples"):
+            expected = np.average([float(getattr(p.metrics, name)) for p in parts], weights=weights)
+            np.testing.assert_allclose(getattr(progress.metrics, name), expected, rtol=1e-6)
+
+
 def test_a_run_counts_its_samples_and_seconds(whole_run: dict[str, Any]) -> None:
     yielded = whole_run["yielded"]
     total = sum((b.step - a.step) * float(b.metrics.samples) for a, b in itertools.pairwise(yielded))

@@ -1,4 +1,4 @@
-"""A training run as a generator: it yields after every dispatch, and whoever iterates decides what to do then."""
+"""A training run as a generator: it yields every few steps, and whoever iterates decides what to do then."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import concurrent.futures
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ class Progress:
     """
 
     state: TrainState
-    metrics: Metrics | None  # means over the last dispatch; None before the first
+    metrics: Metrics | None  # means over the steps since the last yield; None before the first
     step: int
     seconds: float
     compile_seconds: float
@@ -57,8 +57,8 @@ class _Programs:
 def train(config: NerfConfig, data: TrainingData, *, resume: Progress | None = None) -> Iterator[Progress]:
     """Train from scratch, or from where `resume` stands, until the budget of steps or seconds is spent.
 
-    Yields once before the first step and after every dispatch of up to train.steps_per_dispatch steps; of a run that
-    is finished, only where it stands.
+    Yields once before the first step and after every train.dispatches_together dispatches of up to
+    train.steps_per_dispatch steps each; of a run that is finished, only where it stands.
     """
     if resume and resume.finished:
         yield resume
@@ -103,26 +103,41 @@ def _dispatch(
     progress: Progress, data: TrainingData, pixels: PixelSet | None, programs: _Programs, config: NerfConfig
 ) -> Progress:
     started = time.perf_counter()
-    size = config.train.steps_per_dispatch
-    num_steps = min(size, config.train.max_steps - progress.step)
-    rates = jnp.asarray(_learning_rates(progress, size, config))
-    state, metrics = programs.steps(progress.state, data, pixels, rates, jnp.int32(num_steps))
-    step = progress.step + num_steps
-    every = config.sampler.occupancy.refresh_every if isinstance(config.sampler, MarchConfig) else 0
-    if every and step // every > progress.step // every:
-        state = programs.refresh(state)
-    jax.block_until_ready((state, metrics))
+    size, every = config.train.steps_per_dispatch, 0
+    if isinstance(config.sampler, MarchConfig):
+        every = config.sampler.occupancy.refresh_every
+    state, step, parts = progress.state, progress.step, []
+    # The device has its next work while the host sees to the one after: nothing here waits before the last.
+    for _ in range(config.train.dispatches_together):
+        num_steps = min(size, config.train.max_steps - step)
+        if num_steps == 0:
+            break
+        rates = jnp.asarray(_learning_rates(step, progress.fraction, size, config))
+        state, metrics = programs.steps(state, data, pixels, rates, jnp.int32(num_steps))
+        parts.append((num_steps, metrics))
+        if every and (step + num_steps) // every > step // every:
+            state = programs.refresh(state)
+        step += num_steps
+    jax.block_until_ready((state, parts))
     seconds = progress.seconds + time.perf_counter() - started
-    num_samples = progress.num_samples + num_steps * float(metrics.samples)
+    num_samples = progress.num_samples + sum(number * float(metrics.samples) for number, metrics in parts)
     fraction = budget_fraction(step, seconds, config)
-    return Progress(state, metrics, step, seconds, progress.compile_seconds, num_samples, fraction)
+    return Progress(state, _mean(parts), step, seconds, progress.compile_seconds, num_samples, fraction)
 
 
-def _learning_rates(progress: Progress, size: int, config: NerfConfig) -> np.ndarray:
-    """(size,) f32: by step where the budget is one of steps, else as of now for the whole dispatch."""
-    step = progress.step + np.arange(size)
-    fraction = np.maximum(step / config.train.max_steps, progress.fraction)
-    return learning_rate(step, fraction, config=config.optimizer)
+def _mean(parts: Sequence[tuple[int, Metrics]]) -> Metrics:
+    """The mean over steps of means over so many of them each."""
+    if len(parts) == 1:
+        return parts[0][1]
+    numbers, metrics = zip(*parts, strict=True)
+    return jax.tree.map(lambda *means: np.average(np.asarray(means), weights=numbers), *metrics)
+
+
+def _learning_rates(step: int, fraction: float, size: int, config: NerfConfig) -> np.ndarray:
+    """(size,) f32 from a step on: by step where the budget is one of steps, else as of the fraction spent."""
+    steps = step + np.arange(size)
+    fractions = np.maximum(steps / config.train.max_steps, fraction)
+    return learning_rate(steps, fractions, config=config.optimizer)
 
 
 def _compile(state: TrainState, data: TrainingData, config: NerfConfig) -> _Programs:
