@@ -204,7 +204,8 @@ def nerf_steps(
         batch, noise = jax.tree.map(lambda a: a[i], batches)
         *new, metrics = nerf_step(state, shadow, batch, noise, learning_rates[i], config=config)
         new.append(sums + jnp.stack([getattr(metrics, name) for name in varying]))
-        return jax.tree.map(functools.partial(jnp.where, i < num_steps), tuple(new), carry)
+        taken = lax.platform_dependent(i < num_steps, cpu=jnp.ones_like, default=lambda taken: taken)
+        return jax.tree.map(functools.partial(jnp.where, taken), tuple(new), carry)
 
     start = (state, make_shadow(state.params, config=config.field), jnp.zeros(len(varying)))
     state, _, sums = lax.fori_loop(0, rounds, one, start)
