@@ -6,6 +6,7 @@ import collections
 import functools
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +20,15 @@ from strategies import TINY_FIELD, TINY_GRID, seeds
 
 from jaxngp.cameras import PosedImages, Rays
 from jaxngp.carving import PixelSet, candidate_cells, pixel_set
-from jaxngp.config import MarchConfig, NerfConfig, OccupancyConfig, OptimizerConfig, StratifiedConfig, TrainConfig
+from jaxngp.config import (
+    InputError,
+    MarchConfig,
+    NerfConfig,
+    OccupancyConfig,
+    OptimizerConfig,
+    StratifiedConfig,
+    TrainConfig,
+)
 from jaxngp.data.rays import RayTable
 from jaxngp.fields import evaluate_field, make_shadow
 from jaxngp.losses import colour_loss
@@ -267,6 +276,38 @@ def test_the_average_moves_as_by_so_many_steps() -> None:
         np.testing.assert_allclose(e, keep * s + (1 - keep) * p, rtol=1e-5, atol=1e-7)
     assert state.eval_params is state.ema_params
     assert replace(state, ema_params={}).eval_params is state.params
+
+
+# Numbers that are none.
+
+
+def test_an_update_that_is_no_finite_number_is_left_out_and_counted() -> None:
+    state = init_state(0, config=SHORT)
+    draw = jax.jit(steps.draw_batches, static_argnames=("num_steps", "config"))
+    drawn = draw(state.step, state.key, ball_views(), None, num_steps=1, config=SHORT)
+    batch, noise = jax.tree.map(lambda a: a[0], drawn)
+    step = jax.jit(functools.partial(steps.nerf_step, config=SHORT))
+    for value, skipped in ((np.nan, 1), (np.inf, 1), (0.5, 0)):
+        rgba = jnp.full_like(batch.rgba, 1).at[:, 0].set(value)
+        new, _, metrics = step(state, None, batch.replace(rgba=rgba), noise, jnp.float32(1e-2))
+        assert int(new.step) == 1
+        assert metrics.skipped == skipped
+        same = jax.tree.map(np.array_equal, (state.params, state.opt_state), (new.params, new.opt_state))
+        assert all(jax.tree.leaves(same)) == bool(skipped)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new.params))
+
+
+def test_a_run_whose_loss_is_no_number_stops_and_is_not_saved(tmp_path: Path) -> None:
+    config = replace(SHORT, train=replace(SHORT.train, max_steps=40))
+    start = next(train(config, ball_views()))
+    broken = replace(start, state=start.state.replace(params=jax.tree.map(lambda a: a * np.nan, start.state.params)))
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(InputError, match="no finite numbers"):
+        checkpoints.save(broken)
+    assert not list(tmp_path.glob("checkpoints/*"))
+    run = train(config, ball_views(), resume=broken)
+    assert [next(run).step for _ in range(4)] == [0, 4, 8, 12]
+    with pytest.raises(InputError, match=r"step 16: the last 16 updates were left out.*the largest parameter is nan"):
+        next(run)
 
 
 # What a GPU runs: other formulas of the same, which a CPU can compute too.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxngp.config import InputError, NerfConfig
 from jaxngp.training.loop import Progress, budget_fraction
@@ -48,9 +49,14 @@ class Checkpoints:
         return self._manager
 
     def save(self, progress: Progress) -> None:
-        """Save a run, unless this step is saved already. Raises InputError where it cannot be written."""
+        """Save a run, unless this step is saved already. Raises InputError where it cannot be written.
+
+        Nor are parameters that are no finite numbers: the checkpoint before them then stays the newest.
+        """
         if self.latest_step() == progress.step:
             return
+        if not all(np.isfinite(np.asarray(array)).all() for array in jax.tree.leaves(progress.state.params)):
+            raise InputError(f"step {progress.step} is not saved: its parameters are no finite numbers")
         noted = {name: getattr(progress, name) for name in _NOTED}
         note = {"schema": SCHEMA, "environment": environment(), **noted}
         args = self._ocp.args.Composite(

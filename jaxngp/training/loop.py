@@ -57,6 +57,8 @@ class _Programs:
 def train(config: NerfConfig, data: TrainingData, *, resume: Progress | None = None) -> Iterator[Progress]:
     """Train from scratch, or from where `resume` stands, until the budget of steps or seconds is spent.
 
+    Raises InputError where no camera sees the scene's box, and where the loss is no finite number any more.
+
     Yields once before the first step and after every train.dispatches_together dispatches of up to
     train.steps_per_dispatch steps each; of a run that is finished, only where it stands.
     """
@@ -80,9 +82,29 @@ def train(config: NerfConfig, data: TrainingData, *, resume: Progress | None = N
         seconds = time.perf_counter() - started
         progress = Progress(state, None, 0, seconds, programs.seconds, 0.0, budget_fraction(0, seconds, config))
     yield progress
+    skipped = 0  # updates in a row
     while not progress.finished:
+        before = progress.step
         progress = _dispatch(progress, data, pixels, programs, config)
+        assert progress.metrics is not None
+        skipped = skipped + progress.step - before if float(progress.metrics.skipped) == 1 else 0
+        if skipped >= MAX_SKIPPED:
+            raise InputError(_diagnosis(progress, skipped, config))
         yield progress
+
+
+MAX_SKIPPED = 16
+"""Updates in a row that may be left out, as loss or gradient was no finite number, before a run stops."""
+
+
+def _diagnosis(progress: Progress, skipped: int, config: NerfConfig) -> str:
+    assert progress.metrics is not None
+    largest = max(float(jnp.max(jnp.abs(array))) for array in jax.tree.leaves(progress.state.params))
+    return (
+        f"step {progress.step}: the last {skipped} updates were left out, since the loss ({progress.metrics.loss:.3g}) "
+        f"or its gradient was no finite number; the largest parameter is {largest:.3g}. The last checkpoint stands. "
+        f"Train anew with a lower optimizer.learning_rate than {config.optimizer.learning_rate:g}, by --override"
+    )
 
 
 def _check_candidates(grid: OccupancyGrid) -> None:

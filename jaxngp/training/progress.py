@@ -52,9 +52,10 @@ class ProgressBar:
     def _text(self, progress: Progress) -> str:
         metrics = progress.metrics
         assert metrics is not None
+        skipped = "  some updates left out" if float(metrics.skipped) else ""
         return (
             f"step {progress.step}  loss {float(metrics.loss):.5f}  PSNR {float(metrics.psnr):.2f} dB  "
-            f"{self._rate / 1e6:.2f}M samples/s"
+            f"{self._rate / 1e6:.2f}M samples/s{skipped}"
         )
 
     def log_entry(self, progress: Progress) -> dict[str, float]:

@@ -53,6 +53,7 @@ class Metrics:
     rays: jax.Array  # used: those whose samples fit the buffer
     samples: jax.Array  # used
     dropped_samples: jax.Array  # did not fit the buffer; their rays left the loss
+    skipped: jax.Array  # 1 where the update was left out, since loss or gradient was no finite number
     occupied_fraction: jax.Array  # of the grid's cells
 
 
@@ -131,6 +132,7 @@ def nerf_loss(
         rays=num_used,
         samples=samples.num_samples.astype(jnp.float32),
         dropped_samples=samples.num_dropped.astype(jnp.float32),
+        skipped=jnp.float32(0),
         occupied_fraction=occupied_fraction(grid),
     )
     return loss / count, metrics
@@ -152,14 +154,30 @@ def nerf_step(
     *,
     config: NerfConfig,
 ) -> tuple[TrainState, jax.Array | None, Metrics]:
-    """Take the gradient of a batch and apply Adam. shadow, of state.params, is brought up to date as well."""
+    """Take the gradient of a batch and apply Adam. shadow, of state.params, is brought up to date as well.
+
+    Where loss or gradient is no finite number, only the count of steps goes on: the next one draws another batch.
+    """
     gradient, metrics = jax.grad(nerf_loss, has_aux=True)(
         state.params, batch, noise, state.occupancy, config=config, shadow=shadow
     )
     updates, opt_state = make_optimizer(config.optimizer).update(gradient, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+    sound = jnp.isfinite(metrics.loss) & _is_finite(gradient)
+    old, new = (state.params, state.opt_state), (params, opt_state)
+    params, opt_state = jax.tree.map(functools.partial(jnp.where, sound), new, old)
     state = replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-    return state, make_shadow(params, config=config.field), metrics
+    return state, make_shadow(params, config=config.field), replace(metrics, skipped=1 - sound.astype(jnp.float32))
+
+
+def _is_finite(gradient: Params) -> jax.Array:
+    """Whether all of a gradient is, () bool, by that of the networks alone.
+
+    What reaches the table has gone through them: a cotangent that is no finite number makes their gradient one too,
+    and to look at all of the table's would take as long as half of Adam.
+    """
+    networks = [array for name, part in gradient.items() if name != "encoding" for array in jax.tree.leaves(part)]
+    return jnp.isfinite(sum(jnp.sum(jnp.abs(array)) for array in networks))
 
 
 def draw_batches(
