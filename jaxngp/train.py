@@ -18,6 +18,7 @@ from jaxngp import flags
 from jaxngp.config import InputError, NerfConfig, to_json, to_plain
 from jaxngp.data import RayTable, Split, load_evaluation, load_training
 from jaxngp.training.checkpoints import Checkpoints
+from jaxngp.training.lock import sole_training
 from jaxngp.training.loop import Progress, train
 from jaxngp.training.progress import ProgressBar, interruption
 from jaxngp.training.report import append_jsonl, keep_lines, write_json
@@ -27,11 +28,11 @@ from jaxngp.training.summary import evaluate_into, training_summary, write_summa
 def main(values: flags.Flags) -> None:
     config = flags.train_config(values)
     training = load_training(config.scene)
-    with concurrent.futures.ThreadPoolExecutor(1) as reader:
-        # In the background, since reading images and compiling keep different cores busy.
+    config = with_known_background(config, training)
+    workdir = Path(values.workdir or f"runs/{Path(config.scene.name).resolve().stem}")
+    # Evaluation views are read in the background, since reading images and compiling keep different cores busy.
+    with concurrent.futures.ThreadPoolExecutor(1) as reader, sole_training(workdir):
         reading = reader.submit(evaluation_split, config, values, training)
-        config = with_known_background(config, training)
-        workdir = Path(values.workdir or f"runs/{Path(config.scene.name).resolve().stem}")
         if values.restart:
             reading.result()  # only when all input has been read: a typing error must not cost a run
             clear(workdir)
@@ -39,13 +40,13 @@ def main(values: flags.Flags) -> None:
         write_json(workdir / "config.json", to_plain(config))
         print(to_json(config), end="")
         progress, trained_on = fit(config, training, workdir, before_step_0=reading.result)
-    evaluation = reading.result()
-    print(f"trained for {progress.step} steps in {progress.seconds:.1f} s")
-    if evaluation is None:
-        return
-    result = evaluate_into(workdir, progress.state, evaluation, config=config, background=values.background)
-    print(write_summary(workdir, config.scene.name, result, training_summary(progress), trained_on))
-    print(f"novel views: {workdir / 'novel_views'}   next: python -m jaxngp.render --workdir={workdir}")
+        evaluation = reading.result()
+        print(f"trained for {progress.step} steps in {progress.seconds:.1f} s")
+        if evaluation is None:
+            return
+        result = evaluate_into(workdir, progress.state, evaluation, config=config, background=values.background)
+        print(write_summary(workdir, config.scene.name, result, training_summary(progress), trained_on))
+        print(f"novel views: {workdir / 'novel_views'}   next: python -m jaxngp.render --workdir={workdir}")
 
 
 def evaluation_split(config: NerfConfig, values: flags.Flags, training: Split) -> Split | None:
