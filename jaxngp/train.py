@@ -17,10 +17,11 @@ from typing import Any
 from jaxngp import flags
 from jaxngp.config import InputError, NerfConfig, to_json, to_plain
 from jaxngp.data import RayTable, Split, load_evaluation, load_training
+from jaxngp.data.suspicions import suspicions
 from jaxngp.training.checkpoints import Checkpoints
 from jaxngp.training.lock import sole_training
 from jaxngp.training.loop import Progress, train
-from jaxngp.training.progress import ProgressBar, interruption
+from jaxngp.training.progress import Doubts, ProgressBar, interruption, warn
 from jaxngp.training.report import append_jsonl, keep_lines, write_json
 from jaxngp.training.summary import evaluate_into, training_summary, write_summary
 
@@ -33,13 +34,14 @@ def main(values: flags.Flags) -> None:
     # Evaluation views are read in the background, since reading images and compiling keep different cores busy.
     with concurrent.futures.ThreadPoolExecutor(1) as reader, sole_training(workdir):
         reading = reader.submit(evaluation_split, config, values, training)
+        doubting = reader.submit(lambda: suspicions(training, reading.result()))
         if values.restart:
             reading.result()  # only when all input has been read: a typing error must not cost a run
             clear(workdir)
         flags.check_same_config(workdir, config)
         write_json(workdir / "config.json", to_plain(config))
         print(to_json(config), end="")
-        progress, trained_on = fit(config, training, workdir, before_step_0=reading.result)
+        progress, trained_on = fit(config, training, workdir, before_step_0=lambda: warn(*doubting.result()))
         evaluation = reading.result()
         print(f"trained for {progress.step} steps in {progress.seconds:.1f} s")
         if evaluation is None:
@@ -84,7 +86,7 @@ def fit(
     before_step_0 is called when all is compiled, and may raise what ends the run. Returns where the run ended, and
     the environment it ran in.
     """
-    log, saved = workdir / "metrics.jsonl", None
+    log, saved, doubts = workdir / "metrics.jsonl", None, Doubts(config)
     with Checkpoints(workdir) as checkpoints, interruption() as interrupted, ProgressBar() as bar:
         resume = checkpoints.restore(config)
         keep_lines(log, lambda entry: resume is not None and entry["step"] <= resume.step)
@@ -94,6 +96,7 @@ def fit(
             bar.show(progress)
             if progress.metrics is not None:
                 append_jsonl(log, bar.log_entry(progress))
+                warn(*doubts.about(progress))
             saved = saved or time.monotonic()  # compiling does not count
             if interrupted() or progress.finished:
                 checkpoints.save(progress)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from jaxngp.config import InputError, NerfConfig
 from jaxngp.training.loop import Progress, budget_fraction
+from jaxngp.training.progress import warn
 from jaxngp.training.report import environment
 from jaxngp.training.state import TrainState, init_state
 
@@ -74,7 +74,7 @@ class Checkpoints:
         try:
             self.save(progress)
         except InputError as error:
-            print(f"jaxngp: warning: {error}", file=sys.stderr)
+            warn(str(error))
 
     def _check_space(self, state: TrainState) -> None:
         """Before anything is written: orbax's own report of a full disk is a screenful from several threads."""

@@ -10,12 +10,58 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jaxngp.config import MarchConfig, NerfConfig
 from jaxngp.training.loop import Progress
 
 
 def bar_interval() -> float:
     """Seconds between two drawings of a progress bar: a terminal wants it smooth, a log file wants few lines."""
     return 0.2 if sys.stderr.isatty() else 10.0
+
+
+def warn(*messages: str) -> None:
+    """Say what a person should know and the run need not stop for, past a progress bar that may be drawn."""
+    for message in messages:
+        tqdm.write(f"jaxngp: warning: {message}", file=sys.stderr)
+
+
+class Doubts:
+    """What looks wrong about a run as it goes: each said once."""
+
+    def __init__(self, config: NerfConfig) -> None:
+        self._config = config
+        self._said: set[str] = set()
+        self._last_step = 0
+
+    def about(self, progress: Progress) -> list[str]:
+        """Warnings that are new, of the steps since the last call."""
+        metrics, config = progress.metrics, self._config
+        assert metrics is not None
+        found = {}
+        if float(metrics.occupied_fraction) == 0:
+            found["empty"] = (
+                f"step {progress.step}: the occupancy grid is empty, so nothing is sampled and nothing learned any "
+                "more. Train anew with a lower optimizer.learning_rate or sampler.occupancy.threshold, by --override"
+            )
+        if skipped := round(float(metrics.skipped) * (progress.step - self._last_step)):
+            found["skipped"] = (
+                f"step {progress.step}: {skipped} updates were left out, since the loss or its gradient was no finite "
+                "number; metrics.jsonl says which share of later ones"
+            )
+        used = float(metrics.rays) / config.train.num_rays
+        if progress.finished and used < _FEW_RAYS and isinstance(config.sampler, MarchConfig):
+            found["dropped"] = (
+                f"only {used:.0%} of the rays that were drawn fitted the buffer of samples in the last steps, and the "
+                "others were marched for nothing: raise sampler.num_samples or lower train.num_rays, by --override"
+            )
+        self._last_step = progress.step
+        new = [text for name, text in found.items() if name not in self._said]
+        self._said |= set(found)
+        return new
+
+
+_FEW_RAYS = 0.15
+"""Of those drawn; a run that is used well ends far above it."""
 
 
 class ProgressBar:
