@@ -254,6 +254,8 @@ class TrainConfig:
     steps_per_dispatch: int = 16  # steps in one call of the compiled program
     dispatches_together: int = 1  # calls given to the device before the host looks at what the last ones did
     checkpoint_seconds: float = 60.0  # between checkpoints; one is always written at the end
+    log_every: int = 0  # steps from one line of the log to the next, at least; 0 is whenever there is news
+    deterministic: bool = False  # on a GPU, equal bits in every run at about ten times the cost; a CPU has them anyway
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -263,6 +265,7 @@ class TrainConfig:
         known = typing.get_args(Background)
         _check(self.background in known, "train.background", self.background, f"one of {known}")
         _check(0 <= self.max_seconds < 1e9, "train.max_seconds", self.max_seconds, "at least 0 and below 1e9")
+        _check(self.log_every >= 0, "train.log_every", self.log_every, "at least 0")
         _check(self.checkpoint_seconds > 0, "train.checkpoint_seconds", self.checkpoint_seconds, "positive")
         _check(0 <= self.seed < 2**32, "train.seed", self.seed, "in [0, 2**32)")
 

@@ -116,6 +116,15 @@ def define_train_flags(values: Flags) -> None:
     flags.DEFINE_float(
         "max_seconds", None, "Seconds of training, compilation excluded; 0 is no limit.", flag_values=values
     )
+    flags.DEFINE_integer(
+        "log_every", None, "Steps from one line of metrics.jsonl to the next, at least.", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "deterministic",
+        None,
+        "On a GPU: equal bits in every run with one seed, about ten times slower. A CPU gives them anyway.",
+        flag_values=values,
+    )
     flags.DEFINE_multi_string(
         "override",
         [],
@@ -179,7 +188,7 @@ def train_config(values: Flags) -> NerfConfig:
         train = replace(train, max_seconds=0.0)  # who asks for steps means to get them
     if values.max_seconds and values.max_steps is None:
         train = replace(train, max_steps=10**7)  # and who asks for seconds, those
-    train = _given(train, values, ("seed", "max_steps", "max_seconds"))
+    train = _given(train, values, ("seed", "max_steps", "max_seconds", "log_every", "deterministic"))
     return apply_overrides(replace(config, scene=scene, train=train), values.override)
 
 
@@ -213,7 +222,7 @@ def check_same_config(workdir: Path, config: NerfConfig) -> None:
     """Raises InputError if a workdir holds a run with another config; where the data lies is no part of a run."""
     if not (workdir / "config.json").exists():
         return
-    free = ("scene.data_dir:", "train.checkpoint_seconds:")
+    free = ("scene.data_dir:", "train.checkpoint_seconds:", "train.log_every:", "train.dispatches_together:")
     changes = [line for line in differences(read_config(workdir), config) if not line.startswith(free)]
     if changes:
         raise InputError(

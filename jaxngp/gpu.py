@@ -25,11 +25,15 @@ def compiler_options() -> dict[str, Any]:
     return _unless_said(OPTIONS) if _on_gpu() else {}
 
 
-def step_compiler_options(precision: Precision) -> dict[str, Any]:
-    """`compiler_options` for a program that takes training steps, and so adds to scattered places."""
+def step_compiler_options(precision: Precision, *, deterministic: bool = False) -> dict[str, Any]:
+    """`compiler_options` for a program that takes training steps, and so adds to scattered places.
+
+    deterministic: sort what is added to one place instead, so that its order, and so the result, is always the same.
+    """
     if not _on_gpu():
         return {}
-    return _unless_said(OPTIONS | scatter_cure(jaxlib_version(), compute_capability(), precision))
+    cure = scatter_cure(jaxlib_version(), compute_capability(), precision)
+    return _unless_said(OPTIONS | cure | ({"xla_gpu_deterministic_ops": True} if deterministic else {}))
 
 
 def scatter_cure(jaxlib: tuple[int, ...], capability: tuple[int, int], precision: Precision) -> dict[str, Any]:

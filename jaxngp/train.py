@@ -90,12 +90,15 @@ def fit(
     with Checkpoints(workdir) as checkpoints, interruption() as interrupted, ProgressBar() as bar:
         resume = checkpoints.restore(config)
         keep_lines(log, lambda entry: resume is not None and entry["step"] <= resume.step)
+        logged = resume.step if resume else 0
         for progress in train(config, training.images, resume=resume):
             if progress.metrics is None:
                 before_step_0()
             bar.show(progress)
             if progress.metrics is not None:
-                append_jsonl(log, bar.log_entry(progress))
+                if progress.finished or interrupted() or progress.step >= logged + config.train.log_every:
+                    append_jsonl(log, bar.log_entry(progress))
+                    logged = progress.step
                 warn(*doubts.about(progress))
             saved = saved or time.monotonic()  # compiling does not count
             if interrupted() or progress.finished:

@@ -57,6 +57,14 @@ def test_steps_are_cured_where_an_old_jaxlib_needs_it_and_can(
         assert ("field.precision=float32" in message) == (not cured)
 
 
+def test_what_is_to_be_deterministic_is_compiled_so(pretend) -> None:
+    pretend("gpu", NEW, H100)
+    expected = gpu.compiler_options() | {"xla_gpu_deterministic_ops": True}
+    assert gpu.step_compiler_options("bfloat16", deterministic=True) == expected
+    pretend("cpu", NEW, (0, 0))
+    assert gpu.step_compiler_options("bfloat16", deterministic=True) == {}
+
+
 def test_what_xla_flags_says_is_not_said_again(pretend) -> None:
     pretend("gpu", OLD, A100, "--xla_gpu_ftz=true --xla_gpu_enable_triton_gemm=true")
     assert gpu.compiler_options() == {}

@@ -178,7 +178,8 @@ def _compile(state: TrainState, data: TrainingData, config: NerfConfig) -> _Prog
                 surveying = threads.submit(lambda: survey.compile(options)(data))
             refreshing = threads.submit(lambda: refresh_occupancy.lower(state, config=config).compile(options))
         lowered = nerf_steps.lower(state, data, pixels, rates, jnp.int32(0), config=config)
-        steps = lowered.compile(step_compiler_options(config.field.precision))
+        deterministic = config.train.deterministic
+        steps = lowered.compile(step_compiler_options(config.field.precision, deterministic=deterministic))
         refresh: Callable[..., Any] = refreshing.result() if refreshing else lambda state: state
         surveyed = surveying.result() if surveying else (None, None)
     return _Programs(surveyed, steps, refresh, time.perf_counter() - started)
