@@ -21,6 +21,7 @@ from strategies import TINY_FIELD, TINY_GRID, seeds
 from jaxngp.cameras import PosedImages, Rays
 from jaxngp.carving import PixelSet, candidate_cells, pixel_set
 from jaxngp.config import (
+    PRESETS,
     InputError,
     MarchConfig,
     NerfConfig,
@@ -175,6 +176,34 @@ def test_the_grid_keeps_the_ball_and_nothing_that_a_silhouette_excludes(whole_ru
     centre = (np.indices((32,) * 3).reshape(3, -1)[::-1].T + 0.5) / 32
     distance = np.linalg.norm(centre - BALL.centre, axis=1)
     assert flags[np.abs(distance - 0.9 * BALL.radius) < 0.03].mean() > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["paper", "base", "small", "hundred_lines"])
+def test_a_run_of_any_preset_goes_on_from_any_checkpoint_bit_for_bit(preset: str, tmp_path: Path) -> None:
+    """Its samplers, precision, optimiser and all, with a field that compiles in a moment."""
+    whole = PRESETS[preset]
+    field = replace(whole.field, encoding=replace(TINY_GRID, num_levels=1), hidden_width=8, colour_layers=1)
+    config = replace(whole, field=field, train=replace(whole.train, num_rays=64, max_steps=22, max_seconds=0.0))
+    config = replace(config, train=replace(config.train, steps_per_dispatch=min(4, whole.train.steps_per_dispatch)))
+    if isinstance(whole.sampler, MarchConfig):
+        occupancy = replace(whole.sampler.occupancy, resolution=32, refresh_every=8, warmup_steps=8)
+        sampler = replace(whole.sampler, num_steps=64, num_samples=2**10, occupancy=occupancy)
+    else:
+        sampler = replace(whole.sampler, num_bins=8)
+    config = replace(config, sampler=sampler)
+    with Checkpoints(tmp_path) as checkpoints:
+        for progress in train(config, ball_views()):
+            if not checkpoints.latest_step() and progress.step >= PRESET_STOPS[preset]:
+                checkpoints.save(progress)
+        resume = checkpoints.restore(config)
+        assert resume is not None
+        assert 0 < resume.step < 22
+        *_, last = train(config, ball_views(), resume=resume)
+    assert_equal_bits(last.state, progress.state)
+
+
+PRESET_STOPS = {"paper": 4, "base": 8, "small": 20, "hundred_lines": 7}
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole_run: dict[str, Any]) -> None:
