@@ -70,35 +70,47 @@ OPAQUE = 32.0
 """The optical thickness at which nothing gets through, e^-32 = 1e-14; more in one sample counts as this."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def depth_before(thickness: jax.Array, ray: jax.Array, num_rays: int) -> jax.Array:
     """The sum over the samples before each one that belong to the same ray. (N,), ray (N,) sorted in [0, R) -> (N,).
 
     An optical depth of OPAQUE or more is only that much or more.
     """
-    return lax.platform_dependent(
-        jnp.minimum(thickness, OPAQUE),
-        ray,
-        cpu=exclusive_scan,
-        default=lambda value, ray: exclusive_fixed_point(value, ray, num_rays, jnp.float32(OPAQUE)),
-    )
+    return _exclusive_sum(thickness, ray, num_rays, False, OPAQUE)
 
 
-def _depth_before_fwd(thickness: jax.Array, ray: jax.Array, num_rays: int) -> tuple[jax.Array, jax.Array]:
-    return depth_before(thickness, ray, num_rays), ray
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _exclusive_sum(value: jax.Array, ray: jax.Array, num_rays: int, behind: bool, bound: float | None) -> jax.Array:
+    """The sum of values over the samples before each one of its ray, or behind it; above `bound` they count as that.
 
-
-def _depth_before_bwd(num_rays: int, ray: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, None]:
-    """What a sample hides is behind it: the same sum from the far end."""
+    Linear below the bound, so its derivative is itself with the samples in the other order, however often it is taken:
+    what a sample hides is behind it. Where a value is above, no light gets through, and the derivative is of no
+    matter. Computed in float32, or in float64 on a CPU where it is given that.
+    """
 
     def fixed_point(value: jax.Array, ray: jax.Array) -> jax.Array:
-        return exclusive_fixed_point(value, ray, num_rays, jnp.max(jnp.abs(value), initial=1e-30))
+        largest = jnp.max(jnp.abs(value), initial=1e-20) if bound is None else jnp.float32(bound)
+        return exclusive_fixed_point(value.astype(jnp.float32), ray, num_rays, largest).astype(value.dtype)
 
-    backwards = lax.platform_dependent(cotangent[::-1], ray[::-1], cpu=exclusive_scan, default=fixed_point)
-    return backwards[::-1], None
+    wide = value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    wide = wide if bound is None else jnp.minimum(wide, bound)
+    order = slice(None, None, -1 if behind else 1)
+    found = lax.platform_dependent(wide[order], ray[order], cpu=exclusive_scan, default=fixed_point)
+    return found[order].astype(value.dtype)
 
 
-depth_before.defvjp(_depth_before_fwd, _depth_before_bwd)
+def _exclusive_sum_fwd(
+    value: jax.Array, ray: jax.Array, num_rays: int, behind: bool, bound: float | None
+) -> tuple[jax.Array, jax.Array]:
+    return _exclusive_sum(value, ray, num_rays, behind, bound), ray
+
+
+def _exclusive_sum_bwd(
+    num_rays: int, behind: bool, _: float | None, ray: jax.Array, cotangent: jax.Array
+) -> tuple[jax.Array, None]:
+    return _exclusive_sum(cotangent, ray, num_rays, not behind, None), None
+
+
+_exclusive_sum.defvjp(_exclusive_sum_fwd, _exclusive_sum_bwd)
 
 
 def exclusive_scan(value: jax.Array, ray: jax.Array) -> jax.Array:
@@ -109,15 +121,16 @@ def exclusive_scan(value: jax.Array, ray: jax.Array) -> jax.Array:
 
     # The sum before a sample is the running sum at its predecessor, so shift first: no difference of large numbers.
     first = _starts_ray(ray)
-    shifted = jnp.where(first, 0, jnp.concatenate([jnp.zeros(1, value.dtype), value[:-1]]))
+    shifted = jnp.where(first, 0, jnp.concatenate([jnp.zeros_like(value[:1]), value[:-1]]))
     return lax.associative_scan(join, (shifted, first))[0]
 
 
 def exclusive_fixed_point(value: jax.Array, ray: jax.Array, num_rays: int, bound: jax.Array) -> jax.Array:
-    """`exclusive_scan` of values in [-bound, bound] f32, in units of 2^-30 bound, for up to 2^16 samples a ray.
+    """`exclusive_scan` of values in [-bound, bound] f32, in units of 2^-30 bound, for fewer than 2^16 samples a ray.
 
     By one running sum of integers over all samples, modulo 2^32, minus its value at the ray's start: the difference is
-    exact whenever it fits, so the sum runs over the upper and the lower 15 bits apart.
+    exact whenever it fits, so the sum runs over the upper and the lower 15 bits apart. Where the bound is no finite
+    number, no sum is one, of whatever ray.
     """
     units = jnp.round(value * (2.0**30 / bound)).astype(jnp.int32)
     halves = jnp.stack([units >> 15, units & 0x7FFF], axis=1)
@@ -129,4 +142,4 @@ def exclusive_fixed_point(value: jax.Array, ray: jax.Array, num_rays: int, bound
 
 
 def _starts_ray(ray: jax.Array) -> jax.Array:
-    return jnp.concatenate([jnp.ones(1, bool), ray[1:] != ray[:-1]])
+    return jnp.concatenate([jnp.ones(len(ray[:1]), bool), ray[1:] != ray[:-1]])

@@ -105,6 +105,9 @@ class FieldConfig:
         _check(self.mlp_init in known, "field.mlp_init", self.mlp_init, f"one of {known}")
         known = typing.get_args(Precision)
         _check(self.precision in known, "field.precision", self.precision, f"one of {known}")
+        low = 1e-6 if self.precision == "bfloat16" else 0.0  # in float16, which the table is then read in, 6e-8 is 0
+        name = "field.encoding.init_scale"
+        _check(self.encoding.init_scale >= low, name, self.encoding.init_scale, f"at least {low:g}")
         limit = 8 if self.direction_encoding == "spherical_harmonics" else 16
         _check(self.direction_degree <= limit, "field.direction_degree", self.direction_degree, f"at most {limit}")
 
@@ -182,7 +185,7 @@ class StratifiedConfig:
     last_interval: float = 1e10 / 3  # the last sample stands for everything behind it
 
     def __post_init__(self) -> None:
-        _check(self.num_bins >= 2, "sampler.num_bins", self.num_bins, "at least 2")
+        _check(2 <= self.num_bins < 2**16, "sampler.num_bins", self.num_bins, "from 2 to 65535")
         _check(0 <= self.near < self.far, "sampler.near, far", (self.near, self.far), "0 <= near < far")
         _check(self.last_interval > 0, "sampler.last_interval", self.last_interval, "positive")
 
@@ -252,7 +255,8 @@ class TrainConfig:
     max_steps: int = 35_000
     max_seconds: float = 0.0  # of training, compilation excluded; 0 means no limit
     steps_per_dispatch: int = 16  # steps in one call of the compiled program
-    dispatches_together: int = 1  # calls given to the device before the host looks at what the last ones did
+    # Calls given to the device before the host looks at the clock, an interruption and what the calls did.
+    dispatches_together: int = 1
     checkpoint_seconds: float = 60.0  # between checkpoints; one is always written at the end
     log_every: int = 0  # steps from one line of the log to the next, at least; 0 is whenever there is news
     deterministic: bool = False  # on a GPU, equal bits in every run at about ten times the cost; a CPU has them anyway
@@ -298,6 +302,11 @@ class NerfConfig:
     sampler: MarchConfig | StratifiedConfig = MarchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+
+    def __post_init__(self) -> None:
+        noise = self.sampler.num_bins if isinstance(self.sampler, StratifiedConfig) else 1
+        drawn = self.train.steps_per_dispatch * self.train.num_rays * (noise + 14)  # numbers, for a dispatch at once
+        _check(drawn <= 2**28, "train.steps_per_dispatch", self.train.steps_per_dispatch, "fewer, with as many rays")
 
 
 _PAPER = NerfConfig(

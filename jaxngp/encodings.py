@@ -56,7 +56,7 @@ def hash_encode(
     piecewise constant along an axis (continuous with smoothstep).
 
     shadow: a copy of the table in fewer bits, which is read in its place: half the bytes to fetch at random places.
-    The gradient still goes to the table, in the table's precision.
+    The gradient still goes to the table, in the table's precision; the shadow gets none.
     """
     rows, width = level_offsets(grid)[-1], grid.num_features
     for name, array in (("table", table), ("shadow", table if shadow is None else shadow)):
@@ -173,7 +173,7 @@ def encode_broadcast(
     work to be shared between threads, and stores 8 weights for each point and level in between.
     """
     levels = _levels(grid)
-    clipped = jnp.clip(position, 0, 1)
+    clipped = jnp.clip(_widened(position), 0, 1)
     along = [clipped[:, axis, None] for axis in range(grid.num_dims)]  # (N, 1)
     wide_shape = (len(position), grid.num_levels, grid.num_features)
     cell = [_cell_along(x, levels.resolution, levels.last_cell, grid)[0] for x in along]
@@ -200,7 +200,7 @@ def table_gradient_broadcast(position: jax.Array, gradient: jax.Array, *, grid: 
     width, num_points = grid.num_features, len(position)
     corners = corner_offsets(grid.num_dims)
     rows_shape = (grid.num_levels, num_points, len(corners))
-    clipped = jnp.clip(position, 0, 1)
+    clipped = jnp.clip(_widened(position), 0, 1)
     update = jnp.swapaxes(_widened(gradient).reshape(num_points, grid.num_levels, 1, width), 0, 1)
     vertex = []
     for axis in range(grid.num_dims):
@@ -271,7 +271,8 @@ def _cell(position: jax.Array, grid: HashGridConfig, level: int) -> tuple[list[j
     resolution = level_resolutions(grid)[level]
     last_cell = num_vertices(grid, resolution) - 2
     along = [
-        _cell_along(jnp.clip(position[:, axis], 0, 1), resolution, last_cell, grid) for axis in range(grid.num_dims)
+        _cell_along(jnp.clip(_widened(position[:, axis]), 0, 1), resolution, last_cell, grid)
+        for axis in range(grid.num_dims)
     ]
     return [cell for cell, _ in along], [fraction for _, fraction in along]
 

@@ -97,7 +97,9 @@ class Dense(nn.Module):
         if not self.use_bias:
             return y
         initial = nn.initializers.zeros_init() if glorot else torch_uniform
-        return y + self.param("bias", initial, (self.outputs,), jnp.float32).astype(self.dtype)
+        # In float32, so that the bias's gradient, a sum over all samples, is one of float32 too.
+        bias = self.param("bias", initial, (self.outputs,), jnp.float32)
+        return (y.astype(jnp.promote_types(y.dtype, jnp.float32)) + bias).astype(self.dtype)
 
 
 class Mlp(nn.Module):
@@ -165,9 +167,9 @@ class NerfField(nn.Module):
         inputs = jnp.concatenate([geometry.astype(features.dtype), encoded.astype(features.dtype)], axis=-1)
         return clamped_exp(geometry[:, 0]), nn.sigmoid(self.colour_mlp(inputs))
 
-    def density(self, position: jax.Array, shadow: jax.Array | None = None) -> jax.Array:
+    def density(self, position: jax.Array) -> jax.Array:
         """position (N, 3) scene units -> density (N,) per scene unit."""
-        density = clamped_exp(self.density_mlp(self.encoding(position, shadow))[:, 0])
+        density = clamped_exp(self.density_mlp(self.encoding(position))[:, 0])
         return jnp.where(_inside(position), density, 0) if self.config.mask_outside_box else density
 
 
@@ -201,9 +203,12 @@ def make_shadow(params: Params, *, config: FieldConfig) -> jax.Array | None:
     """A copy of the hash table to read from, half its size; None where the field computes in float32.
 
     In float16, which is as small as bfloat16 and rounds eight times finer: its narrow range would trouble gradients,
-    and none are kept in it.
+    and none are kept in it. Entries beyond it, 65504, are clipped.
     """
-    return params["encoding"]["table"].astype(jnp.float16) if config.precision == "bfloat16" else None
+    if config.precision != "bfloat16":
+        return None
+    largest = float(jnp.finfo(jnp.float16).max)
+    return jnp.clip(params["encoding"]["table"], -largest, largest).astype(jnp.float16)
 
 
 def evaluate_field(
@@ -231,11 +236,9 @@ def field_maker(config: FieldConfig) -> Callable[[Params], Callable]:
     return make_field
 
 
-def evaluate_density(
-    params: Params, position: jax.Array, *, config: FieldConfig, shadow: jax.Array | None = None
-) -> jax.Array:
+def evaluate_density(params: Params, position: jax.Array, *, config: FieldConfig) -> jax.Array:
     """Only the density (N,) of a NerfField, per scene unit."""
-    return jnp.asarray(NerfField(config).apply({"params": params}, position, shadow, method="density"))
+    return jnp.asarray(NerfField(config).apply({"params": params}, position, method="density"))
 
 
 def params_from_reference(

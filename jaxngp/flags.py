@@ -206,7 +206,10 @@ def read_config(workdir: Path) -> NerfConfig:
     try:
         return from_json(path.read_text(encoding="utf-8"), NerfConfig)
     except (InputError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {error}; it was written by another version or edited") from None
+        raise InputError(
+            f"{path}: {error}; it was written by another version or edited: give another --workdir, or train anew "
+            "with --restart"
+        ) from None
 
 
 def trained_config(values: Flags) -> tuple[Path, NerfConfig]:

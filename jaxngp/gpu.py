@@ -49,13 +49,16 @@ def scatter_cure(jaxlib: tuple[int, ...], capability: tuple[int, int], precision
 
 def slow_scatter_warning(precision: Precision) -> str | None:
     """What to say about an old jaxlib on a GPU; None on another device, with a newer one, and where it is cured."""
-    said = "xla_gpu_ftz=true" in os.environ.get("XLA_FLAGS", "")
-    if not _on_gpu() or jaxlib_version() >= FAST_SCATTER_JAXLIB or said:
+    said = re.search(r"--xla_gpu_ftz(?:=(\w+))?(?!\S)", os.environ.get("XLA_FLAGS", ""))
+    cured = bool(said) and (said[1] or "true").lower() in ("true", "1")  # type: ignore[index]
+    if not _on_gpu() or jaxlib_version() >= FAST_SCATTER_JAXLIB or cured:
         return None
     problem = (
         f"jaxlib {importlib.metadata.version('jaxlib')} may add to scattered places by compare-and-swap on a GPU, "
         "up to a thousand times slower; jaxlib 0.11.1 (Python 3.12) and newer do not. "
     )
+    if said:
+        return problem + "XLA_FLAGS=--xla_gpu_ftz=true would avoid it, and says otherwise"
     if scatter_cure(jaxlib_version(), compute_capability(), precision):
         return problem + (
             "Training here is compiled with xla_gpu_ftz, which avoids it; for programs of your own set "
@@ -65,9 +68,9 @@ def slow_scatter_warning(precision: Precision) -> str | None:
 
 
 def compute_capability() -> tuple[int, int]:
-    """Of the first GPU, as (9, 0); (0, 0) where it does not tell."""
-    major, _, minor = str(getattr(jax.devices()[0], "compute_capability", "0.0")).partition(".")
-    return int(major), int(minor or 0)
+    """Of the first GPU, as (9, 0); (0, 0) where it does not tell, or is not NVIDIA's."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(jax.devices()[0], "compute_capability", "")))
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def jaxlib_version() -> tuple[int, ...]:

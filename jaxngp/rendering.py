@@ -104,7 +104,7 @@ def render_chunk(
     sampler: Sampler,
     batching: Batching = CPU_BATCHING,
 ) -> tuple[RenderOutput, jax.Array]:
-    """The colour of R rays, every sample taken. background (3,). Also the number of field evaluations () i32.
+    """The colour of R rays, every sample taken. background (3,). Also the number of field evaluations () f32.
 
     The field is make_field(params); make_field is static, so pass the same function object every time.
     """
@@ -125,7 +125,7 @@ def _render_stratified(
         out, _ = render_rays(field_fn, ray, None, jitter, background[None], sampler=sampler)
         return jax.tree.map(lambda a: a[0], out)
 
-    evaluations = jnp.int32(rays.origin.shape[0] * sampler.num_bins)
+    evaluations = jnp.float32(rays.origin.shape[0] * sampler.num_bins)
     return lax.map(one_ray, rays, batch_size=2**9), evaluations
 
 
@@ -164,7 +164,7 @@ def _render_marched(
     carry = (lanes, jnp.zeros((num_rays, 5)), jnp.int32(num_lanes), jnp.int32(0))
     _, sums, _, rounds = lax.while_loop(unfinished, advance, carry)
     out = blend(sums[:, :3], sums[:, 3], sums[:, 4], background)
-    return out, rounds * num_lanes * batching.samples
+    return out, rounds.astype(jnp.float32) * (num_lanes * batching.samples)
 
 
 def longest_first(counts: jax.Array, per_round: int) -> tuple[jax.Array, jax.Array]:

@@ -265,6 +265,58 @@ def depth_and_pull(thickness: jax.Array, ray: jax.Array) -> Any:
     return jax.vjp(lambda thickness: compositing.depth_before(thickness, ray, R), thickness)
 
 
+@ways_to_sum
+def test_as_many_samples_as_a_ray_may_have_at_the_bound_are_summed_exactly(exclusive_sum: Any) -> None:
+    count = 2**16 - 1
+    found = exclusive_sum(np.full(count, 64, np.float32), np.zeros(count, np.int32))
+    np.testing.assert_array_equal(found, 64.0 * np.arange(count))
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formulas that a GPU gets."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 1e-6, 1e3])
+def test_depth_and_its_gradient_are_those_of_the_definition_on_a_gpu_too(scale: float) -> None:
+    rng = np.random.default_rng(0)
+    ray = np.sort(rng.integers(0, R, N)).astype(np.int32)
+    thickness = rng.choice([0.0, 1e-6, 0.3, 5.0, 40.0], N).astype(np.float32)
+    cotangent = (scale * rng.uniform(-1, 1, N)).astype(np.float32)
+    depth, pull = jax.jit(lambda x: jax.vjp(lambda x: compositing.depth_before(x, ray, R), x))(thickness)
+    expected = sums_of_others(np.minimum(thickness, 32), ray, behind=False)
+    np.testing.assert_allclose(depth, expected, atol=1e-6, rtol=1e-6)
+    np.testing.assert_allclose(pull(cotangent)[0], sums_of_others(cotangent, ray, behind=True), atol=1e-6 * scale)
+
+
+def test_second_derivatives_are_the_same_in_both_formulas(request: pytest.FixtureRequest) -> None:
+    ray = np.int32([0, 0, 1, 1, 1])
+    dt, rgb, background = np.full(5, 0.1, np.float32), np.eye(5, 3, dtype=np.float32), np.zeros((2, 3), np.float32)
+
+    def loss(density: jax.Array) -> jax.Array:
+        return jnp.sum(compositing.composite(density, rgb, dt, dt, ray, background).rgb ** 2)
+
+    density = jnp.arange(1.0, 6.0)
+    expected = jax.jacrev(jax.grad(loss))(density)
+    request.getfixturevalue("on_a_gpu")
+    found = jax.jacrev(jax.grad(loss))(density)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(found, found.T, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(found)[:2, 2:], 0)  # of two rays, neither knows of the other
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_compositing_takes_few_bits_and_no_samples(dtype: Any) -> None:
+    few = [jnp.asarray(a, dtype) for a in ([1.0, 2.0], [[1.0, 0, 0], [0, 1.0, 0]], [0.1, 0.2], [0.1, 0.1])]
+    out = composite(*few, jnp.array([0, 0]), jnp.zeros((1, 3), dtype))
+    np.testing.assert_allclose(out.opacity.astype(np.float32), [1 - np.exp(-0.3)], rtol=2e-2)
+    none = composite(*(jnp.zeros((0, *a.shape[1:])) for a in few), jnp.zeros(0, jnp.int32), jnp.ones((2, 3)))
+    np.testing.assert_array_equal(none.rgb, 1)
+    np.testing.assert_array_equal(none.opacity, 0)
+
+
 def test_thin_fog_on_many_rays_keeps_its_digits() -> None:
     """A running sum over all samples minus its start would have none left here."""
     rays, samples = 2000, 50

@@ -140,6 +140,25 @@ def test_a_matmul_multiplies_in_one_precision_and_sums_in_float32(
     )
 
 
+def test_float32_is_asked_to_be_float32() -> None:
+    """A GPU would multiply 11 bits, and a CPU does not tell."""
+    text = jax.jit(lambda x, k: fields.matmul(x, k, x.dtype)).lower(jnp.ones((2, 3)), jnp.ones((3, 4))).as_text()
+    assert "precision = [HIGHEST, HIGHEST]" in text
+
+
+def test_a_field_maker_reads_the_shadow() -> None:
+    config = replace(TINY_FIELD, precision="bfloat16")
+    text = jax.jit(lambda p, x: fields.field_maker(config)(p)(x, x)).lower(
+        init_params(jax.random.key(0), config=config), jnp.zeros((4, 3))
+    )
+    assert f"tensor<{hashing.level_offsets(config.encoding)[-1]}x2xf16>" in text.as_text()
+
+
+def test_a_table_too_small_for_float16_is_refused() -> None:
+    with pytest.raises(InputError, match="init_scale"):
+        replace(TINY_FIELD, precision="bfloat16", encoding=replace(TINY_FIELD.encoding, init_scale=2e-8))
+
+
 def test_a_field_in_bfloat16_is_nearly_the_same_field() -> None:
     config = replace(TINY_FIELD, precision="bfloat16")
     params = init_params(jax.random.key(0), config=config)
@@ -153,7 +172,14 @@ def test_a_field_in_bfloat16_is_nearly_the_same_field() -> None:
             assert a.dtype == jnp.float32
             np.testing.assert_allclose(a, b, rtol=5e-2, atol=1e-2)
             assert not np.array_equal(a, b)
+    # What comes out is not rounded to the eight digits of the layers within.
+    density, rgb = evaluate_field(params, position, direction, config=config)
+    for out in (jnp.log(density), jnp.log(rgb / (1 - rgb))):
+        rounded = np.asarray(out.astype(jnp.bfloat16), np.float32)
+        assert np.mean(np.abs(out - rounded) > 1e-4 * np.abs(out)) > 0.5
     assert fields.make_shadow(params, config=TINY_FIELD) is None
+    huge = {"encoding": {"table": jnp.array([[1e9, -1e9]])}}
+    np.testing.assert_array_equal(fields.make_shadow(huge, config=config), [[65504, -65504]])
     assert fields.make_shadow(params, config=config).dtype == jnp.float16
 
 

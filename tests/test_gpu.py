@@ -37,6 +37,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     [
         (OLD, A100, "float32", True),
         (OLD, A100, "bfloat16", True),
+        (OLD, (8, 9), "bfloat16", True),
         (OLD, H100, "float32", True),
         (OLD, H100, "bfloat16", False),  # the assembler would refuse it
         ((0, 11, 0), A100, "bfloat16", True),
@@ -77,6 +78,29 @@ def test_another_device_gets_no_options_and_no_warning(pretend) -> None:
     assert gpu.compiler_options() == {}
     assert gpu.step_compiler_options("float32") == {}
     assert gpu.slow_scatter_warning("float32") is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--xla_gpu_ftz=false", "says otherwise"),
+        ("--xla_gpu_ftz", None),
+        ("--xla_gpu_ftz=1", None),
+        ("--xla_gpu_ftz=True --xla_x=1", None),
+        ("--xla_gpu_ftz_not=true", "Training here is compiled"),
+    ],
+)
+def test_the_warning_knows_what_xla_flags_says(pretend, flags: str, said: str | None) -> None:
+    pretend("gpu", OLD, A100, flags)
+    message = gpu.slow_scatter_warning("float32")
+    assert message is None if said is None else said in (message or "")
+
+
+@pytest.mark.parametrize(("text", "found"), [("9.0", (9, 0)), ("8.6", (8, 6)), ("gfx90a", (0, 0)), (None, (0, 0))])
+def test_a_compute_capability_is_nvidias(monkeypatch: pytest.MonkeyPatch, text: str | None, found: tuple) -> None:
+    device = type("Device", (), {"compute_capability": text})()
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert gpu.compute_capability() == found
 
 
 def test_a_device_that_does_not_tell_has_no_compute_capability() -> None:

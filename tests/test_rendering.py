@@ -277,6 +277,12 @@ def test_rays_stand_in_line_by_the_rounds_they_may_take_and_then_in_image_order(
 longest_first = jax.jit(rendering.longest_first, static_argnums=1)
 
 
+@pytest.mark.parametrize(("backend", "expected"), [("cpu", "CPU_BATCHING"), ("gpu", "GPU_BATCHING")])
+def test_batching_follows_the_device(monkeypatch: pytest.MonkeyPatch, backend: str, expected: str) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert rendering.default_batching() == getattr(rendering, expected)
+
+
 def test_marching_without_a_grid_is_refused() -> None:
     with pytest.raises(ValueError, match="grid = None: marching needs an OccupancyGrid"):
         rendering.render_chunk(None, some_rays(), None, BACKGROUND, make_field=BALL.make_field, sampler=CONFIG)

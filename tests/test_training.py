@@ -326,6 +326,13 @@ def test_an_update_that_is_no_finite_number_is_left_out_and_counted() -> None:
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new.params))
 
 
+def test_more_pixels_than_can_be_counted_are_refused() -> None:
+    images = ball_views()
+    many = images.replace(rgba=np.broadcast_to(np.uint8(0), (2**15, 2**8, 2**8, 4)))
+    with pytest.raises(InputError, match="2147483648 pixels"):
+        next(train(CONFIG, many))
+
+
 def test_a_run_whose_loss_is_no_number_stops_and_is_not_saved(tmp_path: Path) -> None:
     config = replace(SHORT, train=replace(SHORT.train, max_steps=40))
     start = next(train(config, ball_views()))
@@ -380,9 +387,10 @@ def test_the_batches_of_a_dispatch_are_what_its_steps_would_draw_alone() -> None
             np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-7)
 
 
-def test_a_shadow_is_brought_up_to_date_with_its_table() -> None:
+def test_a_shadow_is_read_and_brought_up_to_date_with_its_table() -> None:
     config = replace(SHORT, field=replace(SHORT.field, precision="bfloat16"))
     state = init_state(0, config=config)
+    state = state.replace(params=jax.tree.map(lambda a: 1e3 * a if a.ndim == 2 and len(a) > 50 else a, state.params))
     batch, noise = steps.draw_batches(state.step, state.key, ball_views(), None, num_steps=1, config=config)
     batch, noise = jax.tree.map(lambda a: a[0], (batch, noise))
     shadow = make_shadow(state.params, config=config.field)
@@ -393,6 +401,15 @@ def test_a_shadow_is_brought_up_to_date_with_its_table() -> None:
     assert new.params["encoding"]["table"].dtype == jnp.float32
     np.testing.assert_array_equal(found, make_shadow(new.params, config=config.field))
     assert not np.array_equal(found, shadow)
+    # The loss does not look at the table itself; a dispatch begins with the shadow of its own.
+    unknown = jax.tree.map(lambda a: a * np.nan if len(a) > 50 else a, state.params)
+    call = functools.partial(nerf_loss, batch=batch, noise=noise, grid=state.occupancy, config=config)
+    loss, _ = call(state.params, shadow=shadow)
+    assert call(unknown, shadow=shadow)[0] == loss
+    assert call(state.params, shadow=jnp.zeros_like(shadow))[0] != loss
+    rates = jnp.zeros(1)
+    _, metrics = steps.nerf_steps(state, ball_views(), None, rates, jnp.int32(1), config=config)
+    np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
 
 
 # One step.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -67,6 +68,8 @@ def train(config: NerfConfig, data: TrainingData, *, resume: Progress | None = N
         return
     if message := slow_scatter_warning(config.field.precision):
         warnings.warn(message, stacklevel=2)
+    if isinstance(data, PosedImages) and (num_pixels := math.prod(data.rgba.shape[:3])) >= 2**31:
+        raise InputError(f"the views have {num_pixels} pixels, and 2^31 are too many: give a --downscale")
     state = resume.state if resume else init_state(config.train.seed, config=config)
     # By name: restored arrays are bound to their device and fresh ones are not, and jax compiles for each anew.
     state, data = jax.device_put((state, data), jax.devices()[0])

@@ -46,7 +46,7 @@ class StepNoise:
 
 @struct.dataclass
 class Metrics:
-    """Of one step, or averaged over the steps of one dispatch; they stay on the device until somebody reads them."""
+    """Of one step, or averaged over several."""
 
     loss: jax.Array
     psnr: jax.Array  # of the batch, from its mean squared error
@@ -204,7 +204,7 @@ def nerf_steps(
     *,
     config: NerfConfig,
 ) -> tuple[TrainState, Metrics]:
-    """The first num_steps () i32 of the steps whose learning_rates (K,) are given; metrics are their means.
+    """The first num_steps () i32, at most K, of the steps whose learning_rates (K,) are given; and their mean metrics.
 
     The number is an argument, so that one program serves the last, shorter dispatch of a run too. A CPU stops there.
     Elsewhere all K steps run, so that the host need not be asked before each whether there is another, and those
@@ -212,6 +212,7 @@ def nerf_steps(
     num_steps steps.
     """
     max_steps = len(learning_rates)
+    num_steps = jnp.minimum(num_steps, max_steps)
     rounds = lax.platform_dependent(num_steps, cpu=lambda n: n, default=lambda _: jnp.int32(max_steps))
     draw = functools.partial(draw_batches, num_steps=max_steps, config=config)
     batches = walled(draw, state.step, state.key, data, pixels)
@@ -231,7 +232,7 @@ def nerf_steps(
         keep = config.optimizer.ema_decay ** num_steps.astype(jnp.float32)
         ema = jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, state.ema_params, state.params)
         state = replace(state, ema_params=ema)
-    means = dict(zip(varying, sums / num_steps, strict=True))
+    means = dict(zip(varying, sums / jnp.maximum(num_steps, 1), strict=True))
     return state, Metrics(**means, occupied_fraction=occupied_fraction(state.occupancy))
 
 
