@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -267,6 +268,36 @@ def test_the_average_moves_as_by_so_many_steps() -> None:
         np.testing.assert_allclose(e, keep * s + (1 - keep) * p, rtol=1e-5, atol=1e-7)
     assert state.eval_params is state.ema_params
     assert replace(state, ema_params={}).eval_params is state.params
+
+
+# Refreshes of the grid.
+
+
+def refreshed_density(step: int, *, change: Callable[[TrainState], TrainState] = lambda state: state) -> np.ndarray:
+    """After a refresh of a fresh grid, before a certain step. A fresh field has density everywhere."""
+    state = change(init_state(0, config=SHORT).replace(step=jnp.int32(step)))
+    return np.asarray(steps.refresh_occupancy(state, config=SHORT).occupancy.density)
+
+
+def test_a_refresh_looks_at_all_cells_until_warmup_ends_and_then_at_some_and_others_each_time() -> None:
+    warmup_steps = SHORT.sampler.occupancy.warmup_steps
+    assert (refreshed_density(0) > 0).all()
+    assert (refreshed_density(warmup_steps - 1) > 0).all()
+    looked = [refreshed_density(warmup_steps + more) > 0 for more in (0, 20, 0)]
+    # Half as many draws, with replacement, as there are cells.
+    np.testing.assert_allclose([share.mean() for share in looked], 1 - np.exp(-0.5), atol=0.02)
+    np.testing.assert_array_equal(looked[0], looked[2])
+    # Of independent looks, those at one cell both times are the product of the shares.
+    np.testing.assert_allclose((looked[0] & looked[1]).mean(), (1 - np.exp(-0.5)) ** 2, atol=0.02)
+
+
+def test_a_refresh_asks_the_weights_that_are_trained_and_not_their_average() -> None:
+    """The samples of the next steps are those of the weights that they change."""
+
+    def spoil_average(state: TrainState) -> TrainState:
+        return state.replace(ema_params=jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), state.ema_params))
+
+    np.testing.assert_array_equal(refreshed_density(0, change=spoil_average), refreshed_density(0))
 
 
 # What a GPU runs: other formulas of the same, which a CPU can compute too.
