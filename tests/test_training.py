@@ -587,8 +587,13 @@ def test_rays_that_do_not_fit_are_counted_and_leave_the_loss() -> None:
     assert 0 < metrics.samples <= 2**9
     assert metrics.samples + metrics.dropped_samples == np.bitwise_count(np.asarray(candidates.words)).sum()
     assert 0 < metrics.rays < 256
-    # The first rays fit; what the others should have been makes no difference.
+    # The first rays fit, and the mean is over them: it is that of a batch without the others.
     used = int(metrics.rays)
+    fitting = jax.tree.map(lambda a: a[:used], (batch, noise))
+    _, alone = nerf_loss(params, *fitting, full, config=SHORT)
+    assert alone.rays == used
+    np.testing.assert_allclose([metrics.loss, metrics.psnr], [alone.loss, alone.psnr], rtol=1e-5)
+    # What the others should have been makes no difference.
     rgba = jnp.where(jnp.arange(256)[:, None] < used, batch.rgba, 1 - batch.rgba)
     changed, _ = nerf_loss(params, batch.replace(rgba=rgba), noise, full, config=small)
     assert changed == metrics.loss
