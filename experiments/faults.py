@@ -277,7 +277,7 @@ FAULTS = (
         ("rendering",),
     ),
     # The loss.
-    Fault("huber_not_continuous", "losses.py", "(size - 0.5 * HUBER_DELTA)", "size", ("training",)),
+    Fault("huber_not_continuous", "losses.py", "(size - 0.5 * HUBER_DELTA)", "size", ("losses",)),
     Fault(
         "background_not_in_the_target",
         "training/steps.py",
@@ -380,21 +380,21 @@ FAULTS = (
         "training/loop.py",
         "steps = step + np.arange(size)",
         "steps = np.full(size, step)",
-        ("training",),
+        ("loop",),
     ),
     Fault(
         "rate_by_step_only",
         "training/loop.py",
         "np.maximum(steps / config.train.max_steps, fraction)",
         "steps / config.train.max_steps",
-        ("training",),
+        ("loop",),
     ),
     Fault(
         "refresh_every_dispatch",
         "training/loop.py",
         "if every and (step + num_steps) // every > step // every:",
         "if every:",
-        ("training",),
+        ("loop",),
     ),
     Fault(
         "grid_of_the_survey_not_used",
