@@ -65,17 +65,24 @@ HEADER = "| fault | file | failing tests | first of them | s |\n|---|---|---|---
 
 
 def check(faults: Sequence[Fault], *, jobs: int = 1) -> Iterator[Outcome]:
-    """The outcome of each fault, in order. Raises RuntimeError where a test fails without any fault."""
-    tests = list(dict.fromkeys(test for fault in faults for test in fault.tests))
+    """The outcome of each fault, in order.
+
+    Raises ValueError where a fault does not fit the package, and RuntimeError where a test fails without any fault.
+    """
+    for fault in faults:
+        fault.plant((ROOT / "jaxngp" / fault.file).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as name, concurrent.futures.ThreadPoolExecutor(jobs) as threads:
         folder = Path(name)
         sound = _copy(folder / "sound")
-        for test, failed in zip(
-            tests, threads.map(lambda test: _failing_tests(sound, (test,), folder / "programs"), tests), strict=True
-        ):
-            if failed is None or failed:
-                raise RuntimeError(f"tests of {test} fail without any fault: {', '.join(failed or ('no end',))}")
-        yield from threads.map(lambda fault: _try(fault, folder), faults)
+        tests = list(dict.fromkeys(test for fault in faults for test in fault.tests))
+        try:
+            unplanted = threads.map(lambda test: _failing_tests(sound, (test,), folder / "programs"), tests)
+            for test, failed in zip(tests, unplanted, strict=True):
+                if failed != ():
+                    raise RuntimeError(f"tests of {test} fail without any fault: {', '.join(failed or ('no end',))}")
+            yield from threads.map(lambda fault: _try(fault, folder), faults)
+        finally:
+            threads.shutdown(cancel_futures=True)  # an error, or whoever iterates no further, ends all at once
 
 
 def _try(fault: Fault, folder: Path) -> Outcome:
