@@ -1,6 +1,7 @@
 # make train   trains a NeRF of the built-in scene, evaluates it, and writes novel views of it below runs/bricks
 # make test    runs the tests
-# Both first make a virtual environment, which takes a minute, and only again when pyproject.toml changes.
+# make test-long   what takes longer, such as whether the tests notice faults that are planted one at a time
+# All first make a virtual environment, which takes a minute, and only again when pyproject.toml changes.
 #
 #   make train SCENE=lego DATA_DIR=~/nerf_synthetic ARGS="--preset=base --max_seconds=300"
 #   make test JOBS=4 ARGS="-k hash"
@@ -23,13 +24,16 @@ comma := ,
 RUN_STAMP := $(VENV)/.installed$(if $(EXTRA),-$(EXTRA))
 DEV_STAMP := $(RUN_STAMP)-dev
 
-.PHONY: train test lint format clean
+.PHONY: train test test-long lint format clean
 
 train: $(RUN_STAMP)
 	$(VENV)/bin/python -m jaxngp.train $(strip --scene=$(SCENE) $(DATA_DIR:%=--data_dir=%) $(WORKDIR:%=--workdir=%) $(ARGS))
 
 test: $(DEV_STAMP)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist=loadfile $(ARGS)
+
+test-long: $(DEV_STAMP)
+	$(VENV)/bin/python -m experiments.mutants --jobs=$(JOBS)
 
 lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check

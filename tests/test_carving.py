@@ -118,6 +118,17 @@ def test_cells_clearly_outside_a_silhouette_are_excluded(ball: Ball) -> None:
     assert not found[clear].any()
 
 
+@settings(max_examples=10)
+@given(balls(), hnp.arrays(np.uint8, (4, HEIGHT, WIDTH), elements=st.integers(1, 255)))
+def test_how_faint_a_pixel_is_makes_no_difference(ball: Ball, alpha: np.ndarray) -> None:
+    """Light met something wherever alpha is above 0, be it by 1/255."""
+    opaque = photograph(ball, make_camera(WIDTH, HEIGHT, 60.0), poses_around(4, 1.5))
+    shown = opaque.rgba[..., 3] > 0
+    rgba = np.concatenate([opaque.rgba[..., :3], np.where(shown, alpha, 0).astype(np.uint8)[..., None]], axis=-1)
+    expected = candidates(replace(opaque, rgba=np.where(shown[..., None], np.uint8(255), rgba)), config=CONFIG)
+    np.testing.assert_array_equal(candidates(replace(opaque, rgba=rgba), config=CONFIG), expected)
+
+
 def test_cells_that_no_camera_sees_stay_empty_and_opaque_images_exclude_no_others() -> None:
     c2w = np.stack([look_at((0.9, 0.2, 0.3), (0.5, 0.5, 0.5)), look_at((2, 0.5, 0.6))])
     opaque = np.full((2, HEIGHT, WIDTH, 4), 255, np.uint8)

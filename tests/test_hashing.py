@@ -78,6 +78,17 @@ def test_levels_are_the_floor_of_equation_2_wherever_float64_can_tell(low: int, 
             assert round(real) - 1 <= resolution <= round(real)
 
 
+@pytest.mark.parametrize("low", [1, 3, 16])
+@pytest.mark.parametrize("growth", [2, 3, 4, 5, 6, 7, 10])
+def test_levels_of_a_growth_that_is_a_whole_number_are_exactly_its_powers(low: int, growth: int) -> None:
+    """Where the floor is of a whole number, floating point ends now at it and now one below."""
+    powers = [low]
+    while powers[-1] * growth <= 2**20:
+        powers.append(powers[-1] * growth)
+        grid = HashGridConfig(num_levels=len(powers), min_resolution=low, max_resolution=powers[-1])
+        assert list(hashing.level_resolutions(grid)) == powers
+
+
 def test_levels_of_the_paper() -> None:
     assert hashing.level_resolutions(HashGridConfig()) == (
         *(16, 22, 30, 42, 58, 80, 111, 153, 212, 294, 406, 561, 776, 1072, 1482, 2048),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -346,6 +347,36 @@ def test_a_run_whose_loss_is_no_number_stops_and_is_not_saved(tmp_path: Path) ->
         next(run)
 
 
+# Refreshes of the grid.
+
+
+def refreshed_density(step: int, *, change: Callable[[TrainState], TrainState] = lambda state: state) -> np.ndarray:
+    """After a refresh of a fresh grid, before a certain step. A fresh field has density everywhere."""
+    state = change(init_state(0, config=SHORT).replace(step=jnp.int32(step)))
+    return np.asarray(steps.refresh_occupancy(state, config=SHORT).occupancy.density)
+
+
+def test_a_refresh_looks_at_all_cells_until_warmup_ends_and_then_at_some_and_others_each_time() -> None:
+    warmup_steps = SHORT.sampler.occupancy.warmup_steps
+    assert (refreshed_density(0) > 0).all()
+    assert (refreshed_density(warmup_steps - 1) > 0).all()
+    looked = [refreshed_density(warmup_steps + more) > 0 for more in (0, 20, 0)]
+    # Half as many draws, with replacement, as there are cells.
+    np.testing.assert_allclose([share.mean() for share in looked], 1 - np.exp(-0.5), atol=0.02)
+    np.testing.assert_array_equal(looked[0], looked[2])
+    # Of independent looks, those at one cell both times are the product of the shares.
+    np.testing.assert_allclose((looked[0] & looked[1]).mean(), (1 - np.exp(-0.5)) ** 2, atol=0.02)
+
+
+def test_a_refresh_asks_the_weights_that_are_trained_and_not_their_average() -> None:
+    """The samples of the next steps are those of the weights that they change."""
+
+    def spoil_average(state: TrainState) -> TrainState:
+        return state.replace(ema_params=jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), state.ema_params))
+
+    np.testing.assert_array_equal(refreshed_density(0, change=spoil_average), refreshed_density(0))
+
+
 # What a GPU runs: other formulas of the same, which a CPU can compute too.
 
 
@@ -643,8 +674,13 @@ def test_rays_that_do_not_fit_are_counted_and_leave_the_loss() -> None:
     assert 0 < metrics.samples <= 2**9
     assert metrics.samples + metrics.dropped_samples == np.bitwise_count(np.asarray(candidates.words)).sum()
     assert 0 < metrics.rays < 256
-    # The first rays fit; what the others should have been makes no difference.
+    # The first rays fit, and the mean is over them: it is that of a batch without the others.
     used = int(metrics.rays)
+    fitting = jax.tree.map(lambda a: a[:used], (batch, noise))
+    _, alone = nerf_loss(params, *fitting, full, config=SHORT)
+    assert alone.rays == used
+    np.testing.assert_allclose([metrics.loss, metrics.psnr], [alone.loss, alone.psnr], rtol=1e-5)
+    # What the others should have been makes no difference.
     rgba = jnp.where(jnp.arange(256)[:, None] < used, batch.rgba, 1 - batch.rgba)
     changed, _ = nerf_loss(params, batch.replace(rgba=rgba), noise, full, config=small)
     assert changed == metrics.loss

@@ -1,0 +1,88 @@
+"""The loop between its programs, which here do nothing: what is dispatched, at which rates, and when the grid is."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxngp.config import CosineDecay, MarchConfig, NerfConfig, OccupancyConfig, OptimizerConfig, TrainConfig
+from jaxngp.training import loop
+from jaxngp.training.loop import Progress
+from jaxngp.training.optimizer import learning_rate
+from jaxngp.training.steps import Metrics
+
+ZEROS = Metrics(**dict.fromkeys(("loss", "psnr", "rays", "samples", "dropped_samples", "occupied_fraction"), 0.0))
+
+configs = st.builds(
+    lambda train, every: NerfConfig(
+        train=train,
+        sampler=MarchConfig(occupancy=OccupancyConfig(refresh_every=every)),
+        optimizer=OptimizerConfig(warmup_steps=5, decay=CosineDecay()),
+    ),
+    st.builds(
+        TrainConfig,
+        max_steps=st.integers(1, 40),
+        steps_per_dispatch=st.integers(1, 9),
+        dispatches_together=st.integers(1, 4),
+    ),
+    st.integers(1, 20),
+)
+
+
+class Run:
+    """A run of which the state is the number of steps that were taken."""
+
+    def __init__(self, config: NerfConfig, seconds_a_look: float = 0.0) -> None:
+        self.ends = [0]
+        self.rates: list[float] = []
+        self.refreshed: list[int] = []
+        self.yielded: list[Any] = []
+        programs = loop._Programs((None, None), self.steps, self.refresh, 0.0)
+        clock = mock.Mock(perf_counter=itertools.count(0.0, seconds_a_look).__next__)
+        with mock.patch.multiple(loop, _compile=lambda *_: programs, time=clock):
+            self.yielded += loop.train(config, None, resume=Progress(0, None, 0, 0.0, 0.0, 0.0, 0.0))
+
+    def steps(self, state: int, _data: Any, _pixels: Any, rates: jax.Array, number: jax.Array) -> tuple[int, Metrics]:
+        self.rates += np.asarray(rates)[: int(number)].tolist()
+        self.ends.append(state + int(number))
+        return self.ends[-1], ZEROS
+
+    def refresh(self, state: int) -> int:
+        self.refreshed.append(state)
+        return state
+
+
+@given(configs)
+def test_of_a_budget_of_steps_each_has_the_rate_of_its_number_however_dispatched(config: NerfConfig) -> None:
+    total = config.train.max_steps
+    run = Run(config)
+    expected = learning_rate(np.arange(total), np.arange(total) / total, config=config.optimizer)
+    np.testing.assert_allclose(run.rates, expected, rtol=1e-6)
+    assert run.yielded[-1].step == run.yielded[-1].state == total
+
+
+@given(configs)
+def test_the_grid_is_refreshed_after_each_dispatch_in_which_so_many_steps_were_completed(config: NerfConfig) -> None:
+    every = config.sampler.occupancy.refresh_every
+    run = Run(config)
+    expected = [b for a, b in itertools.pairwise(run.ends) if any(step % every == 0 for step in range(a + 1, b + 1))]
+    assert run.refreshed == expected
+
+
+@given(configs, st.integers(1, 30))
+def test_of_a_budget_of_seconds_the_rates_are_those_of_the_share_that_is_spent(config: NerfConfig, limit: int) -> None:
+    """A clock that is a second further at every look: two looks for what is dispatched together."""
+    config = replace(config, train=replace(config.train, max_steps=10**6, max_seconds=float(limit)))
+    run = Run(config, seconds_a_look=1.0)
+    assert [p.fraction for p in run.yielded] == [min(i / limit, 1.0) for i in range(limit + 1)]
+    together = config.train.steps_per_dispatch * config.train.dispatches_together
+    number = np.arange(limit * together)
+    expected = learning_rate(number, number // together / limit, config=config.optimizer)
+    np.testing.assert_allclose(run.rates, expected, rtol=1e-6)

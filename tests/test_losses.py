@@ -1,0 +1,39 @@
+"""Losses: the squared error, and Huber's, in float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given
+from strategies import arrays32
+
+from jaxngp.losses import HUBER_DELTA, colour_loss
+
+N = 16
+
+values = arrays32(N, -0.5, 1.5)
+
+
+@given(values, values)
+def test_l2_is_the_squared_error(prediction: np.ndarray, target: np.ndarray) -> None:
+    expected = (prediction.astype(np.float64) - target) ** 2
+    np.testing.assert_allclose(colour_loss(prediction, target, loss="l2"), expected, rtol=1e-5, atol=1e-12)
+
+
+@given(values, values)
+def test_huber_is_half_the_square_up_to_delta_and_goes_on_as_its_tangent(
+    prediction: np.ndarray, target: np.ndarray
+) -> None:
+    size = np.abs(prediction.astype(np.float64) - target)
+    # The integral of the slope, which is the error and at most delta.
+    near = np.minimum(size, HUBER_DELTA)
+    expected = near**2 / 2 + HUBER_DELTA * (size - near)
+    np.testing.assert_allclose(colour_loss(prediction, target, loss="huber"), expected, rtol=1e-5, atol=1e-9)
+
+
+@given(values, values)
+def test_the_slope_of_huber_is_the_error_and_at_most_delta(prediction: np.ndarray, target: np.ndarray) -> None:
+    slope = jax.grad(lambda p: jnp.sum(colour_loss(p, target, loss="huber")))(prediction)
+    expected = np.clip(prediction.astype(np.float64) - target, -HUBER_DELTA, HUBER_DELTA)
+    np.testing.assert_allclose(slope, expected, atol=1e-6)
