@@ -4,6 +4,7 @@
 #
 #   make train SCENE=lego DATA_DIR=~/nerf_synthetic ARGS="--preset=base --max_seconds=300"
 #   make test JOBS=4 ARGS="-k hash"
+#   make test-long    what is too much for every day: 5,000 broken files for every reader
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,13 +24,16 @@ comma := ,
 RUN_STAMP := $(VENV)/.installed$(if $(EXTRA),-$(EXTRA))
 DEV_STAMP := $(RUN_STAMP)-dev
 
-.PHONY: train test lint format clean
+.PHONY: train test test-long lint format clean
 
 train: $(RUN_STAMP)
 	$(VENV)/bin/python -m jaxngp.train $(strip --scene=$(SCENE) $(DATA_DIR:%=--data_dir=%) $(WORKDIR:%=--workdir=%) $(ARGS))
 
 test: $(DEV_STAMP)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist=loadfile $(ARGS)
+
+test-long: $(DEV_STAMP)
+	JAXNGP_FUZZ=5000 $(VENV)/bin/python -m pytest -n $(JOBS) -m fuzz $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check
