@@ -369,6 +369,15 @@ def test_an_image_of_many_pixels_is_refused_and_closed(scene: Path, side: int) -
     assert "pixels" in refusal(scene)
 
 
+def test_a_small_file_of_many_pixels_is_refused(scene: Path) -> None:
+    """A decoder makes up what a JPEG lacks: 80 million pixels, 1 GB, from 700 bytes."""
+    content = VALID_IMAGES["jpeg"]
+    at = content.index(b"\xff\xc0") + 5
+    promise = content[:at] + struct.pack(">HH", 9000, 9000) + content[at + 4 :]
+    with only_inside(scene):
+        assert or_input_error(lambda: load_image(scene, promise)) is None
+
+
 def test_few_large_images_are_decoded_side_by_side(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     pool = blender.concurrent.futures.ThreadPoolExecutor

@@ -30,7 +30,9 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 POSE_TOLERANCE = 1e-3  # of the entries of R^T R - I, of det R - 1 and of the matrix's last row
 FOCAL_RANGE = (1e-2, 1e7)  # px; beyond it float32 has no digits left for where pixels look
-PIXELS_AT_ONCE = 2**27  # that threads decode side by side; a pixel takes up to 12 bytes meanwhile
+PIXELS_AT_ONCE = 2**27  # that threads decode side by side; a pixel takes up to 16 bytes meanwhile
+PLAIN_PIXELS = 2**24  # with more, an image needs a byte for ...
+PIXELS_PER_BYTE = 1000  # ... so many; a header of a few bytes may promise any number, and a decoder make them up
 MAX_DISTORTION = 1e-9  # a coefficient below it moves no pixel
 DISTORTION_KEYS = ("k1", "k2", "k3", "k4", "p1", "p2")
 ALPHA_MODES = ("RGBA", "LA", "PA")
@@ -303,7 +305,11 @@ def _open(path: Path) -> Image.Image:
         raise InputError(f"{path}: the image is missing; put it there, or take its frame out of the json") from None
     except Exception as error:  # as above; a decompression bomb is found here too
         raise InputError(f"{path}: is no readable image ({error}); render or download it again") from None
-    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+    num_bytes, num_pixels = path.stat().st_size, image.width * image.height
+    if num_pixels > min(max(PLAIN_PIXELS, PIXELS_PER_BYTE * num_bytes), Image.MAX_IMAGE_PIXELS or math.inf):
         image.close()
-        raise InputError(f"{path}: {image.width}x{image.height} pixels are too many; scale the images down")
+        raise InputError(
+            f"{path}: {image.width}x{image.height} pixels are too many, at all or for {num_bytes} bytes; "
+            "scale the images down"
+        )
     return image
