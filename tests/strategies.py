@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -110,12 +110,14 @@ AWKWARD: list[Any] = [
 values = st.sampled_from(AWKWARD) | NONSENSE
 
 
-def _places(plain: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key or index) of every node below `plain`."""
-    for key, child in plain.items() if isinstance(plain, dict) else enumerate(plain):
-        yield plain, key
-        if isinstance(child, dict | list):
-            yield from _places(child)
+def _place(draw: st.DrawFn, plain: Any) -> tuple[Any, Any]:
+    """(container, key or index) of a node below `plain`; by descent, so that many leaves do not outweigh a few."""
+    while True:
+        key = draw(st.sampled_from(sorted(plain) if isinstance(plain, dict) else range(len(plain))))
+        child = plain[key]
+        if not (isinstance(child, dict | list) and child and draw(st.integers(0, 3))):
+            return plain, key
+        plain = child
 
 
 @st.composite
@@ -123,11 +125,9 @@ def changed_json(draw: st.DrawFn, plain: Any) -> Any:
     """A JSON object in which a few nodes are replaced, removed, doubled, retyped or exchanged."""
     plain = copy.deepcopy(plain)
     for _ in range(draw(st.integers(1, 3))):
-        places = list(_places(plain))
-        if not places:
+        if not plain:
             break
-        holder, key = draw(st.sampled_from(places))
-        other, other_key = draw(st.sampled_from(places))
+        holder, key = _place(draw, plain)
         change = draw(st.sampled_from(["replace", "replace", "remove", "double", "retype", "exchange"]))
         if change == "replace":
             holder[key] = copy.deepcopy(draw(values))
@@ -142,6 +142,7 @@ def changed_json(draw: st.DrawFn, plain: Any) -> Any:
             except (AttributeError, StopIteration):
                 holder[key] = None
         else:
+            other, other_key = _place(draw, plain)
             holder[key] = copy.deepcopy(other[other_key])
     return plain
 

@@ -2,7 +2,8 @@
 
 The json gives the horizontal field of view (`camera_angle_x`, radians) or the focal length in pixels (`fl_x`), and
 for every frame a `file_path` (relative to the json, with or without the extension) and a camera-to-world matrix
-with OpenGL axes. The pixels are sRGB with straight alpha.
+with OpenGL axes. The pixels are sRGB with straight alpha. Images lie in the folder of the json: no name and no link
+leads out of it.
 """
 
 from __future__ import annotations
