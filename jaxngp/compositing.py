@@ -52,13 +52,20 @@ def composite(
     return blend(sums[:, :3], sums[:, 3], sums[:, 4], background)
 
 
+FAINT = 1e-35
+"""The opacity below which nothing is there: the slope of the depth, its inverse, would leave float32."""
+
+
 def blend(rgb: jax.Array, opacity: jax.Array, depth: jax.Array, background: jax.Array) -> RenderOutput:
     """Weighted sums over a ray (of colour, of 1, of t) to what is seen before a background. (..., 3), (...), (...)."""
-    safe = jnp.where(opacity > 0, opacity, 1)
+    some = opacity > FAINT
+    safe = jnp.where(some, opacity, 1)
+    # The derivative of a quotient divides by the square, which float32 does not hold: scaled, both are near 1.
+    scale = lax.stop_gradient(1 / safe)
     return RenderOutput(
         rgb=rgb + (1 - opacity)[..., None] * background,
         opacity=opacity,
-        depth=jnp.where(opacity > 0, depth / safe, 0),
+        depth=jnp.where(some, depth * scale / (safe * scale), 0),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
 import types
 import typing
 from dataclasses import dataclass, replace
@@ -19,10 +20,23 @@ from typing import Any, Literal
 class InputError(ValueError):
     """Something the user gave is wrong: one line that says what, where, and what to do next."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # a path or what a library says may have several
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = SHOWN = 200
+
+
+def shown(value: object) -> str:
+    """`repr` for an error message: of what somebody else wrote, however long or deep, only the beginning."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+
 
 def _check(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
-        raise InputError(f"{name} = {value!r}: expected {expected}")
+        raise InputError(f"{name} = {shown(value)}: expected {expected}")
 
 
 def _is_power_of_two(value: int) -> bool:
@@ -46,7 +60,7 @@ class HashGridConfig:
 
     def __post_init__(self) -> None:
         _check(self.num_dims in (2, 3), "encoding.num_dims", self.num_dims, "2 or 3")
-        _check(self.num_levels >= 1, "encoding.num_levels", self.num_levels, "at least 1")
+        _check(1 <= self.num_levels <= 64, "encoding.num_levels", self.num_levels, "from 1 to 64")
         _check(self.num_features in (1, 2, 4, 8), "encoding.num_features", self.num_features, "1, 2, 4 or 8")
         _check(
             _is_power_of_two(self.table_size) and self.table_size <= 2**28,
@@ -274,6 +288,10 @@ class TrainConfig:
         _check(0 <= self.seed < 2**32, "train.seed", self.seed, "in [0, 2**32)")
 
 
+MAX_LENGTH = 1e9
+"""World units; what is farther away, or larger, is a mistake."""
+
+
 @dataclass(frozen=True)
 class SceneConfig:
     """Which images, and the box of the world that becomes the unit cube of scene units."""
@@ -290,7 +308,10 @@ class SceneConfig:
         _check(self.downscale >= 1, "scene.downscale", self.downscale, "at least 1")
         _check(16 <= self.image_size <= 4096, "scene.image_size", self.image_size, "from 16 to 4096")
         _check(len(self.box_centre) == 3, "scene.box_centre", self.box_centre, "three numbers")
-        _check(self.box_side > 0, "scene.box_side", self.box_side, "positive")
+        within = all(abs(c) <= MAX_LENGTH for c in self.box_centre)
+        _check(within, "scene.box_centre", self.box_centre, f"numbers up to {MAX_LENGTH:g}")
+        sound = 1 / MAX_LENGTH <= self.box_side <= MAX_LENGTH  # so that float32 holds what is divided by it
+        _check(sound, "scene.box_side", self.box_side, f"from {1 / MAX_LENGTH:g} to {MAX_LENGTH:g}")
 
 
 @dataclass(frozen=True)
@@ -360,7 +381,7 @@ def scene_config(name: str) -> SceneConfig:
         return SCENES[name]
     if "/" in name or "\\" in name or "." in name:
         return SceneConfig(name=name)
-    raise InputError(f"unknown scene {name!r}: give one of {', '.join(SCENES)}, or a path that contains a '/'")
+    raise InputError(f"unknown scene {shown(name)}: give one of {', '.join(SCENES)}, or a path that contains a '/'")
 
 
 # Reading and writing.
@@ -392,7 +413,7 @@ def apply_overrides(config: Any, overrides: typing.Iterable[str]) -> Any:
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals:
-            raise InputError(f"override {override!r}: expected dotted.path=value")
+            raise InputError(f"override {shown(override)}: expected dotted.path=value")
         config = _set(config, path.strip().split("."), text.strip(), path.strip())
     return config
 
@@ -424,7 +445,7 @@ def _from_plain(plain: Any, kind: Any, path: str) -> Any:
         names = {k.__name__: k for k in typing.get_args(kind)}
         tag = plain.get("type") if isinstance(plain, dict) else None
         if not isinstance(tag, str) or tag not in names:
-            raise InputError(f"{path}.type = {tag!r}: expected one of {', '.join(names)}")
+            raise InputError(f"{path}.type = {shown(tag)}: expected one of {', '.join(names)}")
         return _from_plain({k: v for k, v in plain.items() if k != "type"}, names[tag], path)
     if dataclasses.is_dataclass(kind):
         if not isinstance(plain, dict):
@@ -444,37 +465,37 @@ def _coerce(value: Any, kind: Any, path: str) -> Any:
         choices = typing.get_args(kind)
         if value in choices:
             return value
-        raise InputError(f"{path} = {value!r}: expected one of {', '.join(map(repr, choices))}")
+        raise InputError(f"{path} = {shown(value)}: expected one of {', '.join(map(repr, choices))}")
     if origin is tuple:
         kinds = typing.get_args(kind)
         if isinstance(value, list | tuple) and len(value) == len(kinds):
             return tuple(_coerce(v, k, path) for v, k in zip(value, kinds, strict=True))
-        raise InputError(f"{path} = {value!r}: expected a list of {len(kinds)} values")
+        raise InputError(f"{path} = {shown(value)}: expected a list of {len(kinds)} values")
     if kind is float and type(value) is int:
         value = float(value) if abs(value) < 2**63 else value
     bound = {float: 1e300, int: 2**63}.get(kind)
     if type(value) is not kind or (bound and not -bound < value < bound):
-        raise InputError(f"{path} = {value!r}: expected {kind.__name__}")
+        raise InputError(f"{path} = {shown(value)}: expected {kind.__name__}")
     return value
 
 
 def _check_names(given: set[str], known: set[str], path: str) -> None:
     if unknown := sorted(given - known):
-        raise InputError(f"{path}: no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}")
+        raise InputError(f"{path}: no field {shown(unknown[0])}; its fields are {', '.join(sorted(known))}")
 
 
 def _set(config: Any, names: list[str], text: str, path: str) -> Any:
     if not dataclasses.is_dataclass(config):
-        raise InputError(f"override {path!r}: {names[0]!r} goes below a value; its parent holds no fields")
+        raise InputError(f"override {shown(path)}: {shown(names[0])} goes below a value; its parent holds no fields")
     hints = typing.get_type_hints(type(config))
-    _check_names({names[0]}, set(hints), f"override {path!r}")
+    _check_names({names[0]}, set(hints), f"override {shown(path)}")
     old = getattr(config, names[0])
     if len(names) > 1:
         new = _set(old, names[1:], text, path)
     elif isinstance(hints[names[0]], types.UnionType):
         kinds = {kind.__name__: kind for kind in typing.get_args(hints[names[0]])}
         if text not in kinds:
-            raise InputError(f"override {path!r}: {text!r} is none of {', '.join(kinds)}")
+            raise InputError(f"override {shown(path)}: {shown(text)} is none of {', '.join(kinds)}")
         new = kinds[text]()
     elif dataclasses.is_dataclass(old):
         fields = ", ".join(f.name for f in dataclasses.fields(old))

@@ -30,7 +30,7 @@ from jaxngp.config import (
     from_json,
     scene_config,
 )
-from jaxngp.data import cache_dir
+from jaxngp.data import cache_dir, expand
 
 Flags = flags.FlagValues
 Group = TypeVar("Group", SceneConfig, TrainConfig)
@@ -180,9 +180,9 @@ def train_config(values: Flags) -> NerfConfig:
     if values.image_size is not None and scene.name != "bricks":
         raise InputError("--image_size is the size of the built-in scene; use --downscale for any other")
     if scene.data_dir:
-        scene = replace(scene, data_dir=str(Path(scene.data_dir).expanduser().resolve()))
+        scene = replace(scene, data_dir=os.path.realpath(expand(scene.data_dir)))
     if scene.name not in SCENES:  # a path: evaluation and rendering may start from another folder
-        scene = replace(scene, name=str(Path(scene.name).expanduser().resolve()))
+        scene = replace(scene, name=os.path.realpath(expand(scene.name)))
     train = config.train
     if values.max_steps is not None and values.max_seconds is None:
         train = replace(train, max_seconds=0.0)  # who asks for steps means to get them
@@ -205,7 +205,7 @@ def read_config(workdir: Path) -> NerfConfig:
         raise InputError(f"{path}: not found; give the --workdir of a run of python -m jaxngp.train")
     try:
         return from_json(path.read_text(encoding="utf-8"), NerfConfig)
-    except (InputError, UnicodeDecodeError) as error:
+    except (InputError, OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path}: {error}; it was written by another version or edited: give another --workdir, or train anew "
             "with --restart"

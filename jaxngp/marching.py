@@ -122,7 +122,7 @@ def _test_steps(
 
         def one(i: jax.Array, found: list[jax.Array]) -> list[jax.Array]:
             new = walled(lambda _: words(i, 1), first_t)  # fused into what follows, it would keep one core busy
-            return [lax.dynamic_update_slice(f, w.T, (i, 0)) for f, w in zip(found, new, strict=True)]
+            return [lax.dynamic_update_slice(f, w.T, (i, jnp.int32(0))) for f, w in zip(found, new, strict=True)]
 
         empty = jnp.zeros((config.num_steps // 32, len(jitter)), jnp.uint32)
         return [f.T for f in lax.fori_loop(0, needed, one, [empty] * len(sets))]

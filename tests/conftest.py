@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import os
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # A first call compiles, so the time of one example says nothing. Derandomized: a red test stays red.
 settings.register_profile("laws", deadline=None, derandomize=True, max_examples=40, print_blob=False)
 settings.load_profile("laws")
+
+# Broken and hostile files: JAXNGP_FUZZ=5000 (make test-long) tries so many of each kind, and others in every run.
+CASES = os.environ.get("JAXNGP_FUZZ")
+settings.register_profile(
+    "fuzz",
+    settings.get_profile("laws"),
+    max_examples=int(CASES or 300),
+    derandomize=not CASES,
+    print_blob=bool(CASES),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 # Most of the time of these tests goes into compiling programs that run for a millisecond: LLVM does less here.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {os.environ.get('XLA_FLAGS', '')}".strip()

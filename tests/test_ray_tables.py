@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import fuzz
 
 from jaxngp import data
 from jaxngp.config import InputError, SceneConfig
@@ -360,20 +361,9 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(content)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@fuzz
 @given(st.one_of(damaged(), st.lists(PIECES, max_size=30).map(b"".join), st.binary(max_size=60)))
 def test_whatever_a_file_holds_only_input_error_escapes(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "train.pkl"
-    path.write_bytes(content)
-    check_refused_or_sound(path)
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from([".npy", ".npz"]), st.data())
-def test_a_damaged_array_file_is_refused_or_sound(tmp_path: Path, suffix: str, draws: st.DataObject) -> None:
-    path = save(tmp_path / f"train{suffix}", rows(1))
-    content = bytearray(path.read_bytes())
-    for _ in range(draws.draw(st.integers(1, 3))):
-        content[draws.draw(st.integers(0, len(content) - 1))] = draws.draw(st.integers(0, 255))
     path.write_bytes(content)
     check_refused_or_sound(path)

@@ -64,9 +64,17 @@ class Split:
 def cache_dir() -> Path:
     """Where downloads and the built-in scene are kept: $JAXNGP_CACHE, else the user's cache directory."""
     if own := os.environ.get("JAXNGP_CACHE"):
-        return Path(own).expanduser()
+        return expand(own)
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "jaxngp"
+    return expand(base) / "jaxngp"
+
+
+def expand(path: str) -> Path:
+    """`path` with its ~ replaced; as it stands where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def locate(scene: SceneConfig) -> Location:
@@ -82,7 +90,7 @@ def locate(scene: SceneConfig) -> Location:
 
 def _locate(scene: SceneConfig) -> Location:
     if scene.name not in SCENES:
-        return _locate_path(Path(scene.name).expanduser())
+        return _locate_path(expand(scene.name))
     if scene.name == "bricks":
         return _locate_builtin(scene)
     looked = _candidates(scene)
@@ -95,7 +103,7 @@ def _locate(scene: SceneConfig) -> Location:
 
 def _candidates(scene: SceneConfig) -> list[Path]:
     """The folders in which a named scene may lie, in the order of precedence."""
-    roots = [Path(root).expanduser() for root in (scene.data_dir, os.environ.get("JAXNGP_DATA", "")) if root]
+    roots = [expand(root) for root in (scene.data_dir, os.environ.get("JAXNGP_DATA", "")) if root]
     folders: list[Path] = []
     for index, root in enumerate([*roots, cache_dir()]):
         folders += [root / scene.name, root / "nerf_synthetic" / scene.name]
@@ -200,6 +208,16 @@ def _no_split(split: str, location: Location) -> InputError:
 
 def _load(scene: SceneConfig, location: Location, source: str, name: str, select: Callable[[int], np.ndarray]) -> Split:
     """The views of the split `source` that `select` picks, given how many there are; the result is called `name`."""
+    try:
+        return _read(scene, location, source, name, select)
+    except MemoryError as error:
+        raise InputError(
+            f"{location.path}: the {name} views are more than the memory holds ({error}); "
+            "shrink them with --downscale, or take some out"
+        ) from None
+
+
+def _read(scene: SceneConfig, location: Location, source: str, name: str, select: Callable[[int], np.ndarray]) -> Split:
     if location.kind == "rays":
         return _load_rays(scene, rays.find_tables(location.path)[source], name, select)
     transforms = blender.read_transforms(_transforms_path(location.path, source))

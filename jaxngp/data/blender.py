@@ -2,7 +2,8 @@
 
 The json gives the horizontal field of view (`camera_angle_x`, radians) or the focal length in pixels (`fl_x`), and
 for every frame a `file_path` (relative to the json, with or without the extension) and a camera-to-world matrix
-with OpenGL axes. The pixels are sRGB with straight alpha.
+with OpenGL axes. The pixels are sRGB with straight alpha. Images lie in the folder of the json: no name and no link
+leads out of it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import concurrent.futures
 import json
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,11 +24,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from jaxngp.cameras import Camera, PosedImages
-from jaxngp.config import InputError
+from jaxngp.config import MAX_LENGTH, InputError, shown
 
+# Told by the first bytes, whatever a file is called. PIL knows many more; for one of them it runs Ghostscript.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 POSE_TOLERANCE = 1e-3  # of the entries of R^T R - I, of det R - 1 and of the matrix's last row
-MAX_POSITION = 1e9  # world units; a camera farther out is a broken file
+FOCAL_RANGE = (1e-2, 1e7)  # px; beyond it float32 has no digits left for where pixels look
+PIXELS_AT_ONCE = 2**27  # that threads decode side by side; a pixel takes up to 16 bytes meanwhile
+PLAIN_PIXELS = 2**24  # with more, an image needs a byte for ...
+PIXELS_PER_BYTE = 1000  # ... so many; a header of a few bytes may promise any number, and a decoder make them up
 MAX_DISTORTION = 1e-9  # a coefficient below it moves no pixel
 DISTORTION_KEYS = ("k1", "k2", "k3", "k4", "p1", "p2")
 ALPHA_MODES = ("RGBA", "LA", "PA")
@@ -114,14 +121,15 @@ def _check_intrinsics(plain: dict[str, Any], transforms: Transforms) -> None:
         if value is not None and value <= 0:
             raise InputError(f"{path}: {key} = {value}: expected a positive number of pixels")
     if (model := plain.get("camera_model", "PINHOLE")) not in CAMERA_MODELS:
-        raise InputError(f"{path}: camera_model = {model!r}: expected one of {', '.join(CAMERA_MODELS)}")
+        raise InputError(f"{path}: camera_model = {shown(model)}: expected one of {', '.join(CAMERA_MODELS)}")
     for key in (*DISTORTION_KEYS, "fl_x", "fl_y", "cx", "cy", "w", "h", "camera_angle_x", "camera_angle_y"):
         for index, frame in enumerate(plain["frames"]):
             if key in frame and frame[key] != plain.get(key):
                 raise InputError(f"{path}: frame {index} has a {key} of its own: only one camera for all is supported")
     for key in DISTORTION_KEYS:
         if abs(_number(plain, key, path) or 0) > MAX_DISTORTION:
-            raise InputError(f"{path}: {key} = {plain[key]}: lens distortion is not supported; undistort the images")
+            said = shown(plain[key])
+            raise InputError(f"{path}: {key} = {said}: lens distortion is not supported; undistort the images")
 
 
 def _read_frames(plain: dict[str, Any], path: Path) -> tuple[Frame, ...]:
@@ -140,24 +148,24 @@ def _read_frames(plain: dict[str, Any], path: Path) -> tuple[Frame, ...]:
 def _image_path(frame: object, path: Path, index: int) -> Path:
     """The image of a frame; it need not exist, but lies in the folder of the transforms file."""
     name = frame.get("file_path") if isinstance(frame, dict) else None
-    if not isinstance(name, str) or not name.isprintable() or not Path(name).name:
+    inside = Path(os.path.normpath(name)) if isinstance(name, str) and name.isprintable() else Path()
+    if not inside.name:  # as that of "a/.." too
         raise InputError(f"{path}: frame {index} has no 'file_path' that is the name of a file; export the file again")
-    parts = os.path.normpath(name)
-    if Path(parts).is_absolute() or Path(parts).parts[0] == os.pardir:
-        raise InputError(f"{path}: frame {index}: {name!r} leaves the scene's folder; move the image into it")
-    return path.parent / (parts if Path(parts).suffix.lower() in IMAGE_SUFFIXES else parts + ".png")
+    if inside.is_absolute() or inside.parts[0] == os.pardir:
+        raise InputError(f"{path}: frame {index}: {shown(name)} leaves the scene's folder; move the image into it")
+    return path.parent / (inside if inside.suffix.lower() in IMAGE_SUFFIXES else f"{inside}.png")
 
 
 def _pose(frame: dict[str, Any], path: Path, index: int) -> np.ndarray:
     """c2w (3, 4) f64 of a frame whose transform_matrix is a rotation and a position."""
     rows = frame.get("transform_matrix")
-    where = f"{path}: frame {index} ({frame['file_path']!r})"
+    where = f"{path}: frame {index} ({shown(frame['file_path'])})"
     lists = isinstance(rows, list) and len(rows) in (3, 4) and all(isinstance(r, list) and len(r) == 4 for r in rows)
     numbers = [[_finite(value) for value in row] for row in rows] if lists and rows else []
     if not numbers or any(value is None for row in numbers for value in row):
         raise InputError(f"{where}: expected 'transform_matrix' to be 4 rows of 4 finite numbers; export it again")
     matrix = np.asarray(numbers, np.float64)
-    rotation, far = matrix[:3, :3], np.abs(matrix).max() > MAX_POSITION
+    rotation, far = matrix[:3, :3], np.abs(matrix).max() > MAX_LENGTH
     error = math.inf if far else np.abs(rotation.T @ rotation - np.eye(3)).max()
     if error > POSE_TOLERANCE or abs(np.linalg.det(rotation) - 1) > POSE_TOLERANCE:
         raise InputError(f"{where}: 'transform_matrix' is no pose: expected a rotation without scale or mirror in it")
@@ -175,8 +183,11 @@ def load_views(transforms: Transforms, frames: Sequence[Frame], downscale: int) 
     c2w stays in the units that the frames have. All images must be of one size, which `downscale` divides. An image
     without alpha gets alpha 255.
     """
+    for frame in frames:
+        _check_file(frame.image, transforms.path.parent)
     width, height = _probe(frames[0].image)
     size = _reduced_size(width, height, downscale, transforms.path)
+    camera = _camera(transforms, (width, height), downscale)
     rgba = np.empty((len(frames), size[1], size[0], 4), np.uint8)
 
     def load(view: int) -> bool:
@@ -185,12 +196,12 @@ def load_views(transforms: Transforms, frames: Sequence[Frame], downscale: int) 
         return has_alpha
 
     # PIL and zlib release the GIL. An image is reduced as soon as it is read, so few are held at full size.
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    workers = min(8, os.cpu_count() or 1, max(1, PIXELS_AT_ONCE // (width * height)))
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         loaded = pool.map(load, range(len(frames)))
         bar = tqdm(loaded, transforms.path.name, len(frames), delay=1.0, disable=None, leave=False, unit="image")
         has_alpha = any([*bar])
     c2w = np.stack([frame.c2w for frame in frames]).astype(np.float32)
-    camera = _camera(transforms, (width, height), downscale)
     return PosedImages(camera=camera, c2w=c2w, rgba=rgba), has_alpha  # type: ignore[arg-type]
 
 
@@ -222,12 +233,19 @@ def _camera(transforms: Transforms, size: tuple[int, int], downscale: int) -> Ca
             "expected one aspect ratio; correct w and h, or use the images that belong to them"
         )
     focal_x, focal_y = (
-        focal / said[i] * size[i] if focal else angle and 0.5 * size[i] / math.tan(0.5 * angle)
+        focal / said[i] * size[i] if focal else angle and 0.5 * size[i] / max(math.tan(0.5 * angle), 1e-99)
         for i, (focal, angle) in enumerate(zip(transforms.focal_xy, transforms.angle_xy, strict=True))
     )
+    focal: tuple[float, float] = focal_x, focal_y or focal_x  # type: ignore[assignment]
     centre = [0.5 * n if c is None else c / s * n for c, s, n in zip(transforms.centre_xy, said, size, strict=True)]
+    low, high = FOCAL_RANGE
+    if not (all(low <= f <= high for f in focal) and all(abs(c) <= high for c in centre)):
+        raise InputError(
+            f"{transforms.path}: focal length {focal[0]:g}, {focal[1]:g} and centre {centre[0]:g}, {centre[1]:g} "
+            f"in pixels: expected {low:g} to {high:g}; correct camera_angle_x, fl_x, cx or w"
+        )
     return Camera(
-        focal_xy=np.asarray([focal_x, focal_y or focal_x], np.float32) / downscale,  # type: ignore[arg-type]
+        focal_xy=np.asarray(focal, np.float32) / downscale,  # type: ignore[arg-type]
         centre_xy=np.asarray(centre, np.float32) / downscale,  # type: ignore[arg-type]
         width=size[0] // downscale,
         height=size[1] // downscale,
@@ -243,6 +261,19 @@ def _reduced_size(width: int, height: int, downscale: int, path: Path) -> tuple[
             f"use one of {divisors}"
         )
     return width // downscale, height // downscale
+
+
+def _check_file(path: Path, folder: Path) -> None:
+    """Raises InputError where a link leads out of the scene's folder, or to what is no file and may never end."""
+    found = Path(os.path.realpath(path))
+    if not found.is_relative_to(os.path.realpath(folder)):
+        raise InputError(f"{path}: links to {found}, which leaves the scene's folder; put the image itself there")
+    try:
+        regular = stat.S_ISREG(found.stat().st_mode)
+    except OSError:  # opening it will say what is wrong
+        return
+    if not regular:
+        raise InputError(f"{path}: is no file; put the image there, or take its frame out of the json")
 
 
 def _probe(path: Path) -> tuple[int, int]:
@@ -270,11 +301,16 @@ def _read_image(path: Path, size: tuple[int, int], first: Path) -> tuple[np.ndar
 
 def _open(path: Path) -> Image.Image:
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=IMAGE_FORMATS)
     except FileNotFoundError:
         raise InputError(f"{path}: the image is missing; put it there, or take its frame out of the json") from None
     except Exception as error:  # as above; a decompression bomb is found here too
         raise InputError(f"{path}: is no readable image ({error}); render or download it again") from None
-    if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise InputError(f"{path}: {image.width}x{image.height} pixels are too many; scale the images down")
+    num_bytes, num_pixels = path.stat().st_size, image.width * image.height
+    if num_pixels > min(max(PLAIN_PIXELS, PIXELS_PER_BYTE * num_bytes), Image.MAX_IMAGE_PIXELS or math.inf):
+        image.close()
+        raise InputError(
+            f"{path}: {image.width}x{image.height} pixels are too many, at all or for {num_bytes} bytes; "
+            "scale the images down"
+        )
     return image

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,10 @@ from flax import struct
 from tqdm import tqdm
 
 from jaxngp.cameras import Rays
-from jaxngp.config import InputError
+from jaxngp.config import MAX_LENGTH, InputError, shown
 
 SUFFIXES = (".npy", ".npz", ".pkl")
 SIZE_ADVICE = "put WIDTHxHEIGHT into the file's name (test_800x800.npy), or an entry 'size' into the .npz"
-MAX_VALUE = 1e9  # of any entry of a row; what lies beyond is a broken file
 MIN_NORM = 1e-6  # of a direction, before it is normalised
 RGB_TOLERANCE = 1e-3  # by which a colour may leave [0, 1] before it is clipped instead of refused
 MAX_COMPRESSION = 200  # bytes out per byte in; rays compress less than tenfold, an archive made to fill the memory more
@@ -106,8 +106,10 @@ def read_ray_table(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
     except InputError:
         raise
     except Exception as error:  # a reader met with a broken or hostile file raises whatever it likes
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = textwrap.shorten(str(error), 200) or type(error).__name__
         raise InputError(f"{path}: no ray table ({reason}); expected an (N, 9) array of floats") from None
+    if not isinstance(rows, np.ndarray):  # what in an archive is no .npy comes as its bytes
+        raise InputError(f"{path}: 'rays' is no array: expected an (N, 9) array of floats; export it in that form")
     if rows.ndim != 2 or rows.shape[1] != 9 or rows.shape[0] == 0 or rows.dtype.kind != "f":
         raise InputError(
             f"{path}: holds a {rows.dtype} array of shape {rows.shape}: expected (N, 9) floats, "
@@ -124,23 +126,23 @@ def _size_in_name(path: Path) -> tuple[int, int]:
 def _read_npz(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
     # The file is opened here because numpy leaves it open where it is no whole archive.
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-        for info in archive.zip.infolist():
-            if info.file_size > MAX_COMPRESSION * max(info.compress_size, 2**16):
-                raise InputError(f"{path}: {info.filename!r} unpacks to {info.file_size} bytes: refused; save it again")
+        unpacked = sum(info.file_size for info in archive.zip.infolist())
+        if unpacked > MAX_COMPRESSION * max(path.stat().st_size, 2**16):  # what an entry says of itself may be wrong
+            raise InputError(f"{path}: unpacks to {unpacked} bytes: refused; save it again")
         width, height = _stored_size(path, archive["size"]) if "size" in archive.files else (0, 0)
         if "rays" in archive.files:
             return archive["rays"], (width, height)
         arrays = {key: archive[key] for key in archive.files if key != "size"}
     tables = [array for array in arrays.values() if array.ndim == 2 and array.shape[1] == 9]
     if len(tables) != 1:
-        held = ", ".join(f"{key} {array.shape}" for key, array in arrays.items()) or "nothing"
+        held = textwrap.shorten(", ".join(f"{key} {array.shape}" for key, array in arrays.items()), 200) or "nothing"
         raise InputError(f"{path}: expected an array 'rays' of shape (N, 9), found {held}; name it so")
     return tables[0], (width, height)
 
 
 def _stored_size(path: Path, size: np.ndarray) -> tuple[int, int]:
     if size.shape != (2,) or size.dtype.kind not in "iu" or size.min() < 1 or size.max() > 99999:
-        raise InputError(f"{path}: the entry 'size' is {size.tolist()}: expected two integers, width and height")
+        raise InputError(f"{path}: the entry 'size' is {shown(size.tolist())}: expected two integers, width and height")
     return int(size[0]), int(size[1])
 
 
@@ -235,7 +237,7 @@ def _read_pickle(path: Path) -> np.ndarray:
 def _pickled_dtype(dtype: _Call) -> np.dtype[Any]:
     code, order = dtype.args[0], dtype.state[1]
     if dtype.name != "dtype" or code not in ("f2", "f4", "f8") or order not in ("<", ">"):
-        raise pickle.UnpicklingError(f"the array is of dtype {str(code)[:20]!r}")
+        raise pickle.UnpicklingError(f"the array is of dtype {shown(code)}")
     return np.dtype(order + code)
 
 
@@ -282,7 +284,7 @@ def _chunks(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 def _checked(path: Path, part: np.ndarray, start: int) -> np.ndarray:
     """`part` (M, 9) f64, rows `start` and on of a table, if all of it is sound."""
     faults = (
-        (~(np.abs(part) <= MAX_VALUE).all(axis=1), "is not finite"),
+        (~(np.abs(part) <= MAX_LENGTH).all(axis=1), "is not finite"),
         (~(np.abs(part[:, 3:6]).max(axis=1) >= MIN_NORM), "has no direction (columns 3-5 are 0)"),
         (~(np.abs(part[:, 6:] - 0.5) <= 0.5 + RGB_TOLERANCE).all(axis=1), "has a colour outside [0, 1] (columns 6-8)"),
     )
