@@ -103,7 +103,7 @@ FAULTS = (
         "rgb + background",
         ("compositing",),
     ),
-    Fault("depth_not_divided", "compositing.py", "depth / safe", "depth", ("compositing",)),
+    Fault("depth_not_divided", "compositing.py", "depth * scale / (safe * scale)", "depth", ("compositing",)),
     Fault(
         "lower_half_lost",
         "compositing.py",
@@ -121,9 +121,8 @@ FAULTS = (
     Fault(
         "gradient_of_depth_forwards",
         "compositing.py",
-        "lax.platform_dependent(cotangent[::-1], ray[::-1], cpu=exclusive_scan, default=fixed_point)\n"
-        "    return backwards[::-1], None",
-        "lax.platform_dependent(cotangent, ray, cpu=exclusive_scan, default=fixed_point)\n    return backwards, None",
+        "_exclusive_sum(cotangent, ray, num_rays, not behind, None)",
+        "_exclusive_sum(cotangent, ray, num_rays, behind, None)",
         ("compositing",),
     ),
     # Marching.
@@ -331,8 +330,15 @@ FAULTS = (
     Fault(
         "shadow_not_updated",
         "training/steps.py",
-        "return state, make_shadow(params, config=config.field), metrics",
-        "return state, shadow, metrics",
+        "return state, make_shadow(params, config=config.field), replace",
+        "return state, shadow, replace",
+        ("training",),
+    ),
+    Fault(
+        "update_of_no_number",
+        "training/steps.py",
+        "sound = jnp.isfinite(metrics.loss) & _is_finite(gradient)",
+        "sound = jnp.bool_(True)",
         ("training",),
     ),
     Fault(
@@ -342,7 +348,13 @@ FAULTS = (
         "config.optimizer.ema_decay",
         ("training",),
     ),
-    Fault("means_over_steps_not_taken", "training/steps.py", "sums / num_steps", "sums / max_steps", ("training",)),
+    Fault(
+        "means_over_steps_not_taken",
+        "training/steps.py",
+        "sums / jnp.maximum(num_steps, 1)",
+        "sums / max_steps",
+        ("training",),
+    ),
     Fault(
         "refresh_without_the_step",
         "training/steps.py",

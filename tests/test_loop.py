@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 from unittest import mock
 
@@ -18,7 +18,7 @@ from jaxngp.training.loop import Progress
 from jaxngp.training.optimizer import learning_rate
 from jaxngp.training.steps import Metrics
 
-ZEROS = Metrics(**dict.fromkeys(("loss", "psnr", "rays", "samples", "dropped_samples", "occupied_fraction"), 0.0))
+ZEROS = Metrics(**dict.fromkeys([field.name for field in fields(Metrics)], 0.0))
 
 configs = st.builds(
     lambda train, every: NerfConfig(
