@@ -52,8 +52,8 @@ def composite(
     return blend(sums[:, :3], sums[:, 3], sums[:, 4], background)
 
 
-FAINT = 1e-35
-"""The opacity below which nothing is there: the slope of the depth, its inverse, would leave float32."""
+FAINT = 1e-31
+"""The opacity below which nothing is there: a density over it, a slope of the depth, would leave float32."""
 
 
 def blend(rgb: jax.Array, opacity: jax.Array, depth: jax.Array, background: jax.Array) -> RenderOutput:

