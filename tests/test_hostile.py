@@ -222,14 +222,14 @@ def test_a_folder_whose_name_has_lines_is_one_line(scene: Path) -> None:
 
 @pytest.mark.parametrize("field", ["name", "data_dir"])
 def test_the_home_of_nobody_is_no_scene(field: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise InputError("not found")
+
     monkeypatch.setenv("JAXNGP_CACHE", str(tmp_path))
-    monkeypatch.setattr(data.download, "download_scene", lambda *args, **_: str(args) + missing())
+    monkeypatch.delenv("JAXNGP_DATA", raising=False)  # where lego may well be
+    monkeypatch.setattr(data.download, "download_scene", missing)
     with pytest.raises(InputError):
         data.locate(SceneConfig(**({"name": "lego"} | {field: "~no-such-user/x"})))
-
-
-def missing() -> str:
-    raise InputError("not found")
 
 
 @pytest.mark.parametrize(
