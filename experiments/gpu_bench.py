@@ -30,6 +30,7 @@ from absl import flags as absl_flags
 
 from experiments import gpu_sections
 from experiments.gpu_run import Bench, Section, Sizes, run_sections
+from experiments.throughput import define_marching_flags
 from jaxngp import flags
 from jaxngp.cameras import PosedImages
 from jaxngp.config import PRESETS, InputError, MarchConfig, apply_overrides, scene_config
@@ -122,11 +123,7 @@ def choose_sections(names: Sequence[str], psnr_seconds: float) -> list[Section]:
 
 
 def define_flags(values: flags.Flags) -> None:
-    absl_flags.DEFINE_string("scene", "bricks", "As for training.", flag_values=values)
-    absl_flags.DEFINE_string("data_dir", "", "Folder that holds the scene.", flag_values=values)
-    absl_flags.DEFINE_integer("downscale", 1, "Shrink the images by this factor.", 1, flag_values=values)
-    absl_flags.DEFINE_string("preset", "base", "A preset that marches.", flag_values=values)
-    absl_flags.DEFINE_multi_string("override", [], "Set a field of the config.", flag_values=values)
+    define_marching_flags(values, preset="base")
     absl_flags.DEFINE_integer("eval_views", 4, "Evenly spaced views to evaluate.", 1, flag_values=values)
     absl_flags.DEFINE_float(
         "seconds", None, "Of the longest training for the PSNR; 60, or 2 of a toy.", 0.1, flag_values=values

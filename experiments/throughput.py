@@ -407,12 +407,17 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def define_flags(values: flags.Flags) -> None:
+def define_marching_flags(values: flags.Flags, *, preset: str) -> None:
+    """The flags of what is measured on a scene with a preset that marches, by default the one named."""
     absl_flags.DEFINE_string("scene", "bricks", "As for training.", flag_values=values)
     absl_flags.DEFINE_string("data_dir", "", "Folder that holds the scene.", flag_values=values)
     absl_flags.DEFINE_integer("downscale", 1, "Shrink the images by this factor.", 1, flag_values=values)
-    absl_flags.DEFINE_string("preset", "small", "A preset that marches.", flag_values=values)
+    absl_flags.DEFINE_string("preset", preset, "A preset that marches.", flag_values=values)
     absl_flags.DEFINE_multi_string("override", [], "Set a field of the config.", flag_values=values)
+
+
+def define_flags(values: flags.Flags) -> None:
+    define_marching_flags(values, preset="small")
     absl_flags.DEFINE_integer("steps", 1000, "Steps of training before anything is timed.", 1, flag_values=values)
     absl_flags.DEFINE_integer("image_size", 800, "Pixels per side of the whole image.", 16, flag_values=values)
     absl_flags.DEFINE_integer("runs", 9, "Timed turns of each stage.", 1, flag_values=values)
