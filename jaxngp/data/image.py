@@ -165,7 +165,7 @@ def read_image(path: Path, *, background: Background) -> StoredImage:
     status, magic = _probe(path)
     try:
         if magic == np.lib.format.MAGIC_PREFIX:
-            return StoredImage(path.name, _map(path), status.st_size)
+            return StoredImage(path.name, map_npy(path), status.st_size)
         if magic.startswith(EXR_MAGIC):
             return StoredImage(path.name, _read_exr(path, status.st_size, background), status.st_size)
         return _read_with_pillow(path, status, background)
@@ -196,8 +196,8 @@ def _check_size(path: Path, width: int, height: int, num_bytes: float) -> None:
         raise InputError(f"{sides}: too many, at all or for {num_bytes} bytes; scale it down, or save it as a .npy")
 
 
-def _map(path: Path) -> np.memmap:
-    """The (H, W, 3) array of a `.npy`, mapped read-only."""
+def map_npy(path: Path) -> np.memmap:
+    """The (H, W, 3) array of a `.npy`, mapped read-only. Raises InputError where it holds something else."""
     try:
         pixels = np.load(path, mmap_mode="r", allow_pickle=False)  # fails where the file is too short
     except Exception as error:  # met with a broken or hostile header it raises whatever it likes
@@ -250,7 +250,7 @@ def _read_with_pillow(path: Path, status: os.stat_result, background: Background
         if not cached.exists():
             decoded = _decode(path, image, background)
             write_npy(cached, (decoded.image.height, decoded.image.width), decoded.dtype, decoded.strips())
-    return StoredImage(path.name, _map(cached), status.st_size, notes)
+    return StoredImage(path.name, map_npy(cached), status.st_size, notes)
 
 
 def _open(path: Path, num_bytes: int) -> Image.Image:
