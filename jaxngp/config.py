@@ -87,6 +87,13 @@ class HashGridConfig:
         return self.num_levels * self.num_features
 
 
+def _check_precision(precision: Precision, encoding: HashGridConfig) -> None:
+    known = typing.get_args(Precision)
+    _check(precision in known, "field.precision", precision, f"one of {known}")
+    low = 1e-6 if precision == "bfloat16" else 0.0  # in float16, which the table is then read in, 6e-8 is 0
+    _check(encoding.init_scale >= low, "field.encoding.init_scale", encoding.init_scale, f"at least {low:g}")
+
+
 DirectionEncoding = Literal["spherical_harmonics", "frequency"]
 MlpInit = Literal["glorot", "torch"]
 Precision = Literal["float32", "bfloat16"]
@@ -117,13 +124,25 @@ class FieldConfig:
         _check(self.direction_encoding in known, "field.direction_encoding", self.direction_encoding, f"one of {known}")
         known = typing.get_args(MlpInit)
         _check(self.mlp_init in known, "field.mlp_init", self.mlp_init, f"one of {known}")
-        known = typing.get_args(Precision)
-        _check(self.precision in known, "field.precision", self.precision, f"one of {known}")
-        low = 1e-6 if self.precision == "bfloat16" else 0.0  # in float16, which the table is then read in, 6e-8 is 0
-        name = "field.encoding.init_scale"
-        _check(self.encoding.init_scale >= low, name, self.encoding.init_scale, f"at least {low:g}")
+        _check_precision(self.precision, self.encoding)
         limit = 8 if self.direction_encoding == "spherical_harmonics" else 16
         _check(self.direction_degree <= limit, "field.direction_degree", self.direction_degree, f"at most {limit}")
+
+
+@dataclass(frozen=True)
+class PointFieldConfig:
+    """A function of position alone: hash encoding, one MLP, linear output (paper sections 5.1 and 5.2)."""
+
+    encoding: HashGridConfig = HashGridConfig()
+    hidden_width: int = 64
+    hidden_layers: int = 2
+    num_outputs: int = 1
+    precision: Precision = "float32"  # of features and hidden layers; parameters and results are always float32
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_width", "hidden_layers", "num_outputs"):
+            _check(getattr(self, name) >= 1, f"field.{name}", getattr(self, name), "at least 1")
+        _check_precision(self.precision, self.encoding)
 
 
 @dataclass(frozen=True)
@@ -260,12 +279,9 @@ Background = Literal["random", "white", "black"]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """The training loop."""
+class LoopConfig:
+    """The training loop, whatever is learned in it."""
 
-    num_rays: int = 2**16  # rays drawn per step; those whose samples fill the buffer are used
-    loss: Loss = "huber"
-    background: Background = "random"  # behind transparent pixels; random per ray
     max_steps: int = 35_000
     max_seconds: float = 0.0  # of training, compilation excluded; 0 means no limit
     steps_per_dispatch: int = 16  # steps in one call of the compiled program
@@ -277,15 +293,28 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_rays", "max_steps", "steps_per_dispatch", "dispatches_together"):
+        for name in ("max_steps", "steps_per_dispatch", "dispatches_together"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
-        _check(self.loss in typing.get_args(Loss), "train.loss", self.loss, f"one of {typing.get_args(Loss)}")
-        known = typing.get_args(Background)
-        _check(self.background in known, "train.background", self.background, f"one of {known}")
         _check(0 <= self.max_seconds < 1e9, "train.max_seconds", self.max_seconds, "at least 0 and below 1e9")
         _check(self.log_every >= 0, "train.log_every", self.log_every, "at least 0")
         _check(self.checkpoint_seconds > 0, "train.checkpoint_seconds", self.checkpoint_seconds, "positive")
         _check(0 <= self.seed < 2**32, "train.seed", self.seed, "in [0, 2**32)")
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """The training loop of a NeRF."""
+
+    num_rays: int = 2**16  # rays drawn per step; those whose samples fill the buffer are used
+    loss: Loss = "huber"
+    background: Background = "random"  # behind transparent pixels; random per ray
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.num_rays >= 1, "train.num_rays", self.num_rays, "at least 1")
+        _check(self.loss in typing.get_args(Loss), "train.loss", self.loss, f"one of {typing.get_args(Loss)}")
+        known = typing.get_args(Background)
+        _check(self.background in known, "train.background", self.background, f"one of {known}")
 
 
 MAX_LENGTH = 1e9
@@ -328,6 +357,104 @@ class NerfConfig:
         noise = self.sampler.num_bins if isinstance(self.sampler, StratifiedConfig) else 1
         drawn = self.train.steps_per_dispatch * self.train.num_rays * (noise + 14)  # numbers, for a dispatch at once
         _check(drawn <= 2**28, "train.steps_per_dispatch", self.train.steps_per_dispatch, "fewer, with as many rays")
+
+
+# The other primitives: an image, and the signed distance to a solid.
+
+
+def _check_points(train: PictureTrainConfig | SolidTrainConfig) -> None:
+    _check(8 <= train.num_points <= 2**24, "train.num_points", train.num_points, "from 8 to 2**24")
+    drawn = train.steps_per_dispatch * train.num_points * 3  # numbers, for a dispatch at once
+    _check(drawn <= 2**28, "train.steps_per_dispatch", train.steps_per_dispatch, "fewer, with as many points")
+
+
+def _check_shape(field: PointFieldConfig, *, num_dims: int, num_outputs: int) -> None:
+    _check(field.encoding.num_dims == num_dims, "field.encoding.num_dims", field.encoding.num_dims, str(num_dims))
+    _check(field.num_outputs == num_outputs, "field.num_outputs", field.num_outputs, str(num_outputs))
+
+
+@dataclass(frozen=True)
+class PictureConfig:
+    """Which image is learned."""
+
+    path: str = ""  # empty is the built-in one, of the size below
+    width: int = 2048  # px
+    height: int = 2048  # px
+    background: Literal["white", "black"] = "white"  # behind transparent pixels
+
+    def __post_init__(self) -> None:
+        for name in ("width", "height"):
+            _check(2 <= getattr(self, name) <= 2**16, f"picture.{name}", getattr(self, name), "from 2 to 65536")
+        known = ("white", "black")
+        _check(self.background in known, "picture.background", self.background, f"one of {known}")
+
+
+@dataclass(frozen=True)
+class PictureTrainConfig(LoopConfig):
+    """The training loop of an image."""
+
+    num_points: int = 2**18  # drawn per step, one in each rectangle of a grid over the image
+    snap: bool = True  # to the centre of a pixel; else the image is interpolated between them
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_points(self)
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """All of one run that learns an image (paper section 5.1)."""
+
+    picture: PictureConfig = PictureConfig()
+    field: PointFieldConfig = PointFieldConfig(encoding=HashGridConfig(num_dims=2), num_outputs=3)
+    optimizer: OptimizerConfig = OptimizerConfig(ema_decay=0.0)
+    train: PictureTrainConfig = PictureTrainConfig()
+
+    def __post_init__(self) -> None:
+        _check_shape(self.field, num_dims=2, num_outputs=3)
+
+
+@dataclass(frozen=True)
+class SolidConfig:
+    """Whose signed distance is learned, and the points that it is learned from."""
+
+    name: str = "shapes"  # of the analytic solids, or the path of a mesh
+    num_samples: int = 2**21  # points whose distance is computed before training, and so many on the surface
+    offset: float = 1 / 1024  # standard deviation of points near the surface, in halves of the box's diagonal
+
+    def __post_init__(self) -> None:
+        _check(bool(self.name), "solid.name", self.name, "a name or a path")
+        _check(2**10 <= self.num_samples <= 2**28, "solid.num_samples", self.num_samples, "from 2**10 to 2**28")
+        _check(0 < self.offset <= 1, "solid.offset", self.offset, "in (0, 1]")
+
+
+@dataclass(frozen=True)
+class SolidTrainConfig(LoopConfig):
+    """The training loop of a signed distance."""
+
+    num_points: int = 2**18  # drawn per step: a half on the surface, three eighths near it, an eighth anywhere
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_points(self)
+
+
+@dataclass(frozen=True)
+class SdfConfig:
+    """All of one run that learns a signed distance function (paper section 5.2)."""
+
+    solid: SolidConfig = SolidConfig()
+    field: PointFieldConfig = PointFieldConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4)
+    train: SolidTrainConfig = SolidTrainConfig()
+
+    def __post_init__(self) -> None:
+        _check_shape(self.field, num_dims=3, num_outputs=1)
+
+
+PointConfig = ImageConfig | SdfConfig
+RunConfig = NerfConfig | ImageConfig | SdfConfig
+"""What a workdir may hold a run of."""
 
 
 _PAPER = NerfConfig(

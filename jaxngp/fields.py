@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxngp.config import PRESETS, FieldConfig, HashGridConfig, InputError, MlpInit
+from jaxngp.config import PRESETS, FieldConfig, HashGridConfig, InputError, MlpInit, PointFieldConfig
 from jaxngp.encodings import frequency_encode, hash_encode, init_table, sh_encode
 from jaxngp.fusion import walled
 from jaxngp.hashing import level_sizes
@@ -173,7 +173,26 @@ class NerfField(nn.Module):
         return jnp.where(_inside(position), density, 0) if self.config.mask_outside_box else density
 
 
-def compute_dtype(config: FieldConfig) -> jnp.dtype | None:
+class PointField(nn.Module):
+    """Position to a few numbers, an image's colour or a signed distance: hash encoding -> MLP, linear output."""
+
+    config: PointFieldConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.encoding = HashEncoding(c.encoding, compute_dtype(c))
+        self.mlp = Mlp(c.hidden_width, c.hidden_layers, c.num_outputs)
+
+    def __call__(self, position: jax.Array, shadow: jax.Array | None = None) -> jax.Array:
+        """position (N, D) in [0, 1] -> (N, num_outputs) f32."""
+        return self.networks(self.encoding(position, shadow))
+
+    def networks(self, features: jax.Array) -> jax.Array:
+        """All but the hash encoding: its features (N, L * F) -> (N, num_outputs)."""
+        return jnp.asarray(self.mlp(features))
+
+
+def compute_dtype(config: FieldConfig | PointFieldConfig) -> jnp.dtype | None:
     """Of the features and hidden layers; None is that of the parameters."""
     return jnp.dtype(jnp.bfloat16) if config.precision == "bfloat16" else None
 
@@ -190,16 +209,19 @@ def _encode_direction(direction: jax.Array, config: FieldConfig) -> jax.Array:
     return walled(encode, direction)  # fused into the concatenation that follows, it would take three times as long
 
 
-def init_params(key: jax.Array, *, config: FieldConfig) -> Params:
-    """Fresh parameters of a NerfField: {"encoding": {"table"}, "density_mlp": {...}, "colour_mlp": {...}}."""
-    features, direction = jnp.zeros((1, config.encoding.num_outputs)), jnp.zeros((1, 3))
+def init_params(key: jax.Array, *, config: FieldConfig | PointFieldConfig) -> Params:
+    """Fresh parameters: {"encoding": {"table"}} and the MLPs, {"density_mlp", "colour_mlp"} or {"mlp"}, as dicts."""
     network_key, table_key = jax.random.split(key)
     # Not by one init of the whole field, which would trace the encoding for nothing but the shape of its output.
-    networks = NerfField(config).init(network_key, features, direction, method="networks")["params"]
-    return {"encoding": {"table": init_table(table_key, grid=config.encoding)}, **networks}
+    inputs = [jnp.zeros((1, config.encoding.num_outputs))]
+    if isinstance(config, FieldConfig):
+        networks = NerfField(config).init(network_key, *inputs, jnp.zeros((1, 3)), method="networks")
+    else:
+        networks = PointField(config).init(network_key, *inputs, method="networks")
+    return {"encoding": {"table": init_table(table_key, grid=config.encoding)}, **networks["params"]}
 
 
-def make_shadow(params: Params, *, config: FieldConfig) -> jax.Array | None:
+def make_shadow(params: Params, *, config: FieldConfig | PointFieldConfig) -> jax.Array | None:
     """A copy of the hash table to read from, half its size; None where the field computes in float32.
 
     In float16, which is as small as bfloat16 and rounds eight times finer: its narrow range would trouble gradients,
@@ -234,6 +256,13 @@ def field_maker(config: FieldConfig) -> Callable[[Params], Callable]:
         return functools.partial(evaluate_field, params, config=config, shadow=shadow)
 
     return make_field
+
+
+def evaluate_points(
+    params: Params, position: jax.Array, *, config: PointFieldConfig, shadow: jax.Array | None = None
+) -> jax.Array:
+    """A PointField as a function: position (N, D) in [0, 1] -> (N, num_outputs). shadow: what `make_shadow` gives."""
+    return jnp.asarray(PointField(config).apply({"params": params}, position, shadow))
 
 
 def evaluate_density(params: Params, position: jax.Array, *, config: FieldConfig) -> jax.Array:

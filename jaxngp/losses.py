@@ -1,4 +1,4 @@
-"""Losses between a predicted and a true colour, per element."""
+"""Losses between predictions and targets, per element."""
 
 from __future__ import annotations
 
@@ -18,3 +18,12 @@ def colour_loss(prediction: jax.Array, target: jax.Array, *, loss: Loss) -> jax.
         return error**2
     size = jnp.abs(error)
     return jnp.where(size < HUBER_DELTA, 0.5 * error**2, HUBER_DELTA * (size - 0.5 * HUBER_DELTA))
+
+
+RELATIVE_FLOOR = 0.01
+"""What is added to the size of the target in a relative error; tiny-cuda-nn's value."""
+
+
+def relative_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """|p - t| / (|t| + 0.01), the term of MAPE (paper appendix C.1): close to a surface, errors weigh most. (...)."""
+    return jnp.abs(prediction - target) / (jnp.abs(target) + RELATIVE_FLOOR)

@@ -16,10 +16,10 @@ ROOT = Path(__file__).parent.parent
 # A module imports only modules of earlier lines, or of its own subpackage. Subpackages count as one.
 LAYERS = (
     "config",
-    "cameras hashing compositing losses metrics fusion gpu",
+    "cameras images hashing compositing losses metrics fusion gpu",
     "encodings occupancy",
     "carving",
-    "fields marching",
+    "fields marching tracing",
     "rendering",
     "data",
     "training",

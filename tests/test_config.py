@@ -147,7 +147,7 @@ def test_the_last_override_wins_and_spaces_do_not_matter() -> None:
     [
         ("train.sed=1", "no field 'sed'; its fields are background, .*seed, steps_per_dispatch"),
         ("tran.seed=1", "no field 'tran'; its fields are field, optimizer, sampler, scene, train"),
-        ("train=1", "names a group; its fields are num_rays"),
+        ("train=1", "names a group; its fields are max_steps"),
         ("train.seed.low=1", "goes below a value"),
         ("train.seed", "expected dotted.path=value"),
         ("train.seed=1.5", "train.seed = 1.5: expected int"),

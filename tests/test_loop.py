@@ -16,6 +16,7 @@ from jaxngp.config import CosineDecay, MarchConfig, NerfConfig, OccupancyConfig,
 from jaxngp.training import loop
 from jaxngp.training.loop import Progress
 from jaxngp.training.optimizer import learning_rate
+from jaxngp.training.programs import Programs
 from jaxngp.training.steps import Metrics
 
 ZEROS = Metrics(**dict.fromkeys([field.name for field in fields(Metrics)], 0.0))
@@ -44,14 +45,20 @@ class Run:
         self.rates: list[float] = []
         self.refreshed: list[int] = []
         self.yielded: list[Any] = []
-        programs = loop._Programs((None, None), self.steps, self.refresh, 0.0)
+        programs = Programs(
+            steps=self.steps,
+            seconds=0.0,
+            refresh=self.refresh,
+            refresh_every=config.sampler.occupancy.refresh_every,
+        )
         clock = mock.Mock(perf_counter=itertools.count(0.0, seconds_a_look).__next__)
-        with mock.patch.multiple(loop, _compile=lambda *_: programs, time=clock):
+        with mock.patch.multiple(loop, compile_programs=lambda *_: programs, time=clock):
             self.yielded += loop.train(config, None, resume=Progress(0, None, 0, 0.0, 0.0, 0.0, 0.0))
 
-    def steps(self, state: int, _data: Any, _pixels: Any, rates: jax.Array, number: jax.Array) -> tuple[int, Metrics]:
-        self.rates += np.asarray(rates)[: int(number)].tolist()
-        self.ends.append(state + int(number))
+    def steps(self, state: int, step: int, rates: jax.Array, number: int) -> tuple[int, Metrics]:
+        assert step == state
+        self.rates += np.asarray(rates)[:number].tolist()
+        self.ends.append(state + number)
         return self.ends[-1], ZEROS
 
     def refresh(self, state: int) -> int:

@@ -32,11 +32,11 @@ from jaxngp.config import (
     TrainConfig,
 )
 from jaxngp.data.rays import RayTable
-from jaxngp.fields import evaluate_field, make_shadow
+from jaxngp.fields import Params, evaluate_field, make_shadow
 from jaxngp.losses import colour_loss
 from jaxngp.marching import find_candidates
 from jaxngp.occupancy import OccupancyGrid, init_occupancy
-from jaxngp.training import steps
+from jaxngp.training import steps, updates
 from jaxngp.training.checkpoints import Checkpoints
 from jaxngp.training.loop import Progress, train
 from jaxngp.training.state import TrainState, init_state
@@ -311,15 +311,25 @@ def test_the_average_moves_as_by_so_many_steps() -> None:
 # Numbers that are none.
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def take_step(
+    state: TrainState, shadow: jax.Array | None, batch: PixelBatch, noise: StepNoise, *, config: NerfConfig
+) -> tuple:
+    def gradient_fn(_: jax.Array, params: Params, shadow: jax.Array | None) -> tuple:
+        gradient = jax.grad(steps.nerf_loss, has_aux=True)
+        return gradient(params, batch, noise, state.occupancy, config=config, shadow=shadow)
+
+    return updates.take_step(state, shadow, jnp.int32(0), jnp.float32(1e-2), gradient_fn, config=config)
+
+
 def test_an_update_that_is_no_finite_number_is_left_out_and_counted() -> None:
     state = init_state(0, config=SHORT)
     draw = jax.jit(steps.draw_batches, static_argnames=("num_steps", "config"))
     drawn = draw(state.step, state.key, ball_views(), None, num_steps=1, config=SHORT)
     batch, noise = jax.tree.map(lambda a: a[0], drawn)
-    step = jax.jit(functools.partial(steps.nerf_step, config=SHORT))
     for value, skipped in ((np.nan, 1), (np.inf, 1), (0.5, 0)):
         rgba = jnp.full_like(batch.rgba, 1).at[:, 0].set(value)
-        new, _, metrics = step(state, None, batch.replace(rgba=rgba), noise, jnp.float32(1e-2))
+        new, _, metrics = take_step(state, None, batch.replace(rgba=rgba), noise, config=SHORT)
         assert int(new.step) == 1
         assert metrics.skipped == skipped
         same = jax.tree.map(np.array_equal, (state.params, state.opt_state), (new.params, new.opt_state))
@@ -425,9 +435,7 @@ def test_a_shadow_is_read_and_brought_up_to_date_with_its_table() -> None:
     batch, noise = steps.draw_batches(state.step, state.key, ball_views(), None, num_steps=1, config=config)
     batch, noise = jax.tree.map(lambda a: a[0], (batch, noise))
     shadow = make_shadow(state.params, config=config.field)
-    new, found, _ = jax.jit(functools.partial(steps.nerf_step, config=config))(
-        state, shadow, batch, noise, jnp.float32(1e-2)
-    )
+    new, found, _ = take_step(state, shadow, batch, noise, config=config)
     assert found.dtype == jnp.float16
     assert new.params["encoding"]["table"].dtype == jnp.float32
     np.testing.assert_array_equal(found, make_shadow(new.params, config=config.field))

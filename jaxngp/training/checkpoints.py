@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxngp.config import InputError, NerfConfig
+from jaxngp.config import InputError, RunConfig
 from jaxngp.training.loop import Progress, budget_fraction
 from jaxngp.training.progress import warn
 from jaxngp.training.report import environment
@@ -94,7 +94,7 @@ class Checkpoints:
         """The step of the newest finished checkpoint, or None."""
         return self._open().latest_step() if self._path.is_dir() else None
 
-    def restore(self, config: NerfConfig) -> Progress | None:
+    def restore(self, config: RunConfig) -> Progress | None:
         """The newest checkpoint, or None where there is none. Raises InputError where it cannot be used."""
         step = self.latest_step()
         if step is None:
@@ -130,7 +130,7 @@ class Checkpoints:
         step = self.latest_step()
         return environment() if step is None else self._note(step)["environment"]
 
-    def restore_trained(self, config: NerfConfig) -> Progress:
+    def restore_trained(self, config: RunConfig) -> Progress:
         """The newest checkpoint. Raises InputError where there is none."""
         progress = self.restore(config)
         if progress is None:

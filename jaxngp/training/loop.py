@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxngp.cameras import PosedImages
-from jaxngp.carving import PixelSet
-from jaxngp.config import InputError, MarchConfig, NerfConfig
-from jaxngp.gpu import compiler_options, slow_scatter_warning, step_compiler_options
-from jaxngp.occupancy import OccupancyGrid
+from jaxngp.config import InputError, RunConfig
+from jaxngp.gpu import slow_scatter_warning
 from jaxngp.training.optimizer import learning_rate
+from jaxngp.training.programs import Data, Programs, compile_programs
 from jaxngp.training.state import TrainState, init_state
-from jaxngp.training.steps import Metrics, TrainingData, nerf_steps, refresh_occupancy, survey_views
+from jaxngp.training.updates import StepMetrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +28,7 @@ class Progress:
     """
 
     state: TrainState
-    metrics: Metrics | None  # means over the steps since the last yield; None before the first
+    metrics: StepMetrics | None  # means over the steps since the last yield; None before the first
     step: int
     seconds: float
     compile_seconds: float
@@ -45,20 +40,12 @@ class Progress:
         return self.fraction >= 1
 
 
-@dataclasses.dataclass(frozen=True)
-class _Programs:
-    """The compiled programs of a run, each compiled once, before the clock starts; and what the first one found."""
-
-    surveyed: tuple[OccupancyGrid | None, PixelSet | None]
-    steps: Callable[..., tuple[TrainState, Metrics]]
-    refresh: Callable[[TrainState], TrainState]
-    seconds: float
-
-
-def train(config: NerfConfig, data: TrainingData, *, resume: Progress | None = None) -> Iterator[Progress]:
+def train(config: RunConfig, data: Data, *, resume: Progress | None = None) -> Iterator[Progress]:
     """Train from scratch, or from where `resume` stands, until the budget of steps or seconds is spent.
 
-    Raises InputError where no camera sees the scene's box, and where the loss is no finite number any more.
+    The config says what is learned, and so what the data is: views or a ray table for a RunConfig, an image for an
+    ImageConfig, distances for an SdfConfig. Raises InputError where no camera sees the scene's box, and where the loss
+    is no finite number any more.
 
     Yields once before the first step and after every train.dispatches_together dispatches of up to
     train.steps_per_dispatch steps each; of a run that is finished, only where it stands.
@@ -68,27 +55,22 @@ def train(config: NerfConfig, data: TrainingData, *, resume: Progress | None = N
         return
     if message := slow_scatter_warning(config.field.precision):
         warnings.warn(message, stacklevel=2)
-    if isinstance(data, PosedImages) and (num_pixels := math.prod(data.rgba.shape[:3])) >= 2**31:
-        raise InputError(f"the views have {num_pixels} pixels, and 2^31 are too many: give a --downscale")
     state = resume.state if resume else init_state(config.train.seed, config=config)
     # By name: restored arrays are bound to their device and fresh ones are not, and jax compiles for each anew.
-    state, data = jax.device_put((state, data), jax.devices()[0])
-    programs = _compile(state, data, config)
+    state = jax.device_put(state, jax.devices()[0])
+    programs = compile_programs(state, data, config)
     started = time.perf_counter()
-    grid, pixels = jax.block_until_ready(programs.surveyed)
+    begun = programs.begin(state)
     if resume:
         progress = resume
     else:
-        if grid is not None:
-            _check_candidates(grid)
-            state = dataclasses.replace(state, occupancy=grid)
         seconds = time.perf_counter() - started
-        progress = Progress(state, None, 0, seconds, programs.seconds, 0.0, budget_fraction(0, seconds, config))
+        progress = Progress(begun, None, 0, seconds, programs.seconds, 0.0, budget_fraction(0, seconds, config))
     yield progress
     skipped = 0  # updates in a row
     while not progress.finished:
         before = progress.step
-        progress = _dispatch(progress, data, pixels, programs, config)
+        progress = _dispatch(progress, programs, config)
         assert progress.metrics is not None
         skipped = skipped + progress.step - before if float(progress.metrics.skipped) == 1 else 0
         if skipped >= MAX_SKIPPED:
@@ -100,7 +82,7 @@ MAX_SKIPPED = 16
 """Updates in a row that may be left out, as loss or gradient was no finite number, before a run stops."""
 
 
-def _diagnosis(progress: Progress, skipped: int, config: NerfConfig) -> str:
+def _diagnosis(progress: Progress, skipped: int, config: RunConfig) -> str:
     assert progress.metrics is not None
     largest = max(float(jnp.max(jnp.abs(array))) for array in jax.tree.leaves(progress.state.params))
     return (
@@ -110,27 +92,15 @@ def _diagnosis(progress: Progress, skipped: int, config: NerfConfig) -> str:
     )
 
 
-def _check_candidates(grid: OccupancyGrid) -> None:
-    if not np.any(np.asarray(grid.occupied)):
-        raise InputError(
-            "no camera sees anything in the scene's box: set scene.box_centre and scene.box_side by --override, in the "
-            "units of the poses"
-        )
-
-
-def budget_fraction(step: int, seconds: float, config: NerfConfig) -> float:
+def budget_fraction(step: int, seconds: float, config: RunConfig) -> float:
     """How much of the budget is spent, by steps or by seconds, whichever is more. In [0, 1]."""
     limit = config.train.max_seconds
     return min(max(step / config.train.max_steps, seconds / limit if limit else 0.0), 1.0)
 
 
-def _dispatch(
-    progress: Progress, data: TrainingData, pixels: PixelSet | None, programs: _Programs, config: NerfConfig
-) -> Progress:
+def _dispatch(progress: Progress, programs: Programs, config: RunConfig) -> Progress:
     started = time.perf_counter()
-    size, every = config.train.steps_per_dispatch, 0
-    if isinstance(config.sampler, MarchConfig):
-        every = config.sampler.occupancy.refresh_every
+    size, every = config.train.steps_per_dispatch, programs.refresh_every
     state, step, parts = progress.state, progress.step, []
     # The device has its next work while the host sees to the one after: nothing here waits before the last.
     for _ in range(config.train.dispatches_together):
@@ -138,7 +108,7 @@ def _dispatch(
         if num_steps == 0:
             break
         rates = jnp.asarray(_learning_rates(step, progress.fraction, size, config))
-        state, metrics = programs.steps(state, data, pixels, rates, jnp.int32(num_steps))
+        state, metrics = programs.steps(state, step, rates, num_steps)
         parts.append((num_steps, metrics))
         if every and (step + num_steps) // every > step // every:
             state = programs.refresh(state)
@@ -150,7 +120,7 @@ def _dispatch(
     return Progress(state, _mean(parts), step, seconds, progress.compile_seconds, num_samples, fraction)
 
 
-def _mean(parts: Sequence[tuple[int, Metrics]]) -> Metrics:
+def _mean(parts: Sequence[tuple[int, StepMetrics]]) -> StepMetrics:
     """The mean over steps of means over so many of them each."""
     if len(parts) == 1:
         return parts[0][1]
@@ -158,31 +128,8 @@ def _mean(parts: Sequence[tuple[int, Metrics]]) -> Metrics:
     return jax.tree.map(lambda *means: np.average(np.asarray(means), weights=numbers), *metrics)
 
 
-def _learning_rates(step: int, fraction: float, size: int, config: NerfConfig) -> np.ndarray:
+def _learning_rates(step: int, fraction: float, size: int, config: RunConfig) -> np.ndarray:
     """(size,) f32 from a step on: by step where the budget is one of steps, else as of the fraction spent."""
     steps = step + np.arange(size)
     fractions = np.maximum(steps / config.train.max_steps, fraction)
     return learning_rate(steps, fractions, config=config.optimizer)
-
-
-def _compile(state: TrainState, data: TrainingData, config: NerfConfig) -> _Programs:
-    """In three threads: XLA compiles several programs at once, and while it does Python traces the next.
-
-    The survey runs once, while the others are compiled; what is left of it when they are is what training waits for.
-    """
-    started = time.perf_counter()
-    options, rates = compiler_options(), jnp.zeros(config.train.steps_per_dispatch)
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        pixels, surveying, refreshing = None, None, None
-        if isinstance(config.sampler, MarchConfig):
-            if isinstance(data, PosedImages):
-                survey = survey_views.lower(data, config=config)
-                pixels = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), survey.out_info[1])
-                surveying = threads.submit(lambda: survey.compile(options)(data))
-            refreshing = threads.submit(lambda: refresh_occupancy.lower(state, config=config).compile(options))
-        lowered = nerf_steps.lower(state, data, pixels, rates, jnp.int32(0), config=config)
-        deterministic = config.train.deterministic
-        steps = lowered.compile(step_compiler_options(config.field.precision, deterministic=deterministic))
-        refresh: Callable[..., Any] = refreshing.result() if refreshing else lambda state: state
-        surveyed = surveying.result() if surveying else (None, None)
-    return _Programs(surveyed, steps, refresh, time.perf_counter() - started)

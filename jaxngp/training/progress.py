@@ -10,8 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxngp.config import MarchConfig, NerfConfig
+from jaxngp.config import MarchConfig, NerfConfig, RunConfig
 from jaxngp.training.loop import Progress
+from jaxngp.training.steps import Metrics
+from jaxngp.training.updates import StepMetrics
 
 
 def bar_interval() -> float:
@@ -28,7 +30,7 @@ def warn(*messages: str) -> None:
 class Doubts:
     """What looks wrong about a run as it goes: each said once."""
 
-    def __init__(self, config: NerfConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self._config = config
         self._said: set[str] = set()
         self._last_step = 0
@@ -38,7 +40,7 @@ class Doubts:
         metrics, config = progress.metrics, self._config
         assert metrics is not None
         found = {}
-        if float(metrics.occupied_fraction) == 0:
+        if isinstance(metrics, Metrics) and float(metrics.occupied_fraction) == 0:
             found["empty"] = (
                 f"step {progress.step}: the occupancy grid is empty, so nothing is sampled and nothing learned any "
                 "more. Train anew with a lower optimizer.learning_rate or sampler.occupancy.threshold, by --override"
@@ -48,8 +50,8 @@ class Doubts:
                 f"step {progress.step}: {skipped} updates were left out, since the loss or its gradient was no finite "
                 "number; metrics.jsonl says which share of later ones"
             )
-        used = float(metrics.rays) / config.train.num_rays
-        if progress.finished and used < _FEW_RAYS and isinstance(config.sampler, MarchConfig):
+        used = _share_of_rays(metrics, config)
+        if progress.finished and used < _FEW_RAYS:
             found["dropped"] = (
                 f"only {used:.0%} of the rays that were drawn fitted the buffer of samples in the last steps, and the "
                 "others were marched for nothing: raise sampler.num_samples or lower train.num_rays, by --override"
@@ -58,6 +60,14 @@ class Doubts:
         new = [text for name, text in found.items() if name not in self._said]
         self._said |= set(found)
         return new
+
+
+def _share_of_rays(metrics: StepMetrics, config: RunConfig) -> float:
+    """Of the rays that were drawn, how many fitted the buffer; 1 where there is none."""
+    if not isinstance(config, NerfConfig) or not isinstance(config.sampler, MarchConfig):
+        return 1.0
+    assert isinstance(metrics, Metrics)
+    return float(metrics.rays) / config.train.num_rays
 
 
 _FEW_RAYS = 0.15
@@ -100,7 +110,7 @@ class ProgressBar:
         assert metrics is not None
         skipped = "  some updates left out" if float(metrics.skipped) else ""
         return (
-            f"step {progress.step}  loss {float(metrics.loss):.5f}  PSNR {float(metrics.psnr):.2f} dB  "
+            f"step {progress.step}  loss {float(metrics.loss):.5f}  {metrics.headline()}  "
             f"{self._rate / 1e6:.2f}M samples/s{skipped}"
         )
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from jaxngp.config import MarchConfig, NerfConfig
+from jaxngp.config import MarchConfig, NerfConfig, RunConfig
 from jaxngp.fields import Params, init_params
 from jaxngp.occupancy import OccupancyGrid, init_occupancy
 from jaxngp.training.optimizer import make_optimizer
@@ -24,7 +24,7 @@ class TrainState:
     params: Params
     ema_params: Params  # the average of params that is evaluated; empty where optimizer.ema_decay is 0
     opt_state: optax.OptState
-    occupancy: OccupancyGrid | None  # None where the sampler needs none
+    occupancy: OccupancyGrid | None  # None where no rays march
     key: jax.Array  # () typed PRNG key
 
     @property
@@ -33,7 +33,7 @@ class TrainState:
         return self.ema_params or self.params
 
 
-def init_state(seed: int, *, config: NerfConfig) -> TrainState:
+def init_state(seed: int, *, config: RunConfig) -> TrainState:
     """A fresh state; every cell of its occupancy grid is occupied. Equal seeds give equal states.
 
     Takes a seed, not a key: training donates the state's buffers, and would delete a key that the caller holds.
@@ -42,11 +42,11 @@ def init_state(seed: int, *, config: NerfConfig) -> TrainState:
 
 
 @functools.partial(jax.jit, static_argnames="config")  # a dozen small programs otherwise
-def _init_state(seed: np.uint32, *, config: NerfConfig) -> TrainState:
+def _init_state(seed: np.uint32, *, config: RunConfig) -> TrainState:
     key = jax.random.key(seed)
     params = init_params(jax.random.fold_in(key, 2**31), config=config.field)
     occupancy = None
-    if isinstance(config.sampler, MarchConfig):
+    if isinstance(config, NerfConfig) and isinstance(config.sampler, MarchConfig):
         occupancy = init_occupancy(jnp.ones(config.sampler.occupancy.resolution**3, bool))
     return TrainState(
         step=jnp.int32(0),

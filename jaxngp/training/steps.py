@@ -1,10 +1,10 @@
-"""One loss, one step: what the compiled training programs compute."""
+"""The loss of a NeRF and its steps: what the compiled training programs compute."""
 
 from __future__ import annotations
 
 import functools
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,15 @@ from jaxngp.cameras import PosedImages, Rays, pixel_to_ray
 from jaxngp.carving import PixelSet, survey
 from jaxngp.config import Background, MarchConfig, NerfConfig
 from jaxngp.data.rays import RayTable
-from jaxngp.fields import Params, evaluate_density, evaluate_field, make_shadow
+from jaxngp.fields import Params, evaluate_density, evaluate_field
 from jaxngp.fusion import walled
 from jaxngp.losses import colour_loss
 from jaxngp.marching import jitter_shape
 from jaxngp.metrics import psnr
 from jaxngp.occupancy import OccupancyGrid, init_occupancy, update_occupancy
 from jaxngp.rendering import render_rays
-from jaxngp.training.optimizer import make_optimizer
 from jaxngp.training.state import TrainState
+from jaxngp.training.updates import take_steps
 
 TrainingData = PosedImages | RayTable
 
@@ -55,6 +55,10 @@ class Metrics:
     dropped_samples: jax.Array  # did not fit the buffer; their rays left the loss
     skipped: jax.Array  # 1 where the update was left out, since loss or gradient was no finite number
     occupied_fraction: jax.Array  # of the grid's cells
+
+    def headline(self) -> str:
+        """How good the fit is, for a person who watches."""
+        return f"PSNR {float(self.psnr):.2f} dB"
 
 
 def draw_bits(key: jax.Array, *, config: NerfConfig) -> jax.Array:
@@ -145,41 +149,6 @@ def occupied_fraction(grid: OccupancyGrid | None) -> jax.Array:
     return jnp.sum(lax.population_count(grid.occupied)) / jnp.float32(grid.density.shape[0])
 
 
-def nerf_step(
-    state: TrainState,
-    shadow: jax.Array | None,
-    batch: PixelBatch,
-    noise: StepNoise,
-    learning_rate: jax.Array,
-    *,
-    config: NerfConfig,
-) -> tuple[TrainState, jax.Array | None, Metrics]:
-    """Take the gradient of a batch and apply Adam. shadow, of state.params, is brought up to date as well.
-
-    Where loss or gradient is no finite number, only the count of steps goes on: the next one draws another batch.
-    """
-    gradient, metrics = jax.grad(nerf_loss, has_aux=True)(
-        state.params, batch, noise, state.occupancy, config=config, shadow=shadow
-    )
-    updates, opt_state = make_optimizer(config.optimizer).update(gradient, state.opt_state, state.params)
-    params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-    sound = jnp.isfinite(metrics.loss) & _is_finite(gradient)
-    old, new = (state.params, state.opt_state), (params, opt_state)
-    params, opt_state = jax.tree.map(functools.partial(jnp.where, sound), new, old)
-    state = replace(state, step=state.step + 1, params=params, opt_state=opt_state)
-    return state, make_shadow(params, config=config.field), replace(metrics, skipped=1 - sound.astype(jnp.float32))
-
-
-def _is_finite(gradient: Params) -> jax.Array:
-    """Whether all of a gradient is, () bool, by that of the networks alone.
-
-    What reaches the table has gone through them: a cotangent that is no finite number makes their gradient one too,
-    and to look at all of the table's would take as long as half of Adam.
-    """
-    networks = [array for name, part in gradient.items() if name != "encoding" for array in jax.tree.leaves(part)]
-    return jnp.isfinite(sum(jnp.sum(jnp.abs(array)) for array in networks))
-
-
 def draw_batches(
     step: jax.Array, key: jax.Array, data: TrainingData, pixels: PixelSet | None, *, num_steps: int, config: NerfConfig
 ) -> tuple[PixelBatch, StepNoise]:
@@ -204,36 +173,20 @@ def nerf_steps(
     *,
     config: NerfConfig,
 ) -> tuple[TrainState, Metrics]:
-    """The first num_steps () i32, at most K, of the steps whose learning_rates (K,) are given; and their mean metrics.
-
-    The number is an argument, so that one program serves the last, shorter dispatch of a run too. A CPU stops there.
-    Elsewhere all K steps run, so that the host need not be asked before each whether there is another, and those
-    beyond leave everything as it was. The average of the weights is brought up to date once, with the decay of
-    num_steps steps.
-    """
-    max_steps = len(learning_rates)
-    num_steps = jnp.minimum(num_steps, max_steps)
-    rounds = lax.platform_dependent(num_steps, cpu=lambda n: n, default=lambda _: jnp.int32(max_steps))
-    draw = functools.partial(draw_batches, num_steps=max_steps, config=config)
+    """Up to num_steps () i32 steps at the learning_rates (K,), and their mean metrics: see `updates.take_steps`."""
+    draw = functools.partial(draw_batches, num_steps=len(learning_rates), config=config)
     batches = walled(draw, state.step, state.key, data, pixels)
-    varying = [field.name for field in fields(Metrics) if field.name != "occupied_fraction"]
 
-    def one(i: jax.Array, carry: tuple) -> tuple:
-        state, shadow, sums = carry
+    def gradient_fn(i: jax.Array, params: Params, shadow: jax.Array | None) -> tuple[Params, Metrics]:
         batch, noise = jax.tree.map(lambda a: a[i], batches)
-        *new, metrics = nerf_step(state, shadow, batch, noise, learning_rates[i], config=config)
-        new.append(sums + jnp.stack([getattr(metrics, name) for name in varying]))
-        taken = lax.platform_dependent(i < num_steps, cpu=jnp.ones_like, default=lambda taken: taken)
-        return jax.tree.map(functools.partial(jnp.where, taken), tuple(new), carry)
+        gradient, metrics = jax.grad(nerf_loss, has_aux=True)(
+            params, batch, noise, state.occupancy, config=config, shadow=shadow
+        )
+        # Not summed over steps, in none of which it changes: to count the bits of the grid takes a kernel.
+        return gradient, replace(metrics, occupied_fraction=jnp.float32(0))
 
-    start = (state, make_shadow(state.params, config=config.field), jnp.zeros(len(varying)))
-    state, _, sums = lax.fori_loop(0, rounds, one, start)
-    if config.optimizer.ema_decay:
-        keep = config.optimizer.ema_decay ** num_steps.astype(jnp.float32)
-        ema = jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, state.ema_params, state.params)
-        state = replace(state, ema_params=ema)
-    means = dict(zip(varying, sums / jnp.maximum(num_steps, 1), strict=True))
-    return state, Metrics(**means, occupied_fraction=occupied_fraction(state.occupancy))
+    state, metrics = take_steps(state, learning_rates, num_steps, gradient_fn, kind=Metrics, config=config)
+    return state, replace(metrics, occupied_fraction=occupied_fraction(state.occupancy))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
