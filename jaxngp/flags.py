@@ -22,9 +22,10 @@ from jaxngp.config import (
     PRESETS,
     SCENES,
     InputError,
+    LoopConfig,
     NerfConfig,
+    RunConfig,
     SceneConfig,
-    TrainConfig,
     apply_overrides,
     differences,
     from_json,
@@ -33,7 +34,9 @@ from jaxngp.config import (
 from jaxngp.data import cache_dir, expand
 
 Flags = flags.FlagValues
-Group = TypeVar("Group", SceneConfig, TrainConfig)
+Group = TypeVar("Group", bound=SceneConfig | LoopConfig)
+Loop = TypeVar("Loop", bound=LoopConfig)
+Config = TypeVar("Config", bound=RunConfig)
 
 
 def run(
@@ -107,10 +110,16 @@ def define_train_flags(values: Flags) -> None:
     flags.DEFINE_enum(
         "preset", "auto", ["auto", *PRESETS], "auto is small on a CPU and base on a GPU.", flag_values=values
     )
-    flags.DEFINE_string("workdir", None, "Where everything is written; runs/<scene> if not given.", flag_values=values)
     flags.DEFINE_string("data_dir", None, "Folder that holds the scene, looked at first.", flag_values=values)
     flags.DEFINE_integer("downscale", None, "Shrink the images by this factor.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("image_size", None, "Pixels per side of the built-in scene.", flag_values=values)
+    define_loop_flags(values, workdir="runs/<scene>")
+    define_evaluation_flags(values)
+
+
+def define_loop_flags(values: Flags, *, workdir: str) -> None:
+    """The flags of everything that trains; `loop_config` reads them. workdir: the default, in words."""
+    flags.DEFINE_string("workdir", None, f"Where everything is written; {workdir} if not given.", flag_values=values)
     flags.DEFINE_integer("seed", None, "Of all randomness.", flag_values=values)
     flags.DEFINE_integer("max_steps", None, "Training steps.", flag_values=values)
     flags.DEFINE_float(
@@ -132,7 +141,6 @@ def define_train_flags(values: Flags) -> None:
         flag_values=values,
     )
     flags.DEFINE_bool("restart", False, "Throw away what the workdir holds and train anew.", flag_values=values)
-    define_evaluation_flags(values)
 
 
 def define_workdir_flags(values: Flags) -> None:
@@ -183,13 +191,17 @@ def train_config(values: Flags) -> NerfConfig:
         scene = replace(scene, data_dir=os.path.realpath(expand(scene.data_dir)))
     if scene.name not in SCENES:  # a path: evaluation and rendering may start from another folder
         scene = replace(scene, name=os.path.realpath(expand(scene.name)))
-    train = config.train
+    config = replace(config, scene=scene, train=loop_config(config.train, values))
+    return apply_overrides(config, values.override)
+
+
+def loop_config(train: Loop, values: Flags) -> Loop:
+    """`train` with the flags of `define_loop_flags` that were given, but for the overrides."""
     if values.max_steps is not None and values.max_seconds is None:
         train = replace(train, max_seconds=0.0)  # who asks for steps means to get them
     if values.max_seconds and values.max_steps is None:
         train = replace(train, max_steps=10**7)  # and who asks for seconds, those
-    train = _given(train, values, ("seed", "max_steps", "max_seconds", "log_every", "deterministic"))
-    return apply_overrides(replace(config, scene=scene, train=train), values.override)
+    return _given(train, values, ("seed", "max_steps", "max_seconds", "log_every", "deterministic"))
 
 
 def _given(config: Group, values: Flags, names: Sequence[str]) -> Group:
@@ -198,13 +210,13 @@ def _given(config: Group, values: Flags, names: Sequence[str]) -> Group:
     return replace(config, **given)
 
 
-def read_config(workdir: Path) -> NerfConfig:
-    """The config that a training run left in its workdir."""
+def read_config(workdir: Path, kind: type[Config]) -> Config:
+    """The config, of type `kind`, that a training run left in its workdir."""
     path = workdir / "config.json"
     if not path.is_file():
         raise InputError(f"{path}: not found; give the --workdir of a run of python -m jaxngp.train")
     try:
-        return from_json(path.read_text(encoding="utf-8"), NerfConfig)
+        return from_json(path.read_text(encoding="utf-8"), kind)
     except (InputError, OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path}: {error}; it was written by another version or edited: give another --workdir, or train anew "
@@ -217,16 +229,16 @@ def trained_config(values: Flags) -> tuple[Path, NerfConfig]:
     if not values.workdir:
         raise InputError("--workdir is missing: give the folder of a run of python -m jaxngp.train")
     workdir = Path(values.workdir)
-    config = read_config(workdir)
+    config = read_config(workdir, NerfConfig)
     return workdir, replace(config, scene=_given(config.scene, values, ("data_dir",)))
 
 
-def check_same_config(workdir: Path, config: NerfConfig) -> None:
+def check_same_config(workdir: Path, config: RunConfig) -> None:
     """Raises InputError if a workdir holds a run with another config; where the data lies is no part of a run."""
     if not (workdir / "config.json").exists():
         return
     free = ("scene.data_dir:", "train.checkpoint_seconds:", "train.log_every:", "train.dispatches_together:")
-    changes = [line for line in differences(read_config(workdir), config) if not line.startswith(free)]
+    changes = [line for line in differences(read_config(workdir, type(config)), config) if not line.startswith(free)]
     if changes:
         raise InputError(
             f"{workdir} holds a run with another config ({'; '.join(changes)}): give another --workdir, "

@@ -75,9 +75,13 @@ def blend_taps(values: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.sum(decode(values) * weight[..., None], axis=-2)
 
 
-def pixel_centres(first: jax.Array, count: int, *, width: int, height: int) -> jax.Array:
-    """The centres (count, 2) of `count` pixels from number `first` () on, row by row; past the end, of the last one."""
-    number = first.astype(jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
-    pixel = jnp.minimum(number, jnp.uint32(width * height - 1))
-    xy = jnp.stack([pixel % width, pixel // width], axis=1).astype(jnp.float32)
+def tile_centres(left: jax.Array, top: jax.Array, *, size: int, width: int, height: int) -> jax.Array:
+    """Positions (size * size, 2) of the centres of a square of pixels, row by row; beyond the image, of its edge.
+
+    left, top () i32: the column and row of its first pixel.
+    """
+    number = jnp.arange(size * size)
+    column = jnp.minimum(left + number % size, width - 1)
+    row = jnp.minimum(top + number // size, height - 1)
+    xy = jnp.stack([column, row], axis=1).astype(jnp.float32)
     return (xy + 0.5) / jnp.array([width, height], jnp.float32)

@@ -54,7 +54,7 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 
 def restored(workdir: Path) -> Progress | None:
     with Checkpoints(workdir) as checkpoints:
-        return checkpoints.restore(flags.read_config(workdir))
+        return checkpoints.restore(flags.read_config(workdir, NerfConfig))
 
 
 def wait_for(process: subprocess.Popen[str], *patterns: Path) -> None:

@@ -18,7 +18,7 @@ from jaxngp.training.report import append_jsonl, keep_lines
 
 def clear(workdir: Path) -> None:
     """Remove what a run writes, and nothing else that may lie there."""
-    for name in ("config.json", "metrics.jsonl", "summary.json"):
+    for name in ("config.json", "metrics.jsonl", "curve.jsonl", "summary.json"):
         (workdir / name).unlink(missing_ok=True)
     for name in ("checkpoints", "novel_views", "renders", "pictures"):
         shutil.rmtree(workdir / name, ignore_errors=True)
