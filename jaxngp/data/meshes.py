@@ -2,9 +2,10 @@
 
 The distance is that to the nearest triangle (a bounding volume hierarchy), its sign that of the generalised winding
 number (Jacobson et al. 2013, computed as in Barill et al. 2018), which has an answer for every mesh: holes, soups of
-triangles and surfaces that cross each other included. Both are libigl's, which works on all cores, in float64. On the
-armadillo (100k faces) the sign costs a third of a sample; the angle-weighted normal at the nearest point (Baerentzen
-and Aanaes 2005) agrees with it and may be cheaper there, but is right for closed meshes only.
+triangles and surfaces that cross each other included. Both are libigl's, which works on all cores, the distance in
+float64, the winding number in float32 inside. The sign of the angle-weighted normal at the nearest point (Baerentzen
+and Aanaes 2005) is the peer: of 10^6 points near the armadillo (100k faces) 10 differ, all within 3e-8 of it. It would
+save a fifth of the time of `solids.distance_samples`, and is right only for closed meshes that do not cross themselves.
 
 libigl and trimesh come with `pip install .[mesh]` and are imported where they are used.
 """
@@ -144,7 +145,8 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected a mesh") from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # what numpy could not read to its end must not pass for a whole mesh
+            # numpy's, of text that is no number: the numbers before it must not pass for the whole mesh.
+            warnings.filterwarnings("error", "string or file could not be read")
             return _parse_obj(content) if suffix == ".obj" else _parse_with_trimesh(content, suffix[1:])
     except Exception as error:  # a reader met with a broken or hostile file raises whatever it likes
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
@@ -159,14 +161,15 @@ def _parse_obj(content: bytes) -> tuple[np.ndarray, np.ndarray]:
     """
     vertices: list[list[str]] = []
     faces: list[tuple[int, int, int]] = []
-    for line in content.decode(errors="replace").replace("\\\n", " ").splitlines():
+    text = content.decode(errors="replace").replace("\r\n", "\n").replace("\\\n", " ")
+    for line in text.splitlines():
         kind, *words = line.split() or [""]
         if kind == "v":
             vertices.append(words[:3])
         elif kind == "f":
             first, *others = (_obj_index(word, len(vertices)) for word in words)
             faces += [(first, *pair) for pair in zip(others, others[1:], strict=False)]
-    return np.asarray(vertices, np.float64).reshape(-1, 3), np.asarray(faces, np.int64).reshape(-1, 3)
+    return np.asarray(vertices, np.float64).reshape(len(vertices), 3), np.asarray(faces, np.int64).reshape(-1, 3)
 
 
 def _obj_index(word: str, num_vertices: int) -> int:
