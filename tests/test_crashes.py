@@ -18,6 +18,7 @@ import pytest
 from test_commands import TINY, write_scene
 
 from jaxngp import flags
+from jaxngp.config import NerfConfig
 from jaxngp.training.checkpoints import Checkpoints
 from jaxngp.training.loop import Progress
 
