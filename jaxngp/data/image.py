@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from jaxngp import data
 from jaxngp.config import InputError, shown
@@ -53,7 +54,7 @@ class StoredImage:
     """An image in sRGB values, in memory or mapped read-only from a `.npy`."""
 
     name: str
-    pixels: np.ndarray  # (H, W, 3) u8, u16 or f32; f32 may exceed 1, and is finite unless it is mapped
+    pixels: np.ndarray  # (H, W, 3) u8, u16 or f32; f32 is finite, and may exceed 1
     num_bytes: int  # of the file as it was given
     notes: tuple[str, ...] = ()  # one sentence each, for the user: what of the file is not in the pixels
 
@@ -156,16 +157,16 @@ def read_image(path: Path, *, background: Background) -> StoredImage:
     Grey becomes three equal channels, and EXIF orientation is applied. 8 bits a channel are u8, 16-bit grey is u16,
     a float TIFF is taken as sRGB values; of 16-bit colour pillow keeps the upper 8 bits, as `notes` then says. An EXR
     is linear light: it is encoded as sRGB, brighter than 1 too, and negative values become 0. A `.npy` holds
-    (H, W, 3) sRGB values u8, u16 or f32.
+    (H, W, 3) sRGB values u8, u16 or f32, and is mapped.
 
-    Raises InputError for a file that is missing, broken, of another kind, that has a NaN or an infinity (a mapped
-    `.npy` is not searched for one), or more pixels than its bytes can hold.
+    Raises InputError for a file that is missing, broken, of another kind, that has a NaN or an infinity, or
+    more pixels than its bytes can hold.
     """
     path = Path(path)
     status, magic = _probe(path)
     try:
         if magic == np.lib.format.MAGIC_PREFIX:
-            return StoredImage(path.name, map_npy(path), status.st_size)
+            return _read_npy(path, status)
         if magic.startswith(EXR_MAGIC):
             return StoredImage(path.name, _read_exr(path, status.st_size, background), status.st_size)
         return _read_with_pillow(path, status, background)
@@ -196,6 +197,16 @@ def _check_size(path: Path, width: int, height: int, num_bytes: float) -> None:
         raise InputError(f"{sides}: too many, at all or for {num_bytes} bytes; scale it down, or save it as a .npy")
 
 
+def _read_npy(path: Path, status: os.stat_result) -> StoredImage:
+    stored = StoredImage(path.name, map_npy(path), status.st_size)
+    if stored.peak == 1:  # all of it is read once: a NaN that is met in training is found too late
+        rows = max(1, STRIP_BYTES // (12 * stored.width))
+        strips = [strip for strip, _ in tiles(stored.height, 1, rows)]
+        bar = tqdm(strips, f"checking {path.name}", delay=1.0, disable=None, leave=False, unit="strip")
+        _check_finite(path, (stored.read(strip, slice(None)) for strip in bar))
+    return stored
+
+
 def map_npy(path: Path) -> np.memmap:
     """The (H, W, 3) array of a `.npy`, mapped read-only. Raises InputError where it holds something else."""
     try:
@@ -217,8 +228,8 @@ def _unreadable(path: Path, error: Exception, advice: str) -> InputError:
     return InputError(f"{path}: is no readable image ({reason}); {advice}")
 
 
-def _check_finite(path: Path, pixels: np.ndarray) -> None:
-    if bad := int(pixels.size - np.isfinite(pixels).sum()):
+def _check_finite(path: Path, parts: Iterable[np.ndarray]) -> None:
+    if bad := sum(int(part.size - np.isfinite(part).sum()) for part in parts):
         raise InputError(f"{path}: {bad} values of its pixels are NaN or infinite; render or export it again")
 
 
@@ -296,7 +307,6 @@ def _bits(path: Path, image: Image.Image) -> int:
 class _Decoded:
     """A decoded image, upright, that is turned into arrays strip by strip."""
 
-    path: Path
     image: Image.Image
     background: Background
 
@@ -305,15 +315,15 @@ class _Decoded:
         mode = self.image.mode
         return np.dtype(np.uint16 if mode in SIXTEEN_BIT_GREY else np.float32 if mode == "F" else np.uint8)
 
-    def strips(self) -> Iterator[np.ndarray]:
-        """All rows from the top, as (h, W, 3) of `dtype`."""
+    def crops(self) -> Iterator[Image.Image]:
+        """Strips of all rows from the top."""
         rows = max(1, STRIP_BYTES // (12 * self.image.width))
         for y in range(0, self.image.height, rows):
-            strip = self.image.crop((0, y, self.image.width, min(y + rows, self.image.height)))
-            pixels = _to_pixels(strip, self.background)
-            if pixels.dtype == np.float32:
-                _check_finite(self.path, pixels)
-            yield pixels
+            yield self.image.crop((0, y, self.image.width, min(y + rows, self.image.height)))
+
+    def strips(self) -> Iterator[np.ndarray]:
+        """The same as (h, W, 3) of `dtype`."""
+        return (_to_pixels(crop, self.background) for crop in self.crops())
 
 
 def _decode(path: Path, image: Image.Image, background: Background) -> _Decoded:
@@ -325,7 +335,10 @@ def _decode(path: Path, image: Image.Image, background: Background) -> _Decoded:
     except Exception as error:  # as in _open
         raise _unreadable(path, error, "broken or truncated: export or download it again") from None
     _check_size(path, upright.width, upright.height, math.inf)
-    return _Decoded(path, upright, background)
+    decoded = _Decoded(upright, background)
+    if upright.mode == "F":
+        _check_finite(path, map(np.asarray, decoded.crops()))
+    return decoded
 
 
 def _to_pixels(image: Image.Image, background: Background) -> np.ndarray:
@@ -383,8 +396,7 @@ def _linear_rgb(path: Path, channels: dict[str, np.ndarray], shape: tuple[int, i
             f"{path}: expected channels R, G and B or Y of half or float, at full resolution, "
             f"found {textwrap.shorten(held, 200) or 'none'}; export it so"
         )
-    for channel in used:
-        _check_finite(path, channel)
+    _check_finite(path, used)
     return np.stack([channels[name] for name in names], axis=-1).astype(np.float32)
 
 
