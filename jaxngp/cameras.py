@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from numpy.typing import ArrayLike
 
 
 @struct.dataclass
@@ -96,6 +97,16 @@ def resize_camera(camera: Camera, width: int, height: int) -> Camera:
         width=width,
         height=height,
     )
+
+
+def look_at(position: ArrayLike, target: ArrayLike, up: ArrayLike) -> np.ndarray:
+    """c2w (3, 4) f32 of a camera at `position` that looks at `target`, with `up` upwards in its picture; (3,) each."""
+    position, up = np.asarray(position, np.float64), np.asarray(up, np.float64)
+    backward = position - np.asarray(target, np.float64)
+    backward /= np.linalg.norm(backward)
+    right = np.cross(up, backward)
+    right /= np.linalg.norm(right)
+    return np.stack([right, np.cross(backward, right), backward, position], axis=-1).astype(np.float32)
 
 
 def orbit_poses(c2w: np.ndarray, num_poses: int) -> np.ndarray:

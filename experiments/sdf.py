@@ -1,0 +1,339 @@
+"""Learn the signed distance to a solid as a function of position: (x, y, z) -> distance (paper section 5.2).
+
+    python -m experiments.sdf                                     # five shapes whose distance is known in closed form
+    python -m experiments.sdf --mesh=armadillo.obj --max_seconds=60    # pip install .[mesh]
+    python -m experiments.sdf --shape=torus --preset=paper
+
+Reports the share of the solid's volume that is right (IoU), how far its surface lies from the true one (Chamfer) and
+by what angle it is turned (normals); draws it by sphere tracing, and extracts a mesh. The same command goes on where an
+interrupted run stopped; of a finished run it evaluates again.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags as absl_flags
+
+from jaxngp import flags
+from jaxngp.cameras import Camera, Rays, look_at, view_rays
+from jaxngp.config import (
+    CosineDecay,
+    HashGridConfig,
+    InputError,
+    OptimizerConfig,
+    PointFieldConfig,
+    SdfConfig,
+    SolidConfig,
+    SolidTrainConfig,
+    StepDecay,
+    apply_overrides,
+    to_json,
+    to_plain,
+)
+from jaxngp.data.meshes import Frame, Mesh, read_mesh
+from jaxngp.data.shapes import SHAPES
+from jaxngp.data.solids import Solid, distance_samples, surface_samples
+from jaxngp.fields import Params, evaluate_points
+from jaxngp.meshing import extract_surface
+from jaxngp.tracing import DistanceFn, Picture, draw_surface, surface_normals
+from jaxngp.training.lock import sole_training
+from jaxngp.training.loop import Progress
+from jaxngp.training.points import DistanceSamples
+from jaxngp.training.report import contact_sheet, depth_image, environment, table, to_uint8, write_json, write_png
+from jaxngp.training.workdir import clear, fit
+
+NUM_VOLUME_POINTS = 2**22  # uniform in the solid's box, for the IoU
+NUM_SURFACE_POINTS = 2**17  # for Chamfer distance and normals
+BATCH = 2**18  # points evaluated at once
+NORMAL_WIDTH = 1e-3  # scene units, over which normals are taken
+ERROR_GAIN = 500.0  # on the sheet, white is 1 / 500 of the cube's side from the true surface
+VIEWS = ((25.0, 15.0), (205.0, 15.0))  # degrees around and above, one row of the sheet each
+EYE = 1.9  # scene units from the middle of the cube
+
+_SMALL = SdfConfig(
+    field=PointFieldConfig(
+        encoding=HashGridConfig(num_levels=8, num_features=4, table_size=2**16, max_resolution=1024),
+    ),
+    optimizer=OptimizerConfig(learning_rate=1e-3, decay=CosineDecay()),
+    train=SolidTrainConfig(max_steps=10**7, max_seconds=60.0, num_points=2**14),
+)
+_PAPER = SdfConfig(
+    optimizer=OptimizerConfig(learning_rate=1e-4, decay=StepDecay(start=0.5, interval=0.25)),
+    solid=SolidConfig(num_samples=2**23),
+    train=SolidTrainConfig(max_steps=20_000),
+)
+PRESETS = {"paper": _PAPER, "small": _SMALL}
+
+
+# What is learned.
+
+
+def sdf_config(values: flags.Flags) -> SdfConfig:
+    """The config that the flags ask for. Raises InputError."""
+    preset = values.preset
+    if preset == "auto":
+        backend = jax.default_backend()
+        preset = "small" if backend == "cpu" else "paper"
+        print(f"preset {preset}, since jax runs on {backend}; --preset chooses another")
+    config = PRESETS[preset]
+    name = str(Path(values.mesh).expanduser().resolve()) if values.mesh else values.shape
+    config = replace(config, solid=replace(config.solid, name=name), train=flags.loop_config(config.train, values))
+    return apply_overrides(config, values.override)
+
+
+def load(name: str) -> Solid:
+    """The shape of a name, or the mesh at a path. Raises InputError."""
+    return SHAPES[name] if name in SHAPES else read_mesh(Path(name))
+
+
+def draw_samples(solid: Solid, config: SdfConfig) -> DistanceSamples:
+    """The points of a run, equal for equal seeds."""
+    seed, count = config.train.seed, config.solid.num_samples
+    position, distance = distance_samples(solid, 2 * seed + 1, count, offset=config.solid.offset)
+    surface = surface_samples(solid, 2 * seed, count)
+    return DistanceSamples(*map(jnp.asarray, (surface, position, distance)))
+
+
+@functools.cache
+def distance_maker(config: PointFieldConfig) -> Callable[[Params], DistanceFn]:
+    """params -> the distance as a function of position; one function object for equal configs."""
+
+    def make_distance(params: Params) -> DistanceFn:
+        return lambda position: evaluate_points(params, position, config=config)[:, 0]
+
+    return make_distance
+
+
+# How good it is.
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How near a learned distance is to the true one; lengths in sides of the cube that holds the solid."""
+
+    iou: float  # of the insides, by points uniform in the solid's box
+    volume_points: int
+    mean_error: float  # of the distance at these points, absolute
+    surface_error: float  # of the distance on the true surface, absolute
+    normal_degrees: float  # between the true normals and those of the learned surface, mean over the true surface
+    chamfer: float | None  # mean of both mean distances between the surfaces; needs the extracted mesh
+
+
+def evaluate(
+    params: Params, solid: Solid, learned: Mesh | None, *, make_distance: Callable[[Params], DistanceFn]
+) -> Quality:
+    """Compare on points that training has not seen."""
+    rng = np.random.default_rng(2**32)  # no seed of training, which are below
+    low, high = solid.box
+    points = rng.uniform(low, high, (NUM_VOLUME_POINTS, 3)).astype(np.float32)
+    found = in_batches(jax.jit(lambda p, x: make_distance(p)(x)), params, points)
+    true = np.asarray(solid.inside(points.astype(np.float64)))
+    some = slice(0, NUM_VOLUME_POINTS // 16)  # a distance takes much longer than a side
+    mean_error = np.abs(found[some] - solid.distance(points[some].astype(np.float64))).mean()
+    iou = np.sum(true & (found < 0)) / max(np.sum(true | (found < 0)), 1)
+    surface, normals = solid.surface(rng, NUM_SURFACE_POINTS)
+    surface32 = surface.astype(np.float32)
+    on_surface = in_batches(jax.jit(lambda p, x: make_distance(p)(x)), params, surface32)
+    turned = in_batches(
+        jax.jit(lambda p, x: surface_normals(make_distance(p), x, width=NORMAL_WIDTH)), params, surface32
+    )
+    cosine = np.sum(turned * normals, axis=1).clip(-1, 1)
+    chamfer = None
+    if learned is not None:
+        there, _ = learned.surface(rng, NUM_SURFACE_POINTS)
+        chamfer = 0.5 * float(solid.unsigned_distance(there).mean() + learned.unsigned_distance(surface).mean())
+    return Quality(
+        iou=float(iou),
+        volume_points=NUM_VOLUME_POINTS,
+        mean_error=float(mean_error),
+        surface_error=float(np.abs(on_surface).mean()),
+        normal_degrees=float(np.degrees(np.arccos(cosine)).mean()),
+        chamfer=chamfer,
+    )
+
+
+def in_batches(function: Callable[[Params, np.ndarray], jax.Array], params: Params, points: np.ndarray) -> np.ndarray:
+    """function(params, part) over parts of BATCH points, the last one filled up, as one array."""
+    parts = []
+    for start in range(0, len(points), BATCH):
+        part = points[start : start + BATCH]
+        padded = np.pad(part, ((0, min(BATCH, len(points)) - len(part)), (0, 0)), mode="edge")
+        parts.append(np.asarray(function(params, padded))[: len(part)])
+    return np.concatenate(parts)
+
+
+# What it looks like.
+
+
+def extract(params: Params, solid: Solid, resolution: int, folder: Path, suffix: str, config: SdfConfig) -> Mesh:
+    """The learned surface as triangles, written in the solid's own coordinates. Raises InputError."""
+    vertices, faces = extract_surface(params, solid.box, resolution, make_distance=distance_maker(config.field))
+    import trimesh  # came with scikit-image, in the extra `mesh`
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"surface.{suffix}"
+    trimesh.Trimesh(solid.to_world(vertices), faces, process=False).export(path)
+    print(f"mesh: {path}, {len(vertices)} vertices, {len(faces)} faces")
+    return Mesh("learned", vertices, faces, Frame(np.full(3, 0.5), 1.0), ())
+
+
+def view(solid: Solid, size: int, up: str, azimuth: float, elevation: float) -> tuple[Rays, np.ndarray, np.ndarray]:
+    """Rays (size * size,) of a camera around the solid, with the lamp over its left shoulder, and what is up."""
+    upwards = np.eye(3)["xyz".index(up)]
+    forwards, sideways = np.roll(upwards, 1), np.roll(upwards, 2)  # of z: x and y; of y: z and x
+    around, above = np.radians([azimuth, elevation])
+
+    def direction(around: float, above: float) -> np.ndarray:
+        level = np.cos(around) * forwards + np.sin(around) * sideways
+        return np.cos(above) * level + np.sin(above) * upwards
+
+    middle = solid.box.mean(axis=0)
+    extent = float(np.linalg.norm(solid.box[1] - solid.box[0]))
+    c2w = look_at(middle + EYE * direction(around, above), middle, upwards)
+    focal = size * EYE / extent * 1.02
+    camera = Camera(jnp.full(2, focal), jnp.full(2, 0.5 * size), width=size, height=size)
+    rays = jax.tree.map(lambda a: a.reshape(-1, 3), jax.jit(view_rays)(camera, jnp.asarray(c2w)))
+    return rays, direction(around - np.radians(50), np.radians(40)), upwards
+
+
+def draw(params: Params, solid: Solid, size: int, up: str, folder: Path, config: SdfConfig) -> float:
+    """Write the sheet and the first picture; returns the seconds that a picture takes, compilation excluded."""
+    rows, seconds = [], []
+    make_distance = distance_maker(config.field)
+    for azimuth, elevation in VIEWS:
+        rays, light, upwards = view(solid, size, up, azimuth, elevation)
+        args = (params, rays, *(jnp.asarray(a, jnp.float32) for a in (solid.box, light, upwards)))
+        show = functools.partial(draw_surface, *args, make_distance=make_distance, normal_width=NORMAL_WIDTH)
+        jax.block_until_ready(show())  # compiles, the first time
+        started = time.perf_counter()
+        picture = jax.block_until_ready(show())
+        seconds.append(time.perf_counter() - started)
+        rows.append(panels(picture, rays, solid, size))
+        if int(picture.unfinished):
+            print(f"{int(picture.unfinished)} of {size * size} rays ended nowhere, and are drawn as misses")
+    labels = ["surface", "normals", "depth", f"distance from the true surface x {ERROR_GAIN:g}"]
+    write_png(folder / "sheet.png", contact_sheet(rows, labels))
+    write_png(folder / "surface.png", rows[0][0])
+    return float(np.median(seconds))
+
+
+def panels(picture: Picture, rays: Rays, solid: Solid, size: int) -> list[np.ndarray]:
+    """The pictures of one row of the sheet, (size, size, 3) u8 each."""
+    seen = np.asarray(picture.opacity) > 0
+    position = np.asarray(rays.origin + picture.depth[:, None] * rays.direction, np.float64)
+    error = np.zeros(len(seen), np.float32)
+    error[seen] = solid.unsigned_distance(position[seen])
+    shape = (size, size)
+    normal = np.where(seen[:, None], 0.5 * np.asarray(picture.normal) + 0.5, 1.0)
+    grey = np.where(seen, ERROR_GAIN * error, 0.0)
+    return [
+        to_uint8(np.asarray(picture.rgb).reshape(*shape, 3)),
+        to_uint8(normal.reshape(*shape, 3)),
+        depth_image(np.asarray(picture.depth).reshape(shape), seen.reshape(shape)),
+        to_uint8(np.repeat(grey.reshape(*shape, 1), 3, axis=2)),
+    ]
+
+
+# The command.
+
+
+def define_flags(values: flags.Flags) -> None:
+    absl_flags.DEFINE_string("mesh", None, "Path of an OBJ, OFF, PLY or STL file.", flag_values=values)
+    absl_flags.DEFINE_enum("shape", "shapes", [*SHAPES], "Built-in, where no mesh is given.", flag_values=values)
+    absl_flags.DEFINE_enum(
+        "preset", "auto", ["auto", *PRESETS], "auto is small on a CPU and paper on a GPU.", flag_values=values
+    )
+    absl_flags.DEFINE_integer("image_size", 512, "Pixels per side of a picture.", 16, 4096, flag_values=values)
+    absl_flags.DEFINE_enum(
+        "up", "auto", ["auto", "x", "y", "z"], "Axis that is up in pictures; auto is y for a mesh.", flag_values=values
+    )
+    absl_flags.DEFINE_integer(
+        "mesh_resolution", 256, "Points along the longest side; 0 extracts no mesh.", 0, 2048, flag_values=values
+    )
+    absl_flags.DEFINE_enum("mesh_format", "ply", ["ply", "obj"], "Of the extracted mesh.", flag_values=values)
+    flags.define_loop_flags(values, workdir="runs/<solid>")
+
+
+def main(values: flags.Flags) -> None:
+    if values.mesh and values["shape"].present:
+        raise InputError("--shape is a built-in solid; leave it out with --mesh")
+    if 0 < values.mesh_resolution < 16:
+        raise InputError(f"--mesh_resolution={values.mesh_resolution}: expected 16 or more, or 0")
+    config = sdf_config(values)
+    solid = load(config.solid.name)
+    for note in solid.notes:
+        print(note)
+    workdir = Path(values.workdir or f"runs/{solid.name}")
+    with sole_training(workdir):
+        if values.restart:
+            clear(workdir)
+        flags.check_same_config(workdir, config)
+        write_json(workdir / "config.json", to_plain(config))
+        print(to_json(config), end="")
+        started = time.perf_counter()
+        samples = draw_samples(solid, config)
+        sampling_seconds = time.perf_counter() - started
+        print(f"{config.solid.num_samples} distances in {sampling_seconds:.1f} s")
+        progress, trained_on = fit(config, samples, workdir)
+        report(workdir, solid, config, progress, {"sampling_seconds": sampling_seconds, **trained_on}, values)
+
+
+def report(
+    workdir: Path, solid: Solid, config: SdfConfig, progress: Progress, about: dict[str, Any], values: flags.Flags
+) -> None:
+    """Extract, draw, evaluate, write summary.json, and print the table."""
+    params, pictures = progress.state.eval_params, workdir / "pictures"
+    learned = None
+    if values.mesh_resolution:
+        try:
+            learned = extract(params, solid, values.mesh_resolution, pictures, values.mesh_format, config)
+        except InputError as error:
+            print(f"no mesh extracted: {error}")
+    up = values.up if values.up != "auto" else "y" if values.mesh else "z"
+    picture_seconds = draw(params, solid, values.image_size, up, pictures, config)
+    quality = evaluate(params, solid, learned, make_distance=distance_maker(config.field))
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    summary = {
+        "solid": solid.name,
+        **asdict(quality),
+        "parameters": num_params,
+        "steps": progress.step,
+        "train_seconds": progress.seconds,
+        "compile_seconds": progress.compile_seconds,
+        "samples_per_second": progress.num_samples / progress.seconds if progress.seconds else 0.0,
+        "picture_size": values.image_size,
+        "picture_seconds": picture_seconds,
+        **about,
+        "evaluated_on": environment(),
+    }
+    write_json(workdir / "summary.json", summary)
+    row = {
+        "solid": solid.name,
+        "IoU": f"{quality.iou:.5f}",
+        "Chamfer": "" if quality.chamfer is None else f"{quality.chamfer:.2e}",
+        "normals, deg": quality.normal_degrees,
+        "on surface": f"{quality.surface_error:.2e}",
+        "parameters": num_params,
+        "steps": progress.step,
+        "sampling s": round(about["sampling_seconds"], 1),
+        "train s": round(progress.seconds, 1),
+        "compile s": round(progress.compile_seconds, 1),
+        "s/picture": picture_seconds,
+        "peak MB": round(summary["peak_memory_bytes"] / 1e6),
+        "device": summary["device"],
+    }
+    print(f"\n{table([row])}")
+    print(f"lengths in sides of the cube that holds the solid; pictures: {pictures}")
+
+
+if __name__ == "__main__":
+    flags.run("experiments.sdf", define_flags, main, __doc__ or "")
