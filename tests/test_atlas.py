@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,13 +101,32 @@ def test_a_small_picture_is_kept_in_memory(picture: np.ndarray, cache: Path) -> 
 
 def test_a_large_picture_is_written_once(picture: np.ndarray, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atlas, "PIXELS_IN_MEMORY", 1)
-    monkeypatch.setattr(atlas, "BLOCK", 200)
+    monkeypatch.setattr(atlas, "BAND", 200)
     for _ in range(2):
         stored = atlas.builtin_image(*SIZE)
         assert isinstance(stored.pixels, np.memmap)
         np.testing.assert_array_equal(stored.pixels, picture)
         assert [path.name for path in cache.iterdir()] == ["atlas-v1-700x500.npy"]
         monkeypatch.setattr(atlas, "_draw_block", None)  # for the second time
+
+
+def test_processes_draw_the_same_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 40, 2 * atlas.BAND + 100
+    whole = np.concatenate([*atlas._bands(*size)])
+    np.testing.assert_array_equal(whole, atlas.draw(0, 0, size[1], size[0], size=size))
+    bands = atlas._draw_together(*size, 2)
+    np.testing.assert_array_equal(np.concatenate([*bands]), whole)
+
+
+def test_a_process_that_ends_early_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atlas, "PIXELS_IN_MEMORY", 1)
+    monkeypatch.setattr(atlas, "PIXELS_ALONE", 1)
+    monkeypatch.setattr(atlas, "BAND", 200)
+    monkeypatch.setattr(atlas.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(atlas.sys, "executable", shutil.which("true"))
+    with pytest.raises(InputError, match="a process that draws it ended early"):
+        atlas.builtin_image(*SIZE)
+    assert not [*cache.iterdir()]
 
 
 def test_a_full_disk_is_said_before_anything_is_drawn(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

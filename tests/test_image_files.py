@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +251,7 @@ def srgb(linear: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_an_exr_is_encoded_and_stays_bright(tmp_path: Path, dtype: type) -> None:
-    linear = RNG.uniform(-0.1, 1, (HEIGHT, WIDTH, 3)).astype(dtype)
+    linear: np.ndarray = RNG.uniform(-0.1, 1, (HEIGHT, WIDTH, 3)).astype(dtype)
     linear[0, 0] = 0.002, 1, 100
     stored = read_image(save_exr(tmp_path / "a.exr", {"RGB": linear}), background="white")
     assert stored.pixels.dtype == np.float32
@@ -419,10 +418,26 @@ def test_a_large_image_is_decoded_once(tmp_path: Path, cache: Path, mode: str, m
 
 
 def test_a_broken_large_image_leaves_no_file(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(image, "DECODED_BYTES", 10)
-    values = np.full((HEIGHT, WIDTH), np.nan, np.float32)
-    assert "NaN" in refusal(save(tmp_path, Image.fromarray(values), "a.tif"))
+    path = save(tmp_path, RGB, "a.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(image, "_to_pixels", fail)
+        assert "No space left on device" in refusal(path)
     assert not [*cache.iterdir()]
+    path.write_bytes(path.read_bytes()[:-40])
+    assert "broken or truncated" in refusal(path)
+    assert not [*cache.iterdir()]
+
+
+def test_more_pixels_than_the_memory_holds_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    assert "more than the memory holds" in refusal(save(tmp_path, RGB, "a.png"))
 
 
 def test_pillows_own_limit_is_lifted_and_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,7 +534,14 @@ def test_a_changed_image_is_read_or_refused(tmp_path: Path, content: bytes) -> N
     path = tmp_path / "a.png"
     path.write_bytes(content)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    call: Callable[[], StoredImage] = lambda: read_image(path, background="black")  # noqa: E731
-    check_sound(or_input_error(call))
+    check_sound(or_input_error(lambda: read_image(path, background="black")))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2**19  # kB
     path.unlink()
+
+
+@fuzz
+@given(st.data())
+def test_a_changed_exr_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+    path = save_exr(tmp_path / "a.exr", {"RGBA": RGBA / np.float32(255)})
+    path.write_bytes(data.draw(changed_bytes(path.read_bytes())))
+    check_sound(or_input_error(lambda: read_image(path, background="black")))

@@ -3,6 +3,8 @@
 `locate` says where a scene is and which splits it has, `load_training` and `load_evaluation` read them. A scene is
 a folder of views (`blender`) or a table of rays (`rays`); `builtin` renders the one that needs no data, `download`
 fetches the example that has a public address.
+
+`image` reads one picture of any size, and `atlas` draws one.
 """
 
 from __future__ import annotations

@@ -14,9 +14,13 @@ divides. So a larger image has more levels and no coarser pixels: a roof is a do
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
+import math
 import os
-from collections.abc import Iterator
+import pathlib
+import subprocess
+import sys
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -28,6 +32,8 @@ from jaxngp.data.image import StoredImage, image_cache, map_npy, tiles, write_np
 VERSION = "v1"  # changes with the picture, so that no stale copy is read
 MIN_SIDE, MAX_SIDE = 16, 2**16  # px
 PIXELS_IN_MEMORY = 2**24  # a larger image is written to the cache, and mapped
+PIXELS_ALONE = 2**25  # that one process draws while another starts
+BAND = 512  # rows of a large image that are drawn and written together
 BLOCK = 1024  # px per side of what is drawn together: its plots are found once
 STRIP = 64  # rows of a block that are coloured together: 64 x 1024 f32 stay in the cache of a core
 
@@ -217,7 +223,7 @@ class _Kind:
     share: int  # of the plots, in parts of their sum
     ground: str  # palettes of the plot and of what covers it up to `margin` from the street
     cover: str
-    margin: float = -3.0  # px
+    margin: float = -3.0  # px; below 0 for all of it, under the edge of the street too
     num_waves: int = 0  # crossing at right angles
     period: tuple[float, float] = (1.0, 1.0)  # px, from and to
     depth: float = 0.0
@@ -237,8 +243,9 @@ FINEST_RINGS = 0.28  # cycles per pixel at the longer side's end
 
 @dataclass
 class _Looks:
-    """What the pixels of N plots need to know: f32 (N,) arrays, but for the last two. Pixels measure u and v from the
-    middle of the plot, along x and y.
+    """What the pixels of N plots need to know: f32 (N,) where nothing else is said.
+
+    A pixel measures u along x and v along y from the middle of its plot.
     """
 
     top: np.ndarray  # of what the streets leave of it, px
@@ -257,7 +264,6 @@ class _Looks:
     slope_v: np.ndarray
     key: np.ndarray  # u32
     letters: np.ndarray  # bool
-
     ground: np.ndarray  # (3, N): by channel, as the pixels take them
     cover: np.ndarray
 
@@ -485,19 +491,51 @@ def builtin_image(width: int, height: int) -> StoredImage:
 
 
 def _bands(width: int, height: int) -> Iterator[np.ndarray]:
-    """(h, width, 3) u8 parts of the picture from the top, each drawn by all cores: numpy releases the GIL."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    bar = tqdm(
-        total=width * height, desc="drawing atlas", unit="px", unit_scale=True, delay=1.0, disable=None, leave=False
-    )
-    with concurrent.futures.ThreadPoolExecutor(cores) as pool, bar:
-        for y0 in range(0, height, BLOCK):
-            band = np.empty((min(BLOCK, height - y0), width, 3), np.uint8)
-
-            def draw_tile(tile: tuple[slice, slice], band: np.ndarray = band, y0: int = y0) -> None:
-                _draw_block(band[tile], y0, tile[1].start, (width, height))
-
-            for _ in pool.map(draw_tile, tiles(*band.shape[:2], BLOCK)):
-                pass
+    """(h, width, 3) u8 parts of the picture from the top, drawn by all cores where there is much to draw."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, min(cores, width * height // PIXELS_ALONE, -(-height // BAND)))
+    drawn = _draw_alone if cores == 1 else _draw_together
+    bar = tqdm(None, "drawing atlas", width * height, unit="px", unit_scale=True, delay=1.0, disable=None, leave=False)
+    with bar, contextlib.closing(drawn(width, height, cores)) as bands:
+        for band in bands:
             yield band
             bar.update(band.shape[0] * width)
+
+
+def _draw_alone(width: int, height: int, cores: int, first: int = 0) -> Generator[np.ndarray, None, None]:
+    """One band of every `cores`, from the `first` one on; of one core, all."""
+    for y0 in range(first * BAND, height, cores * BAND):
+        yield draw(y0, 0, min(BAND, height - y0), width, size=(width, height))
+
+
+def _draw_together(width: int, height: int, cores: int) -> Generator[np.ndarray, None, None]:
+    """All bands, from processes that draw in turn and send pixels through pipes, which hold them back.
+
+    Threads would wait for each other: four are no faster than one, for numpy's calls are many and short. Processes
+    that multiprocessing starts would import the caller's script again.
+    """
+    search = os.pathsep.join(folder or str(pathlib.Path.cwd()) for folder in sys.path)
+    with contextlib.ExitStack() as stack:
+        pipes = []
+        for first in range(cores):
+            program = f"from jaxngp.data import atlas; atlas.send_bands({width}, {height}, {cores}, {first})"
+            command = [sys.executable, "-c", program]
+            worker = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": search})
+            stack.enter_context(worker)  # closes its pipe, and waits for it ...
+            stack.callback(worker.kill)  # ... after this, also where drawing is given up
+            pipes.append(worker.stdout)
+        for index, y0 in enumerate(range(0, height, BAND)):
+            shape = min(BAND, height - y0), width, 3
+            content = pipes[index % cores].read(math.prod(shape))  # type: ignore[union-attr]
+            if len(content) != math.prod(shape):
+                raise InputError(
+                    f"atlas of {width}x{height}: a process that draws it ended early; free memory, try again"
+                )
+            yield np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def send_bands(width: int, height: int, cores: int, first: int) -> None:
+    """Writes every band that is the turn of the process `first` of `cores` to the standard output."""
+    for band in _draw_alone(width, height, cores, first):
+        sys.stdout.buffer.write(band.data)
+    sys.stdout.buffer.flush()
