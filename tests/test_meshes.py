@@ -261,9 +261,10 @@ def test_points_are_no_solid(read: Read) -> None:
 
 @pytest.mark.parametrize("module", ["igl", "trimesh"])
 def test_the_extra_is_named_where_it_is_missing(module: str, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = exported(box(), "stl")
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=rf"{module}.*pip install \.\[mesh\]"):
-        read(box())
+        read(content, ".stl")
 
 
 # Numbers.
@@ -407,6 +408,17 @@ def test_holes_are_closed_by_the_winding_number(read: Read) -> None:
     points = probes()
     away = np.abs(np.linalg.norm(points - 0.5, axis=1) - 0.5 * SIDE) > 0.05
     np.testing.assert_array_equal(mesh.inside(points)[away], (np.linalg.norm(points - 0.5, axis=1) < 0.5)[away])
+
+
+def test_inside_is_where_the_winding_number_is_above_a_half(read: Read) -> None:
+    """Also where it is no whole number: a bowl is open at the top, and points of all numbers from 0 to 1 are near."""
+    vertices, faces = ball(3)
+    mesh = read((vertices, faces[vertices[faces, 2].max(axis=1) < 0.3]))
+    points = probes(20_000)
+    winding = importlib.import_module("igl").winding_number(mesh.vertices, mesh.faces, points)
+    assert (np.abs(winding - 0.5) < meshes.DOUBT).mean() > 0.05
+    clear = np.abs(winding - 0.5) > 5e-3
+    np.testing.assert_array_equal(mesh.inside(points)[clear], (winding > 0.5)[clear])
 
 
 def test_a_soup_of_triangles_has_an_inside(read: Read) -> None:
