@@ -224,9 +224,17 @@ def test_an_obj_of_polygons_normals_and_relative_indices(read: Read) -> None:
     assert_equal(mesh, exact_box(), 1e-12)
 
 
-def test_a_ply_that_names_a_texture_has_no_other_file_opened(read: Read) -> None:
+def test_a_ply_that_names_a_texture_has_no_other_file_opened(read: Read, caplog: pytest.LogCaptureFixture) -> None:
     content = exported(box(), "ply").replace(b"element vertex", b"comment TextureFile /etc/passwd\nelement vertex", 1)
     assert_equal(read(content, ".ply"), exact_box(), 1e-12)
+    assert not caplog.messages
+
+
+def test_signed_zeros_are_one_place(read: Read) -> None:
+    """Half of the faces are on vertices of their own, with -0 for 0."""
+    vertices, faces = box()
+    mesh = read((np.concatenate([vertices, np.where(vertices == 0, -0.0, vertices)]), faces + 8 * (faces[:, :1] % 2)))
+    assert (len(mesh.vertices), mesh.notes) == (8, ())
 
 
 def test_an_stl_of_another_alphabet(read: Read) -> None:
@@ -392,6 +400,17 @@ def test_a_cavity_stays_one(turn: Callable[[Arrays], Arrays], read: Read) -> Non
     assert not hollow.inside(np.full((1, 3), 0.5)).any()
     assert hollow.inside(np.array([[0.1, 0.1, 0.1]])).all()
     np.testing.assert_allclose(hollow.distance(np.full((1, 3), 0.5)), 0.3 * SIDE, rtol=0.1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cavity_of_faces_at_odds_goes_by_the_most_of_them(seed: int, read: Read) -> None:
+    vertices, faces = inside_out(moved(ball(2), (0.5, 0.5, 0.5), 0.3))
+    odd = rng(seed).random(len(faces)) < 1 / 3
+    odd[0] = True
+    cavity = vertices, np.where(odd[:, None], faces[:, ::-1], faces)
+    mesh = read(joined(box((1.0, 1.0, 1.0)), cavity))
+    assert mesh.notes == (f"{odd.sum()} of 332 faces turned to look out",)
+    assert not mesh.inside(np.full((1, 3), 0.5)).any()
 
 
 def test_two_objects_of_one_file(read: Read) -> None:

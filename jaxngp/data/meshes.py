@@ -72,8 +72,7 @@ class Mesh:
 
     def surface(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The barycentric coordinates are those of a uniform point of a square, folded along its diagonal."""
-        area = rng.random(count) * self._cumulative_area[-1]
-        face = np.searchsorted(self._cumulative_area, area, side="right").clip(max=len(self.faces) - 1)
+        face = np.searchsorted(self._cumulative_area, rng.random(count) * self._cumulative_area[-1])
         u, v = rng.random((2, count, 1))
         u, v = np.where(u + v > 1, (1 - u, 1 - v), (u, v))
         a, b, c = self.vertices[self.faces[face].T]
@@ -175,9 +174,9 @@ def _parse_obj(content: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _obj_index(word: str, num_vertices: int) -> int:
-    """From 0, of the vertex that a corner such as 7, 7/2 or -1//3 names; -1 where there can be none."""
+    """From 0, of the vertex that a corner such as 7, 7/2 or -1//3 names; negative where there can be none."""
     index = int(word.partition("/")[0])
-    return index - 1 if index > 0 else max(num_vertices + index, -1) if index else -1
+    return num_vertices + index if index < 0 else index - 1
 
 
 def _parse_with_trimesh(content: bytes, kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -213,10 +212,9 @@ def _count(rows: np.ndarray, one: str, many: str = "") -> str:
 def _merged(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same faces on the vertices they use, of which no two are at the same place."""
     used, corners = np.unique(faces, return_inverse=True)
-    vertices = vertices[used] + 0.0  # -0 and 0 are one place
-    place = _numbered(vertices)
+    place = _numbered(vertices[used])
     _, first = np.unique(place, return_index=True)
-    return vertices[first], place[corners].reshape(-1, 3)
+    return vertices[used[first]], place[corners].reshape(-1, 3)
 
 
 def _numbered(rows: np.ndarray) -> np.ndarray:
