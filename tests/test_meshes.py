@@ -224,9 +224,17 @@ def test_an_obj_of_polygons_normals_and_relative_indices(read: Read) -> None:
     assert_equal(mesh, exact_box(), 1e-12)
 
 
-def test_a_ply_that_names_a_texture_has_no_other_file_opened(read: Read) -> None:
+def test_a_ply_that_names_a_texture_has_no_other_file_opened(read: Read, caplog: pytest.LogCaptureFixture) -> None:
     content = exported(box(), "ply").replace(b"element vertex", b"comment TextureFile /etc/passwd\nelement vertex", 1)
     assert_equal(read(content, ".ply"), exact_box(), 1e-12)
+    assert not caplog.messages
+
+
+def test_signed_zeros_are_one_place(read: Read) -> None:
+    """Half of the faces are on vertices of their own, with -0 for 0."""
+    vertices, faces = box()
+    mesh = read((np.concatenate([vertices, np.where(vertices == 0, -0.0, vertices)]), faces + 8 * (faces[:, :1] % 2)))
+    assert (len(mesh.vertices), mesh.notes) == (8, ())
 
 
 def test_an_stl_of_another_alphabet(read: Read) -> None:
@@ -261,9 +269,10 @@ def test_points_are_no_solid(read: Read) -> None:
 
 @pytest.mark.parametrize("module", ["igl", "trimesh"])
 def test_the_extra_is_named_where_it_is_missing(module: str, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = exported(box(), "stl")
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=rf"{module}.*pip install \.\[mesh\]"):
-        read(box())
+        read(content, ".stl")
 
 
 # Numbers.
@@ -393,6 +402,17 @@ def test_a_cavity_stays_one(turn: Callable[[Arrays], Arrays], read: Read) -> Non
     np.testing.assert_allclose(hollow.distance(np.full((1, 3), 0.5)), 0.3 * SIDE, rtol=0.1)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cavity_of_faces_at_odds_goes_by_the_most_of_them(seed: int, read: Read) -> None:
+    vertices, faces = inside_out(moved(ball(2), (0.5, 0.5, 0.5), 0.3))
+    odd = rng(seed).random(len(faces)) < 1 / 3
+    odd[0] = True
+    cavity = vertices, np.where(odd[:, None], faces[:, ::-1], faces)
+    mesh = read(joined(box((1.0, 1.0, 1.0)), cavity))
+    assert mesh.notes == (f"{odd.sum()} of 332 faces turned to look out",)
+    assert not mesh.inside(np.full((1, 3), 0.5)).any()
+
+
 def test_two_objects_of_one_file(read: Read) -> None:
     vertices, faces = joined(box(), moved(box(), (2.0, 0.0, 0.0)))
     text = obj(vertices, faces).decode().splitlines()
@@ -407,6 +427,17 @@ def test_holes_are_closed_by_the_winding_number(read: Read) -> None:
     points = probes()
     away = np.abs(np.linalg.norm(points - 0.5, axis=1) - 0.5 * SIDE) > 0.05
     np.testing.assert_array_equal(mesh.inside(points)[away], (np.linalg.norm(points - 0.5, axis=1) < 0.5)[away])
+
+
+def test_inside_is_where_the_winding_number_is_above_a_half(read: Read) -> None:
+    """Also where it is no whole number: a bowl is open at the top, and points of all numbers from 0 to 1 are near."""
+    vertices, faces = ball(3)
+    mesh = read((vertices, faces[vertices[faces, 2].max(axis=1) < 0.3]))
+    points = probes(20_000)
+    winding = importlib.import_module("igl").winding_number(mesh.vertices, mesh.faces, points)
+    assert (np.abs(winding - 0.5) < meshes.DOUBT).mean() > 0.05
+    clear = np.abs(winding - 0.5) > 5e-3
+    np.testing.assert_array_equal(mesh.inside(points)[clear], (winding > 0.5)[clear])
 
 
 def test_a_soup_of_triangles_has_an_inside(read: Read) -> None:

@@ -75,8 +75,10 @@ def distance_samples(solid: Solid, seed: int, count: int, *, offset: float = OFF
     deviation = offset * 0.5 * float(np.linalg.norm(high - low))
     points += rng.logistic(scale=deviation * math.sqrt(3) / math.pi, size=points.shape)
     anywhere = rng.uniform(low, high, (count - num_near, 3))
-    position = _in_cube(np.concatenate([points, anywhere]))[rng.permutation(count)]
-    return position, _distances(solid, position)
+    position = _in_cube(np.concatenate([points, anywhere]))
+    distance = _distances(solid, position)  # before the order is lost: a mesh answers neighbours faster
+    order = rng.permutation(count)
+    return position[order], distance[order]
 
 
 def _in_cube(points: np.ndarray) -> np.ndarray:
