@@ -137,6 +137,7 @@ class PointFieldConfig:
     hidden_width: int = 64
     hidden_layers: int = 2
     num_outputs: int = 1
+    use_bias: bool = False
     precision: Precision = "float32"  # of features and hidden layers; parameters and results are always float32
 
     def __post_init__(self) -> None:

@@ -181,7 +181,7 @@ class PointField(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.encoding = HashEncoding(c.encoding, compute_dtype(c))
-        self.mlp = Mlp(c.hidden_width, c.hidden_layers, c.num_outputs)
+        self.mlp = Mlp(c.hidden_width, c.hidden_layers, c.num_outputs, c.use_bias)
 
     def __call__(self, position: jax.Array, shadow: jax.Array | None = None) -> jax.Array:
         """position (N, D) in [0, 1] -> (N, num_outputs) f32."""
