@@ -66,6 +66,7 @@ from jaxngp.training.report import (
 from jaxngp.training.workdir import clear, fit
 
 TABLE_SIZES = range(14, 25)  # log2 T
+LARGEST_ON_CPU = 19  # log2 T, by default: Adam would take most of a step's time for a larger table, and 2 GB
 TILE = 512  # px per side of what is evaluated at once
 PANEL = 512  # px per side, at most, of a picture on the sheet
 CROP = 128  # px per side of what the sheet shows enlarged
@@ -79,13 +80,13 @@ HELD_BYTES = {"cpu": 2**28, "gpu": 2**34}  # of an image that --hold=auto gives 
 
 
 def image_config(values: flags.Flags, image: StoredImage, on_cpu: bool) -> ImageConfig:
-    """The config for an image: N_max is half its longer side; the table takes a quarter of its numbers by default."""
+    """The config for an image: N_max is half its longer side, as instant-ngp has it."""
     longer = max(image.width, image.height)
     encoding = HashGridConfig(num_dims=2, max_resolution=max(16, longer // 2))
-    sizes = [values.log2_table_size] if values.log2_table_size else reversed(TABLE_SIZES)
-    budget = math.inf if values.log2_table_size else image.width * image.height * 3 / 4
-    grids = [replace(encoding, table_size=2**size) for size in sizes]
-    encoding = next((grid for grid in grids if num_table_entries(grid) <= budget), grids[-1])
+    if values.log2_table_size:
+        encoding = replace(encoding, table_size=2**values.log2_table_size)
+    else:
+        encoding = fitting_grid(encoding, image.width * image.height * 3 // 4, LARGEST_ON_CPU if on_cpu else 24)
     train = PictureTrainConfig(max_steps=10**7, max_seconds=60.0, num_points=2**14 if on_cpu else 2**18)
     config = ImageConfig(
         picture=picture_config(values),
@@ -96,8 +97,12 @@ def image_config(values: flags.Flags, image: StoredImage, on_cpu: bool) -> Image
     return apply_overrides(config, values.override)
 
 
-def num_table_entries(grid: HashGridConfig) -> int:
-    return level_offsets(grid)[-1] * grid.num_features
+def fitting_grid(grid: HashGridConfig, budget: int, largest: int) -> HashGridConfig:
+    """The grid with the largest table, up to 2^largest entries a level, that holds at most `budget` numbers."""
+    sizes = [size for size in TABLE_SIZES if size <= largest]
+    grids = [replace(grid, table_size=2**size) for size in sizes]
+    fitting = [g for g in grids if level_offsets(g)[-1] * g.num_features <= budget]
+    return fitting[-1] if fitting else grids[0]
 
 
 def picture_config(values: flags.Flags) -> PictureConfig:
@@ -282,7 +287,7 @@ def define_flags(values: flags.Flags) -> None:
         "log2_table_size",
         0,
         "Log of the entries per level: 14 to 24; 0 is the largest with a quarter as many parameters as the image has "
-        "numbers.",
+        f"numbers, up to {LARGEST_ON_CPU} on a CPU.",
         lower_bound=0,
         upper_bound=TABLE_SIZES[-1],
         flag_values=values,
