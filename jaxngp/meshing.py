@@ -66,7 +66,8 @@ def extract_surface(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The surface where the distance is 0: vertices (V, 3) f64 in scene units, faces (F, 3) that look out.
 
-    Lorensen and Cline 1987, in the variant of Lewiner et al. 2003, whose surfaces are closed. Raises InputError where
+    Marching cubes (Lorensen and Cline 1987, in the variant of Lewiner et al. 2003). The surface is closed: what lies
+    outside the box is taken for outside the solid, whatever the distance says there. Raises InputError where
     scikit-image is missing, and where there is no surface.
     """
     try:
@@ -74,7 +75,17 @@ def extract_surface(
     except ImportError:
         raise InputError("scikit-image, which extracts meshes, is not installed: pip install .[mesh]") from None
     volume, first, spacing = sample_volume(params, box, resolution, make_distance=make_distance)
+    _close(volume, box, first, spacing)
     if not volume.min() < 0 < volume.max():
         raise InputError(f"the distance lies between {volume.min():.3g} and {volume.max():.3g}: there is no surface")
-    vertices, faces, _, _ = marching_cubes(volume, level=0.0, gradient_direction="ascent", allow_degenerate=False)
+    vertices, faces, _, _ = marching_cubes(volume, level=0.0, gradient_direction="descent", allow_degenerate=False)
     return first + spacing * vertices.astype(np.float64), faces.astype(np.int64)
+
+
+def _close(volume: np.ndarray, box: np.ndarray, first: np.ndarray, spacing: float) -> None:
+    """Make the distance at points outside the box at least half a spacing, in place."""
+    for axis, count in enumerate(volume.shape):
+        along = first[axis] + spacing * np.arange(count)
+        beyond = (along < box[0, axis]) | (along > box[1, axis])
+        layers = np.moveaxis(volume, axis, 0)
+        layers[beyond] = np.maximum(layers[beyond], 0.5 * spacing)

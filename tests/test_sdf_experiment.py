@@ -101,7 +101,7 @@ def test_a_mesh_is_learned_and_extracted_in_its_own_coordinates(suffix: str, tmp
         f"--mesh_format={suffix}",
         *TINY,
     )
-    surface = trimesh.load(tmp_path / "run" / "pictures" / f"surface.{suffix}")
+    surface = trimesh.load(tmp_path / "run" / "pictures" / f"surface.{suffix}", process=False)
     assert surface.is_watertight
     np.testing.assert_allclose(surface.bounds, [[80, -70, -13], [120, -30, 27]], atol=0.5)
     assert surface.volume == pytest.approx(4 / 3 * np.pi * 20**3, rel=0.03)  # positive: it looks out
