@@ -2,9 +2,11 @@
 
     python -m experiments.gpu_gate --preset=base
     python -m experiments.gpu_gate --gpu=rtx3090 --override=sampler.num_samples=2**17 --kernels
+    python -m experiments.gpu_gate --preset=image --image_size=16384    # or sdf
 
 Compiles a dispatch of training steps, the survey before the first, a refresh of the occupancy grid and the rendering
-of one chunk of a view, for images of the given number and size. Needs the plugin of jax for CUDA 13, and neither a
+of one chunk of a view, for images of the given number and size; of `image` and `sdf`, the training of those
+experiments, and the tracing of a frame. Needs the plugin of jax for CUDA 13, and neither a
 driver nor a library of CUDA: `pip install .[gpu-aot]`. Nothing runs, so nothing is timed but the compiler. On a GPU XLA
 may try for each matmul whether cuBLAS or Triton is faster; here all are cuBLAS's, as the package asks, or Triton's with
 --triton_gemm.
@@ -39,13 +41,25 @@ from absl import flags as absl_flags
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments import hlo
+from experiments import hlo, image, sdf
+from experiments.sdf import distance_maker
 from jaxngp import flags, rendering
-from jaxngp.cameras import Camera, PosedImages
-from jaxngp.config import PRESETS, HashGridConfig, InputError, MarchConfig, NerfConfig, apply_overrides
+from jaxngp.cameras import Camera, PosedImages, Rays
+from jaxngp.config import (
+    PRESETS,
+    HashGridConfig,
+    ImageConfig,
+    InputError,
+    MarchConfig,
+    NerfConfig,
+    PointConfig,
+    apply_overrides,
+)
 from jaxngp.fields import field_maker
 from jaxngp.gpu import OPTIONS, jaxlib_version, scatter_cure
+from jaxngp.tracing import GPU_LANES, trace_rays
 from jaxngp.training import steps
+from jaxngp.training.points import DistanceSamples, ImagePixels, point_steps
 from jaxngp.training.report import environment, write_json
 from jaxngp.training.state import init_state
 
@@ -201,6 +215,12 @@ def gpu_sharding(gpu: Gpu) -> NamedSharding:
     return NamedSharding(Mesh(np.array(topology.devices[:1]), ("gpu",)), PartitionSpec())
 
 
+def point_presets(image_size: int) -> dict[str, PointConfig]:
+    """What `experiments.image` learns an image with on a GPU, with the largest table, and `experiments.sdf` a solid."""
+    grid = HashGridConfig(num_dims=2, table_size=2**24, max_resolution=max(16, image_size // 2))
+    return {"image": image.default_config(grid, on_cpu=False), "sdf": sdf.PRESETS["paper"]}
+
+
 def make_programs(config: NerfConfig, *, num_views: int, image_size: int, frame: tuple[int, int]) -> dict[str, Program]:
     """The programs of training on square views and of rendering a frame of (width, height), as they are called."""
     state = jax.eval_shape(lambda: init_state(0, config=config))
@@ -232,6 +252,25 @@ def make_programs(config: NerfConfig, *, num_views: int, image_size: int, frame:
     static = dict(zip(("make_field", "sampler", "batching"), make_program.call_args.args, strict=True))
     programs["render"] = Program(rendering.render_chunk, make_program.return_value.call_args.args, static)
     return programs
+
+
+def make_point_programs(config: PointConfig, *, image_size: int, frame: tuple[int, int]) -> dict[str, Program]:
+    """The programs of learning a square image, or a signed distance and of tracing a frame of (width, height)."""
+    state = jax.eval_shape(lambda: init_state(0, config=config))
+    rates = jax.ShapeDtypeStruct((config.train.steps_per_dispatch,), jnp.float32)
+    num_steps = jax.ShapeDtypeStruct((), jnp.int32)
+    if isinstance(config, ImageConfig):
+        image = jax.eval_shape(lambda: ImagePixels(jnp.zeros((image_size, image_size, 3), jnp.uint8)))
+        return {"train": Program(point_steps, (state, image, rates, num_steps), {"config": config})}
+    shapes = [(config.solid.num_samples, *rest) for rest in ((3,), (3,), ())]
+    samples = jax.eval_shape(lambda: DistanceSamples(*map(jnp.zeros, shapes)))
+    rays = jax.eval_shape(lambda: Rays(*[jnp.zeros((frame[0] * frame[1], 3))] * 2))
+    box = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    static = {"make_distance": distance_maker(config.field), "lanes": GPU_LANES}
+    return {
+        "train": Program(point_steps, (state, samples, rates, num_steps), {"config": config}),
+        "trace": Program(trace_rays, (state.eval_params, rays, box), static),
+    }
 
 
 def make_camera(width: int, height: int) -> Camera:
@@ -408,10 +447,11 @@ def define_flags(values: flags.Flags) -> None:
 
 
 def main(values: flags.Flags) -> None:
-    if values.preset not in PRESETS:
-        raise InputError(f"--preset: unknown {values.preset!r}; there are {', '.join(PRESETS)}")
+    presets = PRESETS | point_presets(values.image_size)
+    if values.preset not in presets:
+        raise InputError(f"--preset: unknown {values.preset!r}; there are {', '.join(presets)}")
     check_plugin()
-    config = apply_overrides(PRESETS[values.preset], values.override)
+    config = apply_overrides(presets[values.preset], values.override)
     asked = {"xla_gpu_enable_triton_gemm": values.triton_gemm, **parse_options(values.compiler_option)}
     # All before jax asks for devices: the plugin compiles without the libraries of CUDA, but looks for them first.
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
@@ -419,9 +459,11 @@ def main(values: flags.Flags) -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # a program from there leaves no texts to read
 
     gpu = GPUS[values.gpu]
-    programs = make_programs(
-        config, num_views=values.views, image_size=values.image_size, frame=parse_frame(values.frame)
-    )
+    size, frame = values.image_size, parse_frame(values.frame)
+    if isinstance(config, NerfConfig):
+        programs = make_programs(config, num_views=values.views, image_size=size, frame=frame)
+    else:
+        programs = make_point_programs(config, image_size=size, frame=frame)
     if unknown := set(values.program) - set(programs):
         raise InputError(f"--program: unknown {min(unknown)!r}; this config has {', '.join(programs)}")
     sharding = gpu_sharding(gpu)

@@ -87,14 +87,18 @@ def image_config(values: flags.Flags, image: StoredImage, on_cpu: bool) -> Image
         encoding = replace(encoding, table_size=2**values.log2_table_size)
     else:
         encoding = fitting_grid(encoding, image.width * image.height * 3 // 4, LARGEST_ON_CPU if on_cpu else 24)
-    train = PictureTrainConfig(max_steps=10**7, max_seconds=60.0, num_points=2**14 if on_cpu else 2**18)
-    config = ImageConfig(
-        picture=picture_config(values),
+    config = default_config(encoding, on_cpu)
+    config = replace(config, picture=picture_config(values), train=flags.loop_config(config.train, values))
+    return apply_overrides(config, values.override)
+
+
+def default_config(encoding: HashGridConfig, on_cpu: bool) -> ImageConfig:
+    """What suits the device: a minute of training either way."""
+    return ImageConfig(
         field=PointFieldConfig(encoding=encoding, num_outputs=3),
         optimizer=OptimizerConfig(decay=CosineDecay(), ema_decay=0.0),
-        train=flags.loop_config(train, values),
+        train=PictureTrainConfig(max_steps=10**7, max_seconds=60.0, num_points=2**14 if on_cpu else 2**18),
     )
-    return apply_overrides(config, values.override)
 
 
 def fitting_grid(grid: HashGridConfig, budget: int, largest: int) -> HashGridConfig:

@@ -28,6 +28,15 @@ SHRINK = (1, 8, 64)
 """By which the number of lanes is divided as fewer rays are left; else the last few would keep all lanes waiting."""
 
 
+CPU_LANES, GPU_LANES = 2**14, 2**18
+"""Rays that are evaluated at once: what they need stays in a CPU's cache; on a GPU it is worth a launch."""
+
+
+def default_lanes() -> int:
+    """What suits the device that jax runs on."""
+    return CPU_LANES if jax.default_backend() == "cpu" else GPU_LANES
+
+
 @struct.dataclass
 class Hits:
     """Where R rays meet a surface: distance t along the ray (R,), and whether they do (R,)."""
@@ -47,7 +56,7 @@ def trace_rays(
     *,
     make_distance: MakeDistance,
     tolerance: float = 1e-4,
-    lanes: int = 2**14,
+    lanes: int = CPU_LANES,
     max_steps: int = 256,
 ) -> Hits:
     """Walk R rays through a box (2, 3), by the distance to the surface at each step, until it is within `tolerance`.
@@ -63,6 +72,8 @@ def trace_rays(
     def advance(carry: tuple, *, width: int) -> tuple:
         t, steps, active, hit = carry
         index = jnp.nonzero(active, size=width, fill_value=num_rays)[0]
+        # Lanes without a ray write to places of their own beyond the end: a GPU then needs no atomic operations.
+        index = jnp.where(index < num_rays, index, num_rays + jnp.arange(width))
         picked = jnp.minimum(index, num_rays - 1)
         origin, direction, end = rays.origin[picked], rays.direction[picked], far[picked]
         lane_t, lane_steps = t[picked], steps[picked]
@@ -78,10 +89,10 @@ def trace_rays(
         lane = (lane_t, lane_steps, index < num_rays, jnp.zeros(width, bool))
         lane_t, lane_steps, going, found = lax.fori_loop(0, ROUND, step, lane)
         return (
-            t.at[index].set(lane_t, mode="drop"),
-            steps.at[index].set(lane_steps, mode="drop"),
-            active.at[index].set(going, mode="drop"),
-            hit.at[index].set(found, mode="drop"),
+            t.at[index].set(lane_t, mode="drop", unique_indices=True),
+            steps.at[index].set(lane_steps, mode="drop", unique_indices=True),
+            active.at[index].set(going, mode="drop", unique_indices=True),
+            hit.at[index].set(found, mode="drop", unique_indices=True),
         )
 
     carry = (t, steps, active, hit)
@@ -135,13 +146,14 @@ def draw_surface(
     make_distance: MakeDistance,
     normal_width: float = 1e-3,
     shadows: bool = True,
-    lanes: int = 2**14,
+    lanes: int | None = None,
 ) -> Picture:
     """R rays, traced and shaded: a matt surface under a sky, and one lamp far away.
 
-    light, up (3,) unit: where the lamp is, and where the sky is brightest. Shadows are traced from
-    the surface towards the lamp.
+    light, up (3,) unit: where the lamp is, and where the sky is brightest. Shadows are traced from the surface towards
+    the lamp. lanes: `default_lanes()` if none are given.
     """
+    lanes = lanes or default_lanes()
     # Programs of their own, not one: the walk, of which most is compiled, is the same for both kinds of rays.
     trace = functools.partial(trace_rays, params, box=box, make_distance=make_distance, lanes=lanes)
     hits = trace(rays)
@@ -186,14 +198,14 @@ def _normals_of_hits(
     """The normals (R, 3) where `hit`, evaluated `lanes` at a time and nowhere else; 0 elsewhere."""
     distance_fn, num_rays = make_distance(params), len(position)
     lanes = min(lanes, num_rays)
-    order = jnp.nonzero(hit, size=num_rays, fill_value=num_rays)[0]
-    order = jnp.concatenate([order, jnp.full(lanes, num_rays)])
+    order = jnp.concatenate([jnp.nonzero(hit, size=num_rays, fill_value=num_rays)[0], jnp.full(lanes, num_rays)])
+    order = jnp.where(order < num_rays, order, num_rays + jnp.arange(num_rays + lanes))  # as in trace_rays
 
     def one(carry: tuple) -> tuple:
         first, normals = carry
         index = lax.dynamic_slice(order, (first,), (lanes,))
         found = surface_normals(distance_fn, position[jnp.minimum(index, num_rays - 1)], width=width)
-        return first + lanes, normals.at[index].set(found, mode="drop")
+        return first + lanes, normals.at[index].set(found, mode="drop", unique_indices=True)
 
     start = (jnp.int32(0), jnp.zeros((num_rays, 3)))
     return lax.while_loop(lambda carry: carry[0] < jnp.sum(hit), one, start)[1]

@@ -16,11 +16,15 @@ from jaxngp.config import PRESETS, InputError
 from jaxngp.gpu import FAST_SCATTER_JAXLIB, jaxlib_version
 from jaxngp.rendering import GPU_BATCHING
 
-# Bounds on preset base with 100 views of 800x800 and a frame of 1920x1080, for an H100.
-MAX_KERNELS = {"train": (110, 36), "render": (36, 32)}  # in one round of the loop, and outside
-MAX_TEMPORARY_MB = {"train": 375, "render": 700}
+# Bounds for an H100, by preset and program: kernels in one round of the loop and outside, MB of temporaries, and how
+# often the loops run, which rays alone decide. Of 100 views of 800x800, an image of 4096x4096, a frame of 1920x1080.
+BOUNDS: dict[str, dict[str, tuple[int, int, int, list[int | None]]]] = {
+    "base": {"train": (110, 36, 375, [16]), "render": (36, 32, 700, [None])},
+    "image": {"train": (36, 12, 600, [16])},
+    "sdf": {"train": (36, 14, 420, [16]), "trace": (100, 8, 170, [None] * 3)},
+}
+ATOMICS = {"base": "atom.global.v4.f32.add", "image": "atom.global.v2.f32.add", "sdf": "atom.global.v2.f32.add"}
 NUM_SUMS = 5  # that a ray's samples are added up to
-TRIP_COUNTS: dict[str, list[int | None]] = {"train": [16], "render": [None]}  # of rays, none can be known
 
 # HLO.
 
@@ -344,18 +348,31 @@ def test_the_programs_are_called_with_the_shapes_of_a_run() -> None:
     }
 
 
+def test_the_other_primitives_have_programs_of_the_shapes_of_a_run() -> None:
+    presets = gpu_gate.point_presets(40)
+    programs = gpu_gate.make_point_programs(presets["image"], image_size=40, frame=(8, 8))
+    assert programs["train"].arguments[1].pixels.shape == (40, 40, 3)
+    programs = gpu_gate.make_point_programs(presets["sdf"], image_size=40, frame=(1000, 500))
+    assert set(programs) == {"train", "trace"}
+    assert programs["train"].arguments[1].distance.shape == (presets["sdf"].solid.num_samples,)
+    assert programs["trace"].arguments[1].origin.shape == (500_000, 3)
+
+
 @pytest.mark.slow
-def test_the_programs_for_an_h100_stay_within_their_bounds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", BOUNDS)
+def test_the_programs_for_an_h100_stay_within_their_bounds(preset: str, tmp_path: Path) -> None:
     try:
         gpu_gate.check_plugin()
     except InputError as error:
         pytest.skip(str(error))
-    output = tmp_path / "gate.json"
-    command = [sys.executable, "-m", "experiments.gpu_gate", "--preset=base", f"--output={output}"]
+    output, bounds = tmp_path / "gate.json", BOUNDS[preset]
+    command = [sys.executable, "-m", "experiments.gpu_gate", f"--preset={preset}", f"--output={output}"]
+    if preset == "image":
+        command.append("--image_size=4096")
     # In a process of its own, which loads the plugin, and without the options of XLA that these tests set.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
-        [*command, "--program=train", "--program=render"],
+        [*command, *(f"--program={name}" for name in bounds)],
         cwd=Path(__file__).parent.parent,
         env=environment,
         capture_output=True,
@@ -364,16 +381,16 @@ def test_the_programs_for_an_h100_stay_within_their_bounds(tmp_path: Path) -> No
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(output.read_text(encoding="utf-8"))["programs"]
-    assert set(rows) == {"train", "render"}
+    assert set(rows) == set(bounds)
     for name, row in rows.items():
-        looping, outside = row["kernels"]
-        assert looping <= MAX_KERNELS[name][0], done.stdout
-        assert outside <= MAX_KERNELS[name][1], done.stdout
-        assert row["temporary_bytes"] <= MAX_TEMPORARY_MB[name] * gpu_gate.MB, done.stdout
+        looping, outside, megabytes, trip_counts = bounds[name]
+        assert row["kernels"][0] <= looping, done.stdout
+        assert row["kernels"][1] <= outside, done.stdout
+        assert row["temporary_bytes"] <= megabytes * gpu_gate.MB, done.stdout
         assert row["corner_arrays"] == [], done.stdout
-        assert row["trip_counts"] == TRIP_COUNTS[name], done.stdout
+        assert row["trip_counts"] == trip_counts, done.stdout
         # An old jaxlib adds up rays, few and in order, by compare-and-swap; the table it must not.
         slow = [name for name in row["cas_loops"] if "scatter-add" not in name or f",{NUM_SUMS}]" not in name]
         assert slow == [] if jaxlib_version() < FAST_SCATTER_JAXLIB else row["cas_loops"] == {}, done.stdout
         assert row["float64_ops"] == 0, done.stdout
-    assert rows["train"]["vector_atomics"] == {"atom.global.v4.f32.add": 1}  # rows of the table are added to whole
+    assert rows["train"]["vector_atomics"] == {ATOMICS[preset]: 1}  # rows of the table are added to whole
