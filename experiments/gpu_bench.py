@@ -1,4 +1,5 @@
-"""Where a GPU stands: ceilings, correctness, the training step and its stages, XLA's flags, rendering, and PSNR.
+"""Where a GPU stands: ceilings, correctness, the training step and its stages, XLA's flags, rendering, and PSNR; images
+and signed distances.
 
     python -m experiments.gpu_bench --scene=lego --data_dir=DIR
     python -m experiments.gpu_bench --toy --scene=bricks --downscale=8    # all of it, on a CPU too
@@ -6,7 +7,7 @@
 One command of at most --budget seconds that may be stopped anywhere: every section prints its lines as they come and
 rewrites the JSON, one that fails says why in a line and the next goes on, and one that no longer fits is skipped, the
 rendering and the PSNR last of all. --sections picks some: versions, ceilings, correctness, step, profile, stages,
-flags, render, psnr. All but the first, second and last need a trained state, so training comes early.
+flags, render, image, sdf, psnr. Some of them need a trained state, so training comes early.
 
 Beside a time stands what was predicted for an H100 before anything was measured: the floor that the hardware sets,
 and what XLA's code should take (`gpu_stages`). The PSNR stands beside the paper's for lego on an RTX 3090. Programs
@@ -28,7 +29,7 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from experiments import gpu_sections
+from experiments import gpu_primitives, gpu_sections
 from experiments.gpu_run import Bench, Section, Sizes, run_sections
 from experiments.throughput import define_marching_flags
 from jaxngp import flags
@@ -36,8 +37,10 @@ from jaxngp.cameras import PosedImages
 from jaxngp.config import PRESETS, InputError, MarchConfig, apply_overrides, scene_config
 from jaxngp.data import load_training
 
-FULL = Sizes(1000, 4, 1.0, ((1920, 1080), (800, 800)), 5, len(gpu_sections.XLA_OPTIONS), 60.0)
-TOY = Sizes(16, 1, 2.0**-10, ((64, 36),), 2, 2, 2.0)
+FULL = Sizes(
+    1000, 4, 1.0, ((1920, 1080), (800, 800)), 5, len(gpu_sections.XLA_OPTIONS), 60.0, 2**24, 2**18, 2**13, 2**22, 20.0
+)
+TOY = Sizes(16, 1, 2.0**-10, ((64, 36),), 2, 2, 2.0, 2**14, 2**10, 64, 2**12, 0.5)
 TOY_OVERRIDES = (
     "field.encoding.num_levels=2",
     "field.encoding.table_size=2**10",
@@ -105,6 +108,8 @@ SECTIONS = (
     Section("stages", gpu_sections.stages, 80),
     Section("flags", gpu_sections.xla_options, 80),
     Section("render", gpu_sections.render, 40, headline=True),
+    Section("image", gpu_primitives.image, 50, trains=False),
+    Section("sdf", gpu_primitives.sdf, 50, trains=False),
     Section("psnr", gpu_sections.psnr, 30, trains=False, headline=True),  # and its training
 )
 
@@ -128,7 +133,7 @@ def define_flags(values: flags.Flags) -> None:
     absl_flags.DEFINE_float(
         "seconds", None, "Of the longest training for the PSNR; 60, or 2 of a toy.", 0.1, flag_values=values
     )
-    absl_flags.DEFINE_float("budget", 480.0, "Seconds for everything.", 1.0, flag_values=values)
+    absl_flags.DEFINE_float("budget", 570.0, "Seconds for everything.", 1.0, flag_values=values)
     names = [section.name for section in SECTIONS]
     absl_flags.DEFINE_list("sections", names, f"Of {', '.join(names)}.", flag_values=values)
     absl_flags.DEFINE_bool("toy", False, "Everything small enough for a CPU.", flag_values=values)

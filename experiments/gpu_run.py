@@ -39,6 +39,11 @@ class Sizes:
     poses: int  # of each frame
     options: int  # of gpu_sections.XLA_OPTIONS, how many
     psnr_seconds: float  # of training, if the command does not say
+    table_size: int  # at most, of an image's and a solid's field
+    num_points: int  # that these are learned from in a step
+    image_size: int  # px per side of the built-in image
+    sdf_samples: int  # distances to learn from
+    point_seconds: float  # of training, of each of the two
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import pytest
 from numpy.testing import assert_allclose
 from test_commands import write_scene
 
-from experiments import float64, gpu_bench, gpu_profile, gpu_run, gpu_sections, gpu_stages, timing
+from experiments import float64, gpu_bench, gpu_profile, gpu_run, gpu_sections, gpu_stages, sdf, timing
 from experiments.gpu_profile import Event
 from experiments.gpu_run import Bench, Section
 from jaxngp import flags
@@ -40,6 +40,7 @@ def test_a_toy_runs_through_every_section(
     options = {"as everything else": {}, "unknown": {"xla_gpu_no_such_option": True}}
     kept = ("draw", "encode, backward, (level, point, corner)", "additions to one row, float32 x 2")
     monkeypatch.setattr(gpu_sections, "XLA_OPTIONS", options)
+    monkeypatch.setattr(sdf, "NUM_VOLUME_POINTS", 2**16)
     for name in ("all_stages", "ceilings"):
         every = getattr(gpu_stages, name)
         few = lambda *a, every=every, **k: {key: v for key, v in every(*a, **k).items() if key in kept}  # noqa: E731
@@ -63,6 +64,9 @@ def test_a_toy_runs_through_every_section(
     assert "scatter" in " ".join(kernel["source"] for kernel in results["profile"]["kernels"])
     assert 0 < results["render"]["64x36"]["fill"] <= 1
     assert [run["psnr"] > 0 for run in results["psnr"]["runs"]] == [True]
+    assert results["image"]["device"]["psnr"] > 10
+    assert results["image"]["host"]["steps"] > 0
+    assert results["sdf"]["frame_ms"] > 0
     assert "val split, 1 views of 24x24, white background, sRGB" in text
     assert (tmp_path / "out" / "trace.xplane.pb").exists()
     assert "| PSNR after 2 s, dB | - | 30.1 | not measured |" in text
