@@ -93,11 +93,15 @@ def image_config(values: flags.Flags, image: StoredImage, on_cpu: bool) -> Image
 
 
 def default_config(encoding: HashGridConfig, on_cpu: bool) -> ImageConfig:
-    """What suits the device: a minute of training either way."""
+    """What suits the device: a minute of training either way.
+
+    On a CPU a step of a large table is mostly Adam's, and so is taken with more points.
+    """
+    num_points = min(max(encoding.table_size // 4, 2**14), 2**16) if on_cpu else 2**18
     return ImageConfig(
         field=PointFieldConfig(encoding=encoding, num_outputs=3),
         optimizer=OptimizerConfig(decay=CosineDecay(), ema_decay=0.0),
-        train=PictureTrainConfig(max_steps=10**7, max_seconds=60.0, num_points=2**14 if on_cpu else 2**18),
+        train=PictureTrainConfig(max_steps=10**7, max_seconds=60.0, num_points=num_points),
     )
 
 
@@ -305,7 +309,7 @@ def define_flags(values: flags.Flags) -> None:
         "on the device what takes up to 256 MB on a CPU and 16 GB on a GPU. What is learned is the same.",
         flag_values=values,
     )
-    flags.define_loop_flags(values, workdir="runs/<image>")
+    flags.define_loop_flags(values, workdir="runs/<image>", example="train.num_points=2**16")
 
 
 def main(values: flags.Flags) -> None:

@@ -266,7 +266,7 @@ def define_flags(values: flags.Flags) -> None:
         "mesh_resolution", 256, "Points along the longest side; 0 extracts no mesh.", 0, 2048, flag_values=values
     )
     absl_flags.DEFINE_enum("mesh_format", "ply", ["ply", "obj"], "Of the extracted mesh.", flag_values=values)
-    flags.define_loop_flags(values, workdir="runs/<solid>")
+    flags.define_loop_flags(values, workdir="runs/<solid>", example="train.num_points=2**16")
 
 
 def main(values: flags.Flags) -> None:

@@ -113,12 +113,15 @@ def define_train_flags(values: Flags) -> None:
     flags.DEFINE_string("data_dir", None, "Folder that holds the scene, looked at first.", flag_values=values)
     flags.DEFINE_integer("downscale", None, "Shrink the images by this factor.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("image_size", None, "Pixels per side of the built-in scene.", flag_values=values)
-    define_loop_flags(values, workdir="runs/<scene>")
+    define_loop_flags(values, workdir="runs/<scene>", example="sampler.num_samples=2**16")
     define_evaluation_flags(values)
 
 
-def define_loop_flags(values: Flags, *, workdir: str) -> None:
-    """The flags of everything that trains; `loop_config` reads them. workdir: the default, in words."""
+def define_loop_flags(values: Flags, *, workdir: str, example: str) -> None:
+    """The flags of everything that trains; `loop_config` reads them.
+
+    workdir: the default, in words. example: of an override.
+    """
     flags.DEFINE_string("workdir", None, f"Where everything is written; {workdir} if not given.", flag_values=values)
     flags.DEFINE_integer("seed", None, "Of all randomness.", flag_values=values)
     flags.DEFINE_integer("max_steps", None, "Training steps.", flag_values=values)
@@ -137,7 +140,7 @@ def define_loop_flags(values: Flags, *, workdir: str) -> None:
     flags.DEFINE_multi_string(
         "override",
         [],
-        "Set any field of the config: --override=sampler.num_samples=2**16. May be repeated.",
+        f"Set any field of the config: --override={example}. May be repeated.",
         flag_values=values,
     )
     flags.DEFINE_bool("restart", False, "Throw away what the workdir holds and train anew.", flag_values=values)
