@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from jaxngp.config import (
     to_json,
     to_plain,
 )
+from jaxngp.data import expand
 from jaxngp.data.atlas import builtin_image
 from jaxngp.data.image import StoredImage, read_image, tiles
 from jaxngp.fields import Params, evaluate_points
@@ -63,23 +65,24 @@ from jaxngp.training.report import (
     write_json,
     write_png,
 )
-from jaxngp.training.workdir import clear, fit
+from jaxngp.training.workdir import clear, fit, remove_pictures
 
 TABLE_SIZES = range(14, 25)  # log2 T
 LARGEST_ON_CPU = 19  # log2 T, by default: Adam would take most of a step's time for a larger table, and 2 GB
 TILE = 512  # px per side of what is evaluated at once
 PANEL = 512  # px per side, at most, of a picture on the sheet
 CROP = 128  # px per side of what the sheet shows enlarged
+PART = 2**14  # points that are evaluated at once for the curve
 CURVE_PIXELS = 2**20  # on which the curve is measured, of a larger image: a rectangle's middle each
 MARKS = tuple(m * s for s in (1, 10, 100, 1000, 10_000) for m in (1, 2, 3, 5, 7))  # seconds
 MAX_PNG_PIXELS = 2**26  # of a reconstruction that is written in full
-HELD_BYTES = {"cpu": 2**28, "gpu": 2**34}  # of an image that --hold=auto gives to the device
+HELD_BYTES = 2**28  # of an image that --hold=auto gives to a CPU
 
 
 # What is learned.
 
 
-def image_config(values: flags.Flags, image: StoredImage, on_cpu: bool) -> ImageConfig:
+def image_config(values: flags.Flags, picture: PictureConfig, image: StoredImage, on_cpu: bool) -> ImageConfig:
     """The config for an image: N_max is half its longer side, as instant-ngp has it."""
     longer = max(image.width, image.height)
     encoding = HashGridConfig(num_dims=2, max_resolution=max(16, longer // 2))
@@ -88,7 +91,7 @@ def image_config(values: flags.Flags, image: StoredImage, on_cpu: bool) -> Image
     else:
         encoding = fitting_grid(encoding, image.width * image.height * 3 // 4, LARGEST_ON_CPU if on_cpu else 24)
     config = default_config(encoding, on_cpu)
-    config = replace(config, picture=picture_config(values), train=flags.loop_config(config.train, values))
+    config = replace(config, picture=picture, train=flags.loop_config(config.train, values))
     return apply_overrides(config, values.override)
 
 
@@ -114,13 +117,16 @@ def fitting_grid(grid: HashGridConfig, budget: int, largest: int) -> HashGridCon
 
 
 def picture_config(values: flags.Flags) -> PictureConfig:
-    """Which image the flags name. Raises InputError."""
+    """Which image the flags and overrides name. Raises InputError."""
     if values.image:
-        return PictureConfig(path=str(Path(values.image).expanduser().resolve()), background=values.background)
-    width, x, height = values.size.lower().partition("x")
-    if not (width.isdecimal() and (height if x else width).isdecimal()):
-        raise InputError(f"--size={values.size}: expected width x height in pixels, as in 2048x1024, or one number")
-    return PictureConfig(width=int(width), height=int(height or width), background=values.background)
+        picture = PictureConfig(path=os.path.realpath(expand(values.image)), background=values.background)
+    else:
+        width, x, height = values.size.lower().partition("x")
+        if not (width.isdecimal() and (height if x else width).isdecimal()):
+            raise InputError(f"--size={values.size}: expected width x height in pixels, as in 2048x1024, or one number")
+        picture = PictureConfig(width=int(width), height=int(height or width), background=values.background)
+    own = [override for override in values.override if override.strip().startswith("picture.")]
+    return apply_overrides(ImageConfig(picture=picture), own).picture
 
 
 def load(picture: PictureConfig) -> StoredImage:
@@ -132,7 +138,9 @@ def load(picture: PictureConfig) -> StoredImage:
 
 def hold(image: StoredImage, where: str) -> ImagePixels | StoredImage:
     """The image on the device, or as it is where it stays on the host: --hold."""
-    limit = {"device": math.inf, "host": 0}.get(where, HELD_BYTES.get(jax.default_backend(), HELD_BYTES["gpu"]))
+    limit = {"device": math.inf, "host": 0}.get(where, HELD_BYTES)
+    if where == "auto" and jax.default_backend() != "cpu":
+        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**32) / 4
     return image if image.pixels.nbytes > limit else ImagePixels(jnp.asarray(image.pixels))
 
 
@@ -150,15 +158,18 @@ def predict_tile(
 
 @functools.partial(jax.jit, static_argnames="config")
 def mean_error(params: Params, position: jax.Array, truth: jax.Array, *, config: PointFieldConfig) -> jax.Array:
-    """The mean squared error at positions (N, 2) of colours (N, 3), in equal parts that fit a cache."""
-    parts = math.gcd(len(position), 2**6)
-    split = lambda a: a.reshape(parts, -1, a.shape[-1])  # noqa: E731
+    """The mean squared error at positions (N, 2) of colours (N, 3), in parts that fit a cache."""
+    size = min(PART, len(position))
+    missing = -len(position) % size
+
+    def parts(array: jax.Array) -> jax.Array:
+        return jnp.pad(array, ((0, missing), (0, 0)), mode="edge").reshape(-1, size, array.shape[1])
 
     def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
         found = evaluate_points(params, part[0], config=config)
-        return jnp.mean((jnp.clip(found, 0, 1) - jnp.clip(part[1], 0, 1)) ** 2)
+        return jnp.mean((jnp.clip(found, 0, 1) - jnp.clip(part[1], 0, 1)) ** 2, axis=1)
 
-    return jnp.mean(jax.lax.map(one, (split(position), split(truth))))
+    return jnp.mean(jax.lax.map(one, (parts(position), parts(truth))).reshape(-1)[: len(position)])
 
 
 class Curve:
@@ -190,6 +201,8 @@ class Curve:
 
     def entries(self) -> list[dict[str, float]]:
         """What was measured, interrupted runs of the same workdir included."""
+        if not self._path.exists():
+            return []
         return [json.loads(line) for line in self._path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -202,18 +215,18 @@ class Comparison:
     prediction: np.ndarray  # the same
     error: np.ndarray  # the same of the absolute difference
     full: np.ndarray | None  # (H, W, 3) u8, the whole reconstruction where it is not too large
-    crop: tuple[slice, slice]  # rows and columns of the tile with the strongest contrast
+    crop: tuple[np.ndarray, np.ndarray]  # (h, w, 3) of truth and prediction: a part of the tile of strongest contrast
 
 
 def compare(params: Params, image: StoredImage, config: ImageConfig) -> Comparison:
     """Walk over all pixels, tile by tile."""
     reduction = -(-max(image.width, image.height) // PANEL)
-    side = TILE // reduction * reduction if reduction <= TILE else reduction
+    side = TILE // reduction * reduction
     reduced = (-(-image.height // reduction), -(-image.width // reduction), 3)
     truth, prediction, error = (np.zeros(reduced, np.float32) for _ in range(3))
     small_enough = image.width * image.height <= MAX_PNG_PIXELS
     full = np.zeros((image.height, image.width, 3), np.uint8) if small_enough else None
-    total, best = 0.0, (-1.0, (slice(0), slice(0)))
+    total, best, crop = 0.0, -1.0, (truth, truth)
     predict = jax.jit(
         functools.partial(predict_tile, width=image.width, height=image.height, config=config.field),
         compiler_options=compiler_options(),
@@ -229,10 +242,10 @@ def compare(params: Params, image: StoredImage, config: ImageConfig) -> Comparis
         place = tuple(slice(part.start // reduction, -(-part.stop // reduction)) for part in (rows, columns))
         for picture, part in ((truth, true), (prediction, found), (error, np.abs(found - true))):
             picture[place] = block_means(part, reduction)
-        contrast = float(true.std())
-        best = max(best, (contrast, (rows, columns)), key=lambda entry: entry[0])
+        if true.std() > best:
+            best, crop = float(true.std()), (middle(true), middle(found))
     mean = total / (image.width * image.height * 3)
-    return Comparison(mean, truth, prediction, error, full, central_crop(*best[1]))
+    return Comparison(mean, truth, prediction, error, full, crop)
 
 
 def block_means(pixels: np.ndarray, factor: int) -> np.ndarray:
@@ -243,29 +256,15 @@ def block_means(pixels: np.ndarray, factor: int) -> np.ndarray:
     return (sums / (counts[0][:, None] * counts[1])[..., None]).astype(np.float32)
 
 
-def central_crop(rows: slice, columns: slice) -> tuple[slice, slice]:
+def middle(tile: np.ndarray) -> np.ndarray:
     """CROP pixels in the middle of a tile, or all of a smaller one."""
-
-    def middle(part: slice) -> slice:
-        start = part.start + max(0, part.stop - part.start - CROP) // 2
-        return slice(start, min(start + CROP, part.stop))
-
-    return middle(rows), middle(columns)
+    top, left = (max(0, side - CROP) // 2 for side in tile.shape[:2])
+    return tile[top : top + CROP, left : left + CROP].copy()
 
 
-def write_pictures(folder: Path, params: Params, image: StoredImage, config: ImageConfig, found: Comparison) -> None:
+def write_pictures(folder: Path, found: Comparison) -> None:
     """The sheet: truth, reconstruction and error, whole and a part enlarged; and the reconstruction by itself."""
-    rows, columns = found.crop
-    true = image.read(rows, columns).clip(0, 1)
-    predicted = predict_tile(
-        params,
-        jnp.int32(columns.start),
-        jnp.int32(rows.start),
-        width=image.width,
-        height=image.height,
-        config=config.field,
-    )
-    part = np.asarray(predicted)[: true.shape[0], : true.shape[1]]
+    true, part = found.crop
     times = max(1, min(PANEL, max(found.truth.shape)) // max(true.shape))
 
     def enlarged(pixels: np.ndarray) -> np.ndarray:
@@ -306,7 +305,7 @@ def define_flags(values: flags.Flags) -> None:
         "auto",
         ["auto", "device", "host"],
         "Where the image is: on the device, or on the host, from which the pixels of each step are fetched; auto holds "
-        "on the device what takes up to 256 MB on a CPU and 16 GB on a GPU. What is learned is the same.",
+        "on the device what takes up to 256 MB on a CPU and a quarter of a GPU's memory. What is learned is the same.",
         flag_values=values,
     )
     flags.define_loop_flags(values, workdir="runs/<image>", example="train.num_points=2**16")
@@ -317,10 +316,11 @@ def main(values: flags.Flags) -> None:
         raise InputError(f"--log2_table_size={values.log2_table_size}: expected 14 to 24, or 0")
     if values.image and values["size"].present:
         raise InputError("--size is that of the built-in image; leave it out with --image")
-    image = load(picture_config(values))
+    picture = picture_config(values)
+    image = load(picture)
     for note in image.notes:
         print(note)
-    config = image_config(values, image, jax.default_backend() == "cpu")
+    config = image_config(values, picture, image, jax.default_backend() == "cpu")
     workdir = Path(values.workdir or f"runs/{Path(image.name).stem}")
     with sole_training(workdir):
         if values.restart:
@@ -329,7 +329,7 @@ def main(values: flags.Flags) -> None:
         write_json(workdir / "config.json", to_plain(config))
         print(to_json(config), end="")
         curve = Curve(image, config, workdir / "curve.jsonl")
-        progress, trained_on = fit(config, hold(image, values.hold), workdir, at_each=curve.add)
+        progress, trained_on = fit(config, lambda: hold(image, values.hold), workdir, at_each=curve.add)
         report(workdir, image, config, progress, trained_on, curve)
 
 
@@ -344,7 +344,8 @@ def report(
     """Evaluate, write the pictures and summary.json, and print the tables."""
     params = progress.state.eval_params
     found = compare(params, image, config)
-    write_pictures(workdir / "pictures", params, image, config, found)
+    remove_pictures(workdir)
+    write_pictures(workdir / "pictures", found)
     num_pixels = image.width * image.height
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
     summary = {

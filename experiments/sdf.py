@@ -12,6 +12,7 @@ interrupted run stopped; of a finished run it evaluates again.
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -39,17 +40,18 @@ from jaxngp.config import (
     to_json,
     to_plain,
 )
+from jaxngp.data import expand
 from jaxngp.data.meshes import Frame, Mesh, read_mesh
 from jaxngp.data.shapes import SHAPES
 from jaxngp.data.solids import Solid, distance_samples, surface_samples
 from jaxngp.fields import Params, evaluate_points
 from jaxngp.meshing import extract_surface
-from jaxngp.tracing import DistanceFn, Picture, draw_surface, surface_normals
+from jaxngp.tracing import DistanceFn, MakeDistance, Picture, draw_surface, surface_normals
 from jaxngp.training.lock import sole_training
 from jaxngp.training.loop import Progress
 from jaxngp.training.points import DistanceSamples
 from jaxngp.training.report import contact_sheet, depth_image, environment, table, to_uint8, write_json, write_png
-from jaxngp.training.workdir import clear, fit
+from jaxngp.training.workdir import clear, fit, remove_pictures
 
 NUM_VOLUME_POINTS = 2**22  # uniform in the solid's box, for the IoU
 NUM_SURFACE_POINTS = 2**17  # for Chamfer distance and normals
@@ -86,7 +88,7 @@ def sdf_config(values: flags.Flags) -> SdfConfig:
         preset = "small" if backend == "cpu" else "paper"
         print(f"preset {preset}, since jax runs on {backend}; --preset chooses another")
     config = PRESETS[preset]
-    name = str(Path(values.mesh).expanduser().resolve()) if values.mesh else values.shape
+    name = os.path.realpath(expand(values.mesh)) if values.mesh else values.shape
     config = replace(config, solid=replace(config.solid, name=name), train=flags.loop_config(config.train, values))
     return apply_overrides(config, values.override)
 
@@ -99,8 +101,10 @@ def load(name: str) -> Solid:
 def draw_samples(solid: Solid, config: SdfConfig) -> DistanceSamples:
     """The points of a run, equal for equal seeds."""
     seed, count = config.train.seed, config.solid.num_samples
+    started = time.perf_counter()
     position, distance = distance_samples(solid, 2 * seed + 1, count, offset=config.solid.offset)
     surface = surface_samples(solid, 2 * seed, count)
+    print(f"{count} distances in {time.perf_counter() - started:.1f} s")
     return DistanceSamples(*map(jnp.asarray, (surface, position, distance)))
 
 
@@ -123,26 +127,23 @@ class Quality:
 
     iou: float  # of the insides, by points uniform in the solid's box
     volume_points: int
-    mean_error: float  # of the distance at these points, absolute
+    mean_error: float  # of the distance, absolute, at a sixteenth of these points
     normal_degrees: float  # between the true normals and those of the learned surface, mean over the true surface
     chamfer: float | None  # mean of both mean distances between the surfaces; needs the extracted mesh
 
 
-def evaluate(
-    params: Params, solid: Solid, learned: Mesh | None, *, make_distance: Callable[[Params], DistanceFn]
-) -> Quality:
+def evaluate(params: Params, solid: Solid, learned: Mesh | None, *, make_distance: MakeDistance) -> Quality:
     """Compare on points that training has not seen."""
-    rng = np.random.default_rng(2**32)  # no seed of training, which are below
+    rng = np.random.default_rng([1, 2, 3])  # from no seed of training, which is one number
     low, high = solid.box
     points = rng.uniform(low, high, (NUM_VOLUME_POINTS, 3)).astype(np.float32)
-    found = in_batches(jax.jit(lambda p, x: make_distance(p)(x)), params, points)
+    found = in_batches(functools.partial(distances, make_distance=make_distance), params, points)
     true = np.asarray(solid.inside(points.astype(np.float64)))
     some = slice(0, NUM_VOLUME_POINTS // 16)  # a distance takes much longer than a side
     mean_error = np.abs(found[some] - solid.distance(points[some].astype(np.float64))).mean()
     iou = float(np.sum(true & (found < 0)) / max(int(np.sum(true | (found < 0))), 1))
     surface, normals = solid.surface(rng, NUM_SURFACE_POINTS)
-    turn = jax.jit(lambda p, x: surface_normals(make_distance(p), x, width=NORMAL_WIDTH))
-    turned = in_batches(turn, params, surface.astype(np.float32))
+    turned = in_batches(functools.partial(normals_at, make_distance=make_distance), params, surface.astype(np.float32))
     cosine = np.sum(turned * normals, axis=1).clip(-1, 1)
     chamfer = None
     if learned is not None:
@@ -155,6 +156,16 @@ def evaluate(
         normal_degrees=float(np.degrees(np.arccos(cosine)).mean()),
         chamfer=chamfer,
     )
+
+
+@functools.partial(jax.jit, static_argnames="make_distance")
+def distances(params: Params, points: jax.Array, *, make_distance: MakeDistance) -> jax.Array:
+    return make_distance(params)(points)
+
+
+@functools.partial(jax.jit, static_argnames="make_distance")
+def normals_at(params: Params, points: jax.Array, *, make_distance: MakeDistance) -> jax.Array:
+    return surface_normals(make_distance(params), points, width=NORMAL_WIDTH)
 
 
 def in_batches(function: Callable[[Params, np.ndarray], jax.Array], params: Params, points: np.ndarray) -> np.ndarray:
@@ -170,16 +181,20 @@ def in_batches(function: Callable[[Params, np.ndarray], jax.Array], params: Para
 # What it looks like.
 
 
-def extract(params: Params, solid: Solid, resolution: int, folder: Path, suffix: str, config: SdfConfig) -> Mesh:
-    """The learned surface as triangles, written in the solid's own coordinates. Raises InputError."""
+def extract(
+    params: Params, solid: Solid, resolution: int, folder: Path, suffix: str, config: SdfConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """The learned surface as vertices and faces, written in the solid's own coordinates. Raises InputError."""
+    try:
+        import trimesh
+    except ImportError:
+        raise InputError("trimesh, which writes meshes, is not installed: pip install .[mesh]") from None
     vertices, faces = extract_surface(params, solid.box, resolution, make_distance=distance_maker(config.field))
-    import trimesh  # came with scikit-image, in the extra `mesh`
-
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"surface.{suffix}"
     trimesh.Trimesh(solid.to_world(vertices), faces, process=False).export(path)
     print(f"mesh: {path}, {len(vertices)} vertices, {len(faces)} faces")
-    return Mesh("learned", vertices, faces, Frame(np.full(3, 0.5), 1.0), ())
+    return vertices, faces
 
 
 def view(solid: Solid, size: int, up: str, azimuth: float, elevation: float) -> tuple[Rays, np.ndarray, np.ndarray]:
@@ -215,9 +230,19 @@ def draw(params: Params, solid: Solid, size: int, up: str, folder: Path, config:
     make_distance = distance_maker(config.field)
     for azimuth, elevation in VIEWS:
         rays, lamp, sky = view(solid, size, up, azimuth, elevation)
-        box, light, upwards = (jnp.asarray(a, jnp.float32) for a in (solid.box, lamp, sky))
+        # By name, as the trained parameters are: jax would compile for what is not bound to a device once more.
+        rays, box, light, upwards = jax.device_put(
+            (rays, *(a.astype(np.float32) for a in (solid.box, lamp, sky))), jax.devices()[0]
+        )
         show = functools.partial(
-            draw_surface, params, rays, box, light, upwards, make_distance=make_distance, normal_width=NORMAL_WIDTH
+            draw_surface,
+            params,
+            rays,
+            box,
+            light,
+            upwards,
+            make_distance=make_distance,
+            normal_width=NORMAL_WIDTH,
         )
         jax.block_until_ready(show())  # compiles, the first time
         started = time.perf_counter()
@@ -263,7 +288,12 @@ def define_flags(values: flags.Flags) -> None:
         "up", "auto", ["auto", "x", "y", "z"], "Axis that is up in pictures; auto is y for a mesh.", flag_values=values
     )
     absl_flags.DEFINE_integer(
-        "mesh_resolution", 256, "Points along the longest side; 0 extracts no mesh.", 0, 2048, flag_values=values
+        "mesh_resolution",
+        256,
+        "Points along the longest side; 0 extracts no mesh. 1024 may take 10 GB.",
+        0,
+        1024,
+        flag_values=values,
     )
     absl_flags.DEFINE_enum("mesh_format", "ply", ["ply", "obj"], "Of the extracted mesh.", flag_values=values)
     flags.define_loop_flags(values, workdir="runs/<solid>", example="train.num_points=2**16")
@@ -285,12 +315,8 @@ def main(values: flags.Flags) -> None:
         flags.check_same_config(workdir, config)
         write_json(workdir / "config.json", to_plain(config))
         print(to_json(config), end="")
-        started = time.perf_counter()
-        samples = draw_samples(solid, config)
-        sampling_seconds = time.perf_counter() - started
-        print(f"{config.solid.num_samples} distances in {sampling_seconds:.1f} s")
-        progress, trained_on = fit(config, samples, workdir)
-        report(workdir, solid, config, progress, {"sampling_seconds": sampling_seconds, **trained_on}, values)
+        progress, trained_on = fit(config, lambda: draw_samples(solid, config), workdir)
+        report(workdir, solid, config, progress, trained_on, values)
 
 
 def report(
@@ -298,13 +324,15 @@ def report(
 ) -> None:
     """Extract, draw, evaluate, write summary.json, and print the table."""
     params, pictures = progress.state.eval_params, workdir / "pictures"
-    learned = None
+    remove_pictures(workdir)
+    learned = surface = None
     if values.mesh_resolution:
         try:
-            learned = extract(params, solid, values.mesh_resolution, pictures, values.mesh_format, config)
+            surface = extract(params, solid, values.mesh_resolution, pictures, values.mesh_format, config)
+            learned = Mesh("learned", *surface, Frame(np.full(3, 0.5), 1.0), ())
         except InputError as error:
-            print(f"no mesh extracted: {error}")
-    up = values.up if values.up != "auto" else "y" if values.mesh else "z"
+            print(f"no {'Chamfer distance' if surface else 'mesh extracted'}: {error}")
+    up = values.up if values.up != "auto" else "y" if isinstance(solid, Mesh) else "z"
     picture_seconds = draw(params, solid, values.image_size, up, pictures, config)
     quality = evaluate(params, solid, learned, make_distance=distance_maker(config.field))
     num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -330,7 +358,6 @@ def report(
         "mean error": f"{quality.mean_error:.2e}",
         "parameters": num_params,
         "steps": progress.step,
-        "sampling s": round(about["sampling_seconds"], 1),
         "train s": round(progress.seconds, 1),
         "compile s": round(progress.compile_seconds, 1),
         "s/picture": picture_seconds,

@@ -6,6 +6,7 @@ code 2, never in a traceback.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -21,11 +22,13 @@ from absl import flags, logging
 from jaxngp.config import (
     PRESETS,
     SCENES,
+    ImageConfig,
     InputError,
     LoopConfig,
     NerfConfig,
     RunConfig,
     SceneConfig,
+    SdfConfig,
     apply_overrides,
     differences,
     from_json,
@@ -37,6 +40,14 @@ Flags = flags.FlagValues
 Group = TypeVar("Group", bound=SceneConfig | LoopConfig)
 Loop = TypeVar("Loop", bound=LoopConfig)
 Config = TypeVar("Config", bound=RunConfig)
+
+
+COMMANDS = {
+    NerfConfig: ("scene", "jaxngp.train"),
+    ImageConfig: ("picture", "experiments.image"),
+    SdfConfig: ("solid", "experiments.sdf"),
+}
+"""The kinds of runs: the group of the config that says what is learned, and the command that learns it."""
 
 
 def run(
@@ -56,7 +67,7 @@ def run(
             print(f"usage: python -m {module} [flags]\n\n{summary}\n\n{_help(values)}")
             return
         if rest:
-            raise InputError(f"{rest[0]!r}: expected only flags, as in --scene=lego; see --help")
+            raise InputError(f"{rest[0]!r}: expected only flags, as in --seed=1; see --help")
         _prepare_jax()
         body(values)
     except (InputError, flags.Error) as error:
@@ -67,7 +78,10 @@ def run(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        _fail("out of memory on the device: lower sampler.num_samples or train.num_rays by --override, or --downscale")
+        _fail(
+            "out of memory on the device: lower sampler.num_samples and train.num_rays, or train.num_points, by "
+            "--override, or make the images smaller"
+        )
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}")
@@ -219,12 +233,31 @@ def read_config(workdir: Path, kind: type[Config]) -> Config:
     if not path.is_file():
         raise InputError(f"{path}: not found; give the --workdir of a run of python -m jaxngp.train")
     try:
-        return from_json(path.read_text(encoding="utf-8"), kind)
+        text = path.read_text(encoding="utf-8")
+        _check_kind(text, kind)
+        return from_json(text, kind)
+    except _OtherKindError as error:
+        raise InputError(f"{path}: {error}") from None
     except (InputError, OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path}: {error}; it was written by another version or edited: give another --workdir, or train anew "
             "with --restart"
         ) from None
+
+
+class _OtherKindError(InputError):
+    """A workdir of another command's run."""
+
+
+def _check_kind(text: str, kind: type) -> None:
+    """Raises InputError where a config is clearly that of another command, by the group that says what is learned."""
+    try:
+        held = json.loads(text)
+    except (ValueError, RecursionError):  # whoever reads it will say so
+        return
+    for other, (group, command) in COMMANDS.items():
+        if isinstance(held, dict) and group in held and other is not kind:
+            raise _OtherKindError(f"holds a run of python -m {command}; give another --workdir")
 
 
 def trained_config(values: Flags) -> tuple[Path, NerfConfig]:

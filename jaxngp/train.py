@@ -36,7 +36,9 @@ def main(values: flags.Flags) -> None:
         flags.check_same_config(workdir, config)
         write_json(workdir / "config.json", to_plain(config))
         print(to_json(config), end="")
-        progress, trained_on = fit(config, training.images, workdir, before_step_0=lambda: warn(*doubting.result()))
+        progress, trained_on = fit(
+            config, lambda: training.images, workdir, before_step_0=lambda: warn(*doubting.result())
+        )
         evaluation = reading.result()
         print(f"trained for {progress.step} steps in {progress.seconds:.1f} s")
         if evaluation is None:

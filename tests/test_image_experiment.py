@@ -19,6 +19,7 @@ from jaxngp import flags
 from jaxngp.config import HashGridConfig, ImageConfig, from_json
 from jaxngp.data.atlas import builtin_image
 from jaxngp.hashing import level_offsets
+from jaxngp.training.workdir import clear
 
 TINY = [
     "--max_steps=60",
@@ -122,6 +123,22 @@ def test_an_image_that_stays_on_the_host_gives_the_same_bits(finished: Path, tmp
     assert losses[0] == losses[1]
 
 
+def test_restart_removes_what_a_run_wrote_and_nothing_of_the_users(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "holiday.jpg").touch()
+    run("--size=20", f"--workdir={tmp_path}", "--restart", *TINY)
+    run("--size=20", f"--workdir={tmp_path}", "--restart", *TINY, "--seed=1")
+    names = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert names == {"holiday.jpg", "comparison.png", "reconstruction.png"}
+    clear(tmp_path)
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["holiday.jpg"]
+
+
+def test_an_override_of_the_picture_is_the_picture(tmp_path: Path) -> None:
+    run("--size=20", "--override=picture.width=40", f"--workdir={tmp_path}", *TINY)
+    assert (summary(tmp_path)["width"], summary(tmp_path)["height"]) == (40, 20)
+
+
 def test_a_photograph_is_learned_from_its_file(tmp_path: Path) -> None:
     """With alpha, over black: what is transparent is learned as black."""
     rgba = np.zeros((40, 24, 4), np.uint8)
@@ -163,6 +180,7 @@ def test_albert_in_a_few_steps(tmp_path: Path) -> None:
         (["--size=70000"], "65536"),
         (["--log2_table_size=13"], "expected 14 to 24, or 0"),
         (["--image=nothing.png"], "nothing.png"),
+        (["--image=~nouser_of_this_name/a.png"], "~nouser_of_this_name/a.png"),
         (["--image=nothing.png", "--size=64"], "--size is that of the built-in image"),
         (["--size=64", "--override=field.num_outputs=4"], "field.num_outputs"),
         (["--size=64", "--override=train.num_points=2**24"], "train.steps_per_dispatch"),

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from test_training import Compilations
 
 from experiments import sdf as experiment
 from jaxngp import flags
-from jaxngp.config import SdfConfig, from_json
+from jaxngp.config import ImageConfig, SdfConfig, from_json, to_json
 from jaxngp.data.shapes import SHAPES
 
 TINY = [
@@ -67,7 +68,7 @@ def test_a_run_on_a_built_in_shape_needs_no_extra(
     for name in ("skimage", "skimage.measure", "igl", "trimesh"):
         monkeypatch.setitem(sys.modules, name, None)
     run("--shape=torus", f"--workdir={tmp_path}", *TINY)
-    assert "no mesh extracted: scikit-image" in capsys.readouterr().out
+    assert "no mesh extracted: trimesh" in capsys.readouterr().out
     assert {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")} == {
         "checkpoints",
         "config.json",
@@ -110,10 +111,26 @@ def test_a_mesh_is_learned_and_extracted_in_its_own_coordinates(suffix: str, tmp
     assert 0 < found["chamfer"] < 3e-3
 
 
+def test_the_workdir_of_another_command_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(to_json(ImageConfig()), encoding="utf-8")
+    said = refusal(capsys, "--shape=torus", f"--workdir={tmp_path}", *TINY)
+    assert "holds a run of python -m experiments.image; give another --workdir" in said
+
+
+def test_each_program_is_compiled_once(tmp_path: Path) -> None:
+    jax.clear_caches()
+    with Compilations() as compilations:
+        run("--shape=sphere", "--mesh_resolution=0", f"--workdir={tmp_path}", *TINY)
+    for name in ("point_steps", "trace_rays", "_normals_of_hits", "_shade", "distances", "normals_at"):
+        found = sum(count for function, count in compilations.counts.items() if function.endswith(f"({name})"))
+        assert found == 1, (name, compilations.counts)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--mesh=nothing.obj"], "nothing.obj"),
+        (["--mesh=~nouser_of_this_name/a.obj"], "~nouser_of_this_name/a.obj"),
         (["--mesh=nothing.obj", "--shape=torus"], "--shape is a built-in solid"),
         (["--shape=teapot"], "teapot"),
         (["--mesh_resolution=7"], "expected 16 or more, or 0"),
@@ -123,7 +140,7 @@ def test_a_mesh_is_learned_and_extracted_in_its_own_coordinates(suffix: str, tmp
 def test_what_is_wrong_is_said_in_one_line(
     arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if "--mesh=nothing.obj" in arguments and "--shape=torus" not in arguments:
+    if any(argument.startswith("--mesh=") for argument in arguments) and "--shape=torus" not in arguments:
         pytest.importorskip("igl", reason="meshes need pip install .[mesh]")
     assert says in refusal(capsys, *arguments, f"--workdir={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()

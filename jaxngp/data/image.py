@@ -182,6 +182,8 @@ def _probe(path: Path) -> tuple[os.stat_result, bytes]:
             raise InputError(f"{path}: is no file; give the path of an image")
         with path.open("rb") as file:
             return status, file.read(6)
+    except InputError:  # a ValueError too
+        raise
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the path of an image") from None
     except ValueError as error:  # a name with a null byte

@@ -43,7 +43,7 @@ class Progress:
 def train(config: RunConfig, data: Data, *, resume: Progress | None = None) -> Iterator[Progress]:
     """Train from scratch, or from where `resume` stands, until the budget of steps or seconds is spent.
 
-    The config says what is learned, and so what the data is: views or a ray table for a RunConfig, an image for an
+    The config says what is learned, and so what the data is: views or a ray table for a NerfConfig, an image for an
     ImageConfig, distances for an SdfConfig. Raises InputError where no camera sees the scene's box, and where the loss
     is no finite number any more.
 

@@ -129,7 +129,7 @@ class _Fetcher:
 
     def __init__(self, image: StoredImage, key: jax.Array, config: ImageConfig) -> None:
         self._image, self._key = image, jax.tree.map(jnp.copy, key)  # training donates its own
-        num_steps = config.train.steps_per_dispatch
+        num_steps, self._max_steps = config.train.steps_per_dispatch, config.train.max_steps
         self._draw = functools.partial(
             draw_taps, width=image.width, height=image.height, num_steps=num_steps, config=config
         )
@@ -150,7 +150,7 @@ class _Fetcher:
         _, fetching = self._next
         values = fetching.result()
         # Given to the device now, before the steps: it would draw the next positions only after them otherwise.
-        self._next = self._start(step + number)
+        self._next = self._start(step + number) if step + number < self._max_steps else None
         return self._fetched(values)
 
     def _start(self, step: int) -> tuple[int, concurrent.futures.Future[jax.Array]]:
