@@ -461,6 +461,15 @@ def test_a_sheet_encloses_nothing(fold: float, read: Read) -> None:
     assert "encloses nothing" in refusal(read, joined((grid, faces), inside_out((grid, faces))))
 
 
+@pytest.mark.parametrize("height", [0.01, 0.001, 0.0005])
+@pytest.mark.parametrize("turn", [lambda mesh: mesh, inside_out], ids=["out", "in"])
+def test_a_thin_plate_is_a_solid(height: float, turn: Callable[[Arrays], Arrays], read: Read) -> None:
+    solid = read(turn(box((1.0, 1.0, height))))
+    half = 0.5 * height * SIDE
+    found = solid.distance(np.array([[0.5, 0.5, 0.5], [0.5, 0.5, 0.9]]))
+    np.testing.assert_allclose(found, [-half, 0.4 - half], atol=1e-9)
+
+
 def test_a_box_without_height_encloses_nothing(read: Read) -> None:
     message = refusal(read, box((1.0, 1.0, 0.0)))
     assert "encloses nothing" in message or "no face has an area" in message

@@ -32,7 +32,8 @@ SUFFIXES = (".obj", ".off", ".ply", ".stl")
 MIN_STEPS = 2**8  # of the numbers' precision across a mesh; with fewer, the file has lost its shape
 MIN_THICKNESS = 1e-12  # height over longest side of a triangle; below it the normal is one of rounding errors
 MIN_FACING = 0.02  # see `_facing`; 1/2 for a closed surface, 0 for a flat sheet
-PROBE = 1e-2  # distance from a triangle at which `_facing` looks, over the root of its area
+PROBES = (1e-2, 3e-4)  # distances from a triangle at which `_facing` looks, over the root of its area: the second is
+# for plates thinner than the first, and comes closer to what the winding number's float32 can tell apart
 CHUNK = 2**19  # points that libigl is given at a time: some 60 MB
 # Of the expansion of far triangles, larger is better. On the armadillo the first errs by up to 0.15 (1e6 points), the
 # second, libigl's default, by 0.004, at a third of the speed: so a point is asked again where the first leaves doubt.
@@ -296,11 +297,14 @@ def _oriented(path: Path, vertices: np.ndarray, faces: np.ndarray) -> tuple[np.n
         raise InputError(f"{path}: no face has an area; expected the surface of a solid")
     turn = (consistent != faces).any(axis=1)
     turn ^= (np.bincount(patch, np.where(turn, -areas, areas)) < 0)[patch]
-    facing = _facing(vertices, _turned(faces, turn))
-    if (inwards := np.bincount(patch, areas * facing) < 0).any():
-        turn ^= inwards[patch]
-        facing = _facing(vertices, _turned(faces, turn))
-    if np.average(facing, weights=areas) < MIN_FACING:
+    for probe in PROBES:
+        facing = _facing(vertices, _turned(faces, turn), probe)
+        if (inwards := np.bincount(patch, areas * facing) < 0).any():
+            turn ^= inwards[patch]
+            facing = _facing(vertices, _turned(faces, turn), probe)
+        if np.average(facing, weights=areas) >= MIN_FACING:
+            break
+    else:
         raise InputError(f"{path}: encloses nothing, being flat, open or on itself; expected the surface of a solid")
     notes = (f"{int(turn.sum())} of {len(faces)} faces turned to look out",) if turn.any() else ()
     return _turned(faces, turn), notes
@@ -310,14 +314,14 @@ def _turned(faces: np.ndarray, turn: np.ndarray) -> np.ndarray:
     return np.where(turn[:, None], faces[:, ::-1], faces)
 
 
-def _facing(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+def _facing(vertices: np.ndarray, faces: np.ndarray, probe: float) -> np.ndarray:
     """(F,) mean winding number of two points, just before and just behind the middle of each face.
 
     What the face itself adds to the two cancels. On a closed surface that looks out it is 1/2, on one that looks in
     -1/2, on a flat sheet 0.
     """
     normals, areas = _normals_and_areas(vertices, faces)
-    step = PROBE * np.sqrt(areas)[:, None] * normals
+    step = probe * np.sqrt(areas)[:, None] * normals
     middle = vertices[faces].mean(axis=1)
     tree = _winding_tree(vertices, faces)
     before, behind = (
