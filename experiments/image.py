@@ -39,8 +39,6 @@ from jaxngp.config import (
     PictureTrainConfig,
     PointFieldConfig,
     apply_overrides,
-    to_json,
-    to_plain,
 )
 from jaxngp.data import expand
 from jaxngp.data.atlas import builtin_image
@@ -50,7 +48,6 @@ from jaxngp.gpu import compiler_options
 from jaxngp.hashing import level_offsets
 from jaxngp.images import blend_taps, pixel_taps, tile_centres
 from jaxngp.metrics import psnr
-from jaxngp.training.lock import sole_training
 from jaxngp.training.loop import Progress
 from jaxngp.training.points import ImagePixels
 from jaxngp.training.progress import bar_interval
@@ -65,7 +62,7 @@ from jaxngp.training.report import (
     write_json,
     write_png,
 )
-from jaxngp.training.workdir import clear, fit, remove_pictures
+from jaxngp.training.workdir import fit, remove_pictures
 
 TABLE_SIZES = range(14, 25)  # log2 T
 LARGEST_ON_CPU = 19  # log2 T, by default: Adam would take most of a step's time for a larger table, and 2 GB
@@ -322,12 +319,7 @@ def main(values: flags.Flags) -> None:
         print(note)
     config = image_config(values, picture, image, jax.default_backend() == "cpu")
     workdir = Path(values.workdir or f"runs/{Path(image.name).stem}")
-    with sole_training(workdir):
-        if values.restart:
-            clear(workdir)
-        flags.check_same_config(workdir, config)
-        write_json(workdir / "config.json", to_plain(config))
-        print(to_json(config), end="")
+    with flags.training_in(workdir, config, restart=values.restart):
         curve = Curve(image, config, workdir / "curve.jsonl")
         progress, trained_on = fit(config, lambda: hold(image, values.hold), workdir, at_each=curve.add)
         report(workdir, image, config, progress, trained_on, curve)

@@ -37,8 +37,6 @@ from jaxngp.config import (
     SolidTrainConfig,
     StepDecay,
     apply_overrides,
-    to_json,
-    to_plain,
 )
 from jaxngp.data import expand
 from jaxngp.data.meshes import Frame, Mesh, read_mesh
@@ -47,11 +45,10 @@ from jaxngp.data.solids import Solid, distance_samples, surface_samples
 from jaxngp.fields import Params, evaluate_points
 from jaxngp.meshing import extract_surface
 from jaxngp.tracing import DistanceFn, MakeDistance, Picture, draw_surface, surface_normals
-from jaxngp.training.lock import sole_training
 from jaxngp.training.loop import Progress
 from jaxngp.training.points import DistanceSamples
 from jaxngp.training.report import contact_sheet, depth_image, environment, table, to_uint8, write_json, write_png
-from jaxngp.training.workdir import clear, fit, remove_pictures
+from jaxngp.training.workdir import fit, remove_pictures
 
 NUM_VOLUME_POINTS = 2**22  # uniform in the solid's box, for the IoU
 NUM_SURFACE_POINTS = 2**17  # for Chamfer distance and normals
@@ -309,12 +306,7 @@ def main(values: flags.Flags) -> None:
     for note in solid.notes:
         print(note)
     workdir = Path(values.workdir or f"runs/{solid.name}")
-    with sole_training(workdir):
-        if values.restart:
-            clear(workdir)
-        flags.check_same_config(workdir, config)
-        write_json(workdir / "config.json", to_plain(config))
-        print(to_json(config), end="")
+    with flags.training_in(workdir, config, restart=values.restart):
         progress, trained_on = fit(config, lambda: draw_samples(solid, config), workdir)
         report(workdir, solid, config, progress, trained_on, values)
 

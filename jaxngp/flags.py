@@ -6,12 +6,13 @@ code 2, never in a traceback.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,8 +34,13 @@ from jaxngp.config import (
     differences,
     from_json,
     scene_config,
+    to_json,
+    to_plain,
 )
 from jaxngp.data import cache_dir, expand
+from jaxngp.training.lock import sole_training
+from jaxngp.training.report import write_json
+from jaxngp.training.workdir import clear
 
 Flags = flags.FlagValues
 Group = TypeVar("Group", bound=SceneConfig | LoopConfig)
@@ -267,6 +273,22 @@ def trained_config(values: Flags) -> tuple[Path, NerfConfig]:
     workdir = Path(values.workdir)
     config = read_config(workdir, NerfConfig)
     return workdir, replace(config, scene=_given(config.scene, values, ("data_dir",)))
+
+
+@contextlib.contextmanager
+def training_in(workdir: Path, config: RunConfig, *, restart: bool) -> Iterator[None]:
+    """Within the block this process alone trains in the workdir, whose config.json is `config`; it is printed too.
+
+    restart: throw away what a run left there. Raises InputError where the workdir holds a run with another config, and
+    where another process trains in it.
+    """
+    with sole_training(workdir):
+        if restart:
+            clear(workdir)
+        check_same_config(workdir, config)
+        write_json(workdir / "config.json", to_plain(config))
+        print(to_json(config), end="")
+        yield
 
 
 def check_same_config(workdir: Path, config: RunConfig) -> None:

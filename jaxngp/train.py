@@ -11,14 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from jaxngp import flags
-from jaxngp.config import InputError, NerfConfig, to_json, to_plain
+from jaxngp.config import InputError, NerfConfig
 from jaxngp.data import RayTable, Split, load_evaluation, load_training
 from jaxngp.data.suspicions import suspicions
-from jaxngp.training.lock import sole_training
 from jaxngp.training.progress import warn
-from jaxngp.training.report import write_json
 from jaxngp.training.summary import evaluate_into, training_summary, write_summary
-from jaxngp.training.workdir import clear, fit
+from jaxngp.training.workdir import fit
 
 
 def main(values: flags.Flags) -> None:
@@ -27,25 +25,22 @@ def main(values: flags.Flags) -> None:
     config = with_known_background(config, training)
     workdir = Path(values.workdir or f"runs/{Path(config.scene.name).resolve().stem}")
     # Evaluation views are read in the background, since reading images and compiling keep different cores busy.
-    with concurrent.futures.ThreadPoolExecutor(1) as reader, sole_training(workdir):
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
         reading = reader.submit(evaluation_split, config, values, training)
         doubting = reader.submit(lambda: suspicions(training, reading.result()))
         if values.restart:
             reading.result()  # only when all input has been read: a typing error must not cost a run
-            clear(workdir)
-        flags.check_same_config(workdir, config)
-        write_json(workdir / "config.json", to_plain(config))
-        print(to_json(config), end="")
-        progress, trained_on = fit(
-            config, lambda: training.images, workdir, before_step_0=lambda: warn(*doubting.result())
-        )
-        evaluation = reading.result()
-        print(f"trained for {progress.step} steps in {progress.seconds:.1f} s")
-        if evaluation is None:
-            return
-        result = evaluate_into(workdir, progress.state, evaluation, config=config, background=values.background)
-        print(write_summary(workdir, config.scene.name, result, training_summary(progress), trained_on))
-        print(f"novel views: {workdir / 'novel_views'}   next: python -m jaxngp.render --workdir={workdir}")
+        with flags.training_in(workdir, config, restart=values.restart):
+            progress, trained_on = fit(
+                config, lambda: training.images, workdir, before_step_0=lambda: warn(*doubting.result())
+            )
+            evaluation = reading.result()
+            print(f"trained for {progress.step} steps in {progress.seconds:.1f} s")
+            if evaluation is None:
+                return
+            result = evaluate_into(workdir, progress.state, evaluation, config=config, background=values.background)
+            print(write_summary(workdir, config.scene.name, result, training_summary(progress), trained_on))
+            print(f"novel views: {workdir / 'novel_views'}   next: python -m jaxngp.render --workdir={workdir}")
 
 
 def evaluation_split(config: NerfConfig, values: flags.Flags, training: Split) -> Split | None:

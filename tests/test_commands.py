@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from entrypoints import Entrypoint
 from PIL import Image
 
 from jaxngp import evaluate, flags, render, train
@@ -34,30 +35,19 @@ TINY = [
     "--override=train.num_rays=128",
 ]
 COMMANDS = {
-    "train": (flags.define_train_flags, train.main),
-    "evaluate": (evaluate.define_flags, evaluate.main),
-    "render": (flags.define_render_flags, render.main),
+    "train": Entrypoint("jaxngp.train", flags.define_train_flags, train.main),
+    "evaluate": Entrypoint("jaxngp.evaluate", evaluate.define_flags, evaluate.main),
+    "render": Entrypoint("jaxngp.render", flags.define_render_flags, render.main),
 }
 
 
 def run(command: str, *arguments: str) -> None:
-    """A command in this process, so that it shares the programs that were compiled before."""
-    define, main = COMMANDS[command]
-    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    try:
-        flags.run(f"jaxngp.{command}", define, main, "A summary.", ["jaxngp", *arguments])
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    COMMANDS[command](*arguments)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], command: str, *arguments: str) -> str:
     """The one line with which a command refuses."""
-    with pytest.raises(SystemExit) as exit_info:
-        run(command, *arguments)
-    assert exit_info.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("jaxngp: ")
-    return error
+    return COMMANDS[command].refusal(capsys, *arguments)
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -119,13 +119,15 @@ def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, learned:
     progress, split = learned
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     monkeypatch.setitem(PRESETS, "small", CONFIG)
-    monkeypatch.setattr(loop, "train", lambda *_: iter([progress]))
+    learn = loop.train
+    monkeypatch.setattr(loop, "train", lambda c, d: iter([progress]) if isinstance(c, NerfConfig) else learn(c, d))
     monkeypatch.setattr(data, "load_training", lambda _: split)
     names: dict[str, Any] = {}
     for block in blocks:
         exec(block, names)  # our own README
+    assert names["colour"].shape == (1, 3)
     assert names["features"].shape == (1000, 32)
     assert names["slopes"].shape == (1000, 3)
     assert names["picture"].shape == (SIZE, SIZE, 3)

@@ -7,15 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
+from entrypoints import Entrypoint
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from experiments import image as experiment
-from jaxngp import flags
 from jaxngp.config import HashGridConfig, ImageConfig, from_json
 from jaxngp.data.atlas import builtin_image
 from jaxngp.hashing import level_offsets
@@ -30,20 +29,7 @@ TINY = [
 ]
 
 
-def run(*arguments: str) -> None:
-    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    try:
-        flags.run("experiments.image", experiment.define_flags, experiment.main, "", ["image", *arguments])
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line with which it refuses."""
-    with pytest.raises(SystemExit) as exit_info:
-        run(*arguments)
-    assert exit_info.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
+run = Entrypoint("experiments.image", experiment.define_flags, experiment.main)
 
 
 def summary(workdir: Path) -> dict[str, Any]:
@@ -110,7 +96,7 @@ def test_a_finished_run_is_only_evaluated_again(finished: Path) -> None:
 
 
 def test_another_config_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "holds a run with another config" in refusal(capsys, "--size=64", f"--workdir={finished}", *TINY)
+    assert "holds a run with another config" in run.refusal(capsys, "--size=64", f"--workdir={finished}", *TINY)
 
 
 def test_an_image_that_stays_on_the_host_gives_the_same_bits(finished: Path, tmp_path: Path) -> None:
@@ -189,7 +175,7 @@ def test_albert_in_a_few_steps(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said_in_one_line(
     arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert says in refusal(capsys, *arguments, f"--workdir={tmp_path / 'run'}")
+    assert says in run.refusal(capsys, *arguments, f"--workdir={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
 
 

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from entrypoints import Entrypoint
 from PIL import Image
 from test_training import Compilations
 
 from experiments import sdf as experiment
-from jaxngp import flags
 from jaxngp.config import ImageConfig, SdfConfig, from_json, to_json
 from jaxngp.data.shapes import SHAPES
 
@@ -41,20 +41,7 @@ def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "BATCH", 2**14)
 
 
-def run(*arguments: str) -> None:
-    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    try:
-        flags.run("experiments.sdf", experiment.define_flags, experiment.main, "", ["sdf", *arguments])
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line with which it refuses."""
-    with pytest.raises(SystemExit) as exit_info:
-        run(*arguments)
-    assert exit_info.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
+run = Entrypoint("experiments.sdf", experiment.define_flags, experiment.main)
 
 
 def summary(workdir: Path) -> dict[str, Any]:
@@ -113,7 +100,7 @@ def test_a_mesh_is_learned_and_extracted_in_its_own_coordinates(suffix: str, tmp
 
 def test_the_workdir_of_another_command_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(to_json(ImageConfig()), encoding="utf-8")
-    said = refusal(capsys, "--shape=torus", f"--workdir={tmp_path}", *TINY)
+    said = run.refusal(capsys, "--shape=torus", f"--workdir={tmp_path}", *TINY)
     assert "holds a run of python -m experiments.image; give another --workdir" in said
 
 
@@ -142,7 +129,7 @@ def test_what_is_wrong_is_said_in_one_line(
 ) -> None:
     if any(argument.startswith("--mesh=") for argument in arguments) and "--shape=torus" not in arguments:
         pytest.importorskip("igl", reason="meshes need pip install .[mesh]")
-    assert says in refusal(capsys, *arguments, f"--workdir={tmp_path / 'run'}")
+    assert says in run.refusal(capsys, *arguments, f"--workdir={tmp_path / 'run'}")
     assert not (tmp_path / "run").exists()
 
 
