@@ -22,7 +22,7 @@ class Taps:
 
 
 def stratified_positions(bits: jax.Array) -> jax.Array:
-    """One position in each rectangle of a grid over the unit square, row by row. bits (N, 2) u32 -> (N, 2) in [0, 1).
+    """One position in each rectangle of a grid over the unit square, row by row. bits (N, 2) u32 -> (N, 2) in (0, 1).
 
     The grid has the largest divisor of N up to its root for rows. So every part of the image gets its share of every
     batch, which is less noise in the gradient than N independent positions.
@@ -32,9 +32,10 @@ def stratified_positions(bits: jax.Array) -> jax.Array:
     columns = num_points // rows
     number = jnp.arange(num_points)
     corner = jnp.stack([number % columns, number // columns], axis=1).astype(jnp.float32)
-    jitter = (bits >> 9).astype(jnp.float32) * 2.0**-23  # so coarse that corner + jitter rounds up less often
-    largest = 1 - 2.0**-24  # below 1 in float32; rounding may reach it
-    return jnp.minimum((corner + jitter) / jnp.array([columns, rows], jnp.float32), largest)
+    # In the middle of one of 2^k parts of the rectangle: so many that no rounding leads out of it.
+    k = max(21 - (columns - 1).bit_length(), 1)
+    jitter = ((bits >> (32 - k)).astype(jnp.float32) + 0.5) * 2.0**-k
+    return (corner + jitter) / jnp.array([columns, rows], jnp.float32)
 
 
 def pixel_taps(position: jax.Array, *, width: int, height: int, snap: bool) -> Taps:

@@ -61,8 +61,9 @@ def trace_rays(
 ) -> Hits:
     """Walk R rays through a box (2, 3), by the distance to the surface at each step, until it is within `tolerance`.
 
-    A step into the solid is taken back by its negative distance. Rays end at very different numbers of steps, so that
-    in every round only `lanes` of those still on their way are evaluated; the result does not depend on how many.
+    A step into the solid is taken back by its negative distance, but not to before where the ray starts or enters the
+    box: if that lies in the solid, it is what the ray meets. Rays end at very different numbers of steps, so that in
+    every round only `lanes` of those still on their way are evaluated; the result does not depend on how many.
     """
     distance_fn = make_distance(params)
     num_rays = len(rays.origin)
@@ -75,15 +76,16 @@ def trace_rays(
         # Lanes without a ray write to places of their own beyond the end: a GPU then needs no atomic operations.
         index = jnp.where(index < num_rays, index, num_rays + jnp.arange(width))
         picked = jnp.minimum(index, num_rays - 1)
-        origin, direction, end = rays.origin[picked], rays.direction[picked], far[picked]
+        origin, direction = rays.origin[picked], rays.direction[picked]
+        first, end = near[picked], far[picked]
         lane_t, lane_steps = t[picked], steps[picked]
 
         def step(_: int, lane: tuple) -> tuple:
             t, steps, going, found = lane
             distance = distance_fn(origin + t[:, None] * direction)
-            found |= going & (jnp.abs(distance) < tolerance)
+            found |= going & ((jnp.abs(distance) < tolerance) | (distance < 0) & (t <= first))
             going &= ~found
-            t, steps = jnp.where(going, t + distance, t), steps + going
+            t, steps = jnp.where(going, jnp.maximum(t + distance, first), t), steps + going
             return t, steps, going & (t < end) & (steps < max_steps), found
 
         lane = (lane_t, lane_steps, index < num_rays, jnp.zeros(width, bool))
@@ -101,7 +103,7 @@ def trace_rays(
         many = functools.partial(_more_than, least)
         carry = lax.while_loop(many, functools.partial(advance, width=width), carry)
     t, steps, _, hit = carry
-    return Hits(t, hit, jnp.sum((steps >= max_steps) & ~hit))
+    return Hits(t, hit, jnp.sum((steps >= max_steps) & ~hit & (t < far)))
 
 
 def _more_than(least: int, carry: tuple) -> jax.Array:

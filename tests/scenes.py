@@ -171,3 +171,65 @@ def photograph(ball: Ball, camera: Camera, c2w: np.ndarray) -> PosedImages:
         views.append(np.concatenate([colour, np.asarray(out.opacity)[..., None]], axis=-1))
     rgba = np.round(np.stack(views).clip(0, 1) * 255).astype(np.uint8)
     return PosedImages(camera=camera, c2w=c2w, rgba=rgba)  # type: ignore[arg-type]
+
+
+# Surfaces of a closed form.
+
+
+@dataclass(frozen=True)
+class Bodies:
+    """The union of balls, a box and what lies below a plane, as a distance that is `scale` times the true one."""
+
+    balls: tuple[tuple[float, float, float, float], ...] = ()  # centre and radius, at most two
+    box: tuple[Colour, Colour] | None = None
+    plane: tuple[float, float, float, float] | None = None  # unit normal, and how far along it
+    scale: float = 1.0
+
+    def params(self) -> dict[str, np.ndarray]:
+        """As arrays of the same shapes for all, so that one program does: what is not there is far away."""
+        low, high = self.box or ((-91, -91, -91), (-90, -90, -90))
+        arrays = {
+            "balls": [*self.balls, *[(-90, -90, -90, 1)] * (2 - len(self.balls))],
+            "box": [low, high],
+            "plane": self.plane or (0, 0, 1, -90),
+            "scale": self.scale,
+        }
+        return {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+
+    def distance(self, position: np.ndarray) -> np.ndarray:
+        """(N, 3) -> (N,), in float64; of the union, and so too small in the overlap of two bodies."""
+        exact = {name: array.astype(np.float64) for name, array in self.params().items()}
+        return bodies_distance(exact, np.asarray(position, np.float64), np)
+
+    def entry(self, origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
+        """The t (R,) at which rays (R, 3), unit directions, first meet a body, from outside of all; inf if never."""
+        origin, direction = (np.asarray(a, np.float64) for a in (origin, direction))
+        found = [np.full(len(origin), np.inf)]
+        for *centre, radius in self.balls:
+            t0, t1 = Ball(tuple(centre), radius, 1.0, (0, 0, 0), (0, 0, 0)).chord(origin, direction)  # type: ignore[arg-type]
+            found.append(np.where(t1 > t0, t0, np.inf))
+        if self.box:
+            t0, t1 = slab_interval(origin, direction, *np.asarray(self.box, np.float64))
+            found.append(np.where(t1 > t0, t0, np.inf))
+        if self.plane:
+            *normal, offset = self.plane
+            speed = direction @ normal
+            t = (offset - origin @ normal) / np.where(speed == 0, 1, speed)
+            found.append(np.where(speed < 0, t, np.inf))
+        return np.min(found, axis=0)
+
+
+def bodies_distance(params: Any, position: Any, xp: Any) -> Any:
+    """The distance of `Bodies.params`, (N, 3) -> (N,), by jax.numpy or numpy."""
+    balls = xp.sqrt(xp.sum((position[:, None] - params["balls"][:, :3]) ** 2, axis=-1)) - params["balls"][:, 3]
+    low, high = params["box"]
+    beyond = xp.abs(position - (low + high) / 2) - (high - low) / 2
+    outside = xp.sqrt(xp.sum(xp.maximum(beyond, 0) ** 2, axis=-1))
+    box = outside + xp.minimum(xp.max(beyond, axis=-1), 0)
+    plane = xp.sum(position * params["plane"][:3], axis=-1) - params["plane"][3]
+    return params["scale"] * xp.minimum(xp.minimum(xp.min(balls, axis=1), box), plane)
+
+
+def make_bodies(params: Any) -> Callable[[jax.Array], jax.Array]:
+    """What tracing and meshing take."""
+    return lambda position: bodies_distance(params, position, jnp)
