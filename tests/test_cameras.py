@@ -156,3 +156,21 @@ def test_an_orbit_of_cameras_overhead_does_not_collapse() -> None:
     orbit = cameras.orbit_poses(np.stack([look_at((0.5, 0.5, 2.5))]), 4)
     assert np.isfinite(orbit).all()
     assert np.ptp(orbit[:, 0, 3]) > 1
+
+
+@given(arrays32(3, 0.6, 2), arrays32(3, -0.5, 0.5), st.integers(0, 2))
+def test_a_camera_sees_what_it_looks_at_in_the_middle_and_up_upwards(
+    position: np.ndarray, target: np.ndarray, axis: int
+) -> None:
+    up = np.eye(3, dtype=np.float32)[axis]
+    c2w = cameras.look_at(position, target, up)
+    np.testing.assert_allclose(c2w[:, :3].T @ c2w[:, :3], np.eye(3), atol=1e-5)
+    assert np.linalg.det(c2w[:, :3]) > 0
+    np.testing.assert_array_equal(c2w[:, 3], position)
+    camera = make_camera(WIDTH, HEIGHT, 10.0)
+    points = np.stack([target, target + 0.1 * up]).astype(np.float32)
+    xy, depth = to_pixel(camera, jnp.asarray(c2w), points)
+    np.testing.assert_allclose(xy[0], [WIDTH / 2, HEIGHT / 2], atol=1e-3)
+    np.testing.assert_allclose(depth[0], np.linalg.norm(position - target), rtol=1e-5)
+    assert xy[1, 1] < xy[0, 1]  # y goes down
+    np.testing.assert_allclose(xy[1, 0], xy[0, 0], atol=1e-3)

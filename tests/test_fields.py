@@ -17,7 +17,8 @@ from strategies import TINY_FIELD, arrays32
 
 from jaxngp import fields, hashing, rendering
 from jaxngp.cameras import Rays
-from jaxngp.config import PRESETS, FieldConfig, InputError, StratifiedConfig
+from jaxngp.config import PRESETS, FieldConfig, HashGridConfig, InputError, PointFieldConfig, StratifiedConfig
+from jaxngp.encodings import hash_encode
 
 N = 64
 CONFIGS = {
@@ -341,3 +342,46 @@ def test_an_array_of_another_shape_is_named(name: str) -> None:
     state[name] = state[name][1:]
     with pytest.raises(InputError, match=rf"state_dict\['{name}'\] has shape \(.*\): this config needs \("):
         fields.params_from_reference(state, config=SMALL)
+
+
+# Fields of position alone.
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+@pytest.mark.parametrize(("dims", "outputs"), [(2, 3), (3, 1)])
+def test_a_point_field_is_its_encoding_and_layers(dims: int, outputs: int, use_bias: bool) -> None:
+    """Against the layers in float64."""
+    grid = HashGridConfig(
+        num_dims=dims, num_levels=2, table_size=2**8, min_resolution=3, max_resolution=9, init_scale=1
+    )
+    config = PointFieldConfig(encoding=grid, hidden_width=8, num_outputs=outputs, use_bias=use_bias)
+    params = jax.tree.map(lambda a: a + 0.01, init_params(jax.random.key(1), config=config))
+    assert set(params) == {"encoding", "mlp"}
+    assert set(params["mlp"]) == {"Dense_0", "Dense_1", "Dense_2"}
+    position = np.random.default_rng(0).random((N, dims)).astype(np.float32)
+    features = hash_encode(params["encoding"]["table"], position, grid=grid)
+    x = np.asarray(features, np.float64)
+    for index in range(3):
+        layer = {name: np.asarray(array, np.float64) for name, array in params["mlp"][f"Dense_{index}"].items()}
+        assert ("bias" in layer) == use_bias
+        x = x @ layer["kernel"] + layer.get("bias", 0)
+        x = np.maximum(x, 0) if index < 2 else x
+    found = jax.jit(fields.evaluate_points, static_argnames="config")(params, position, config=config)
+    assert found.shape == (N, outputs)
+    np.testing.assert_allclose(found, x, atol=1e-5)
+
+
+def test_a_point_field_in_bfloat16_is_the_same_within_its_rounding() -> None:
+    grid = HashGridConfig(num_dims=2, num_levels=2, table_size=2**8, min_resolution=3, max_resolution=9, init_scale=1)
+    config = PointFieldConfig(encoding=grid, hidden_width=8, num_outputs=3)
+    rounded = replace(config, precision="bfloat16")
+    params = init_params(jax.random.key(1), config=config)
+    position = np.random.default_rng(0).random((N, 2)).astype(np.float32)
+    evaluate = jax.jit(fields.evaluate_points, static_argnames="config")
+    expected = evaluate(params, position, config=config)
+    shadow = fields.make_shadow(params, config=rounded)
+    assert shadow.dtype == jnp.float16
+    found = evaluate(params, position, config=rounded, shadow=shadow)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
+    assert not np.array_equal(found, expected)

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from strategies import arrays32
 
-from jaxngp.losses import HUBER_DELTA, colour_loss
+from jaxngp.losses import HUBER_DELTA, RELATIVE_FLOOR, colour_loss, relative_error
 
 N = 16
 
@@ -37,3 +37,18 @@ def test_the_slope_of_huber_is_the_error_and_at_most_delta(prediction: np.ndarra
     slope = jax.grad(lambda p: jnp.sum(colour_loss(p, target, loss="huber")))(prediction)
     expected = np.clip(prediction.astype(np.float64) - target, -HUBER_DELTA, HUBER_DELTA)
     np.testing.assert_allclose(slope, expected, atol=1e-6)
+
+
+@given(values, values)
+def test_a_relative_error_is_a_share_of_the_size_of_the_target(prediction: np.ndarray, target: np.ndarray) -> None:
+    wide = target.astype(np.float64)
+    expected = np.abs(prediction - wide) / (np.abs(wide) + 0.01)
+    np.testing.assert_allclose(relative_error(prediction, target), expected, rtol=1e-5, atol=1e-9)
+
+
+@given(values, values)
+def test_the_slope_of_a_relative_error_is_its_sign_over_the_size(prediction: np.ndarray, target: np.ndarray) -> None:
+    slope = jax.grad(lambda p: jnp.sum(relative_error(p, target)))(prediction)
+    expected = np.sign(prediction.astype(np.float64) - target) / (np.abs(target) + RELATIVE_FLOOR)
+    differs = prediction != target
+    np.testing.assert_allclose(slope[differs], expected[differs], rtol=1e-5)
