@@ -497,10 +497,10 @@ FAULTS = (
         ("points",),
     ),
     Fault(
-        "fetched_a_dispatch_late",
+        "fetched_for_step_0",
         "training/programs.py",
-        "self._start(step + number) if",
-        "self._start(step) if",
+        "self._program(jnp.int32(step),",
+        "self._program(jnp.int32(0),",
         ("points",),
     ),
     Fault(
