@@ -497,6 +497,16 @@ FAULTS = (
         ("points",),
     ),
     Fault(
+        "pixels_transposed",
+        "training/points.py",
+        "data.pixels[taps.row, taps.column]",
+        "data.pixels[taps.column, taps.row]",
+        ("points",),
+    ),
+    Fault("one_batch_for_all_steps", "training/points.py", "a: a[i], batches", "a: a[0], batches", ("points",)),
+    Fault("never_snapped", "training/points.py", " snap=config.train.snap", " snap=False", ("points",)),
+    Fault("started_in_the_solid", "tracing.py", " | (distance < 0) & (t <= first)", "", ("tracing",)),
+    Fault(
         "fetched_for_step_0",
         "training/programs.py",
         "self._program(jnp.int32(step),",
@@ -506,8 +516,8 @@ FAULTS = (
     Fault(
         "ray_not_taken_back",
         "tracing.py",
-        "jnp.maximum(t + distance, first)",
-        "jnp.maximum(t + jnp.abs(distance), first)",
+        "jnp.where(going, t + distance, t)",
+        "jnp.where(going, t + jnp.abs(distance), t)",
         ("tracing",),
     ),
     Fault(

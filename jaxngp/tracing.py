@@ -61,9 +61,9 @@ def trace_rays(
 ) -> Hits:
     """Walk R rays through a box (2, 3), by the distance to the surface at each step, until it is within `tolerance`.
 
-    A step into the solid is taken back by its negative distance, but not to before where the ray starts or enters the
-    box: if that lies in the solid, it is what the ray meets. Rays end at very different numbers of steps, so that in
-    every round only `lanes` of those still on their way are evaluated; the result does not depend on how many.
+    A step into the solid is taken back by its negative distance; but a ray that starts in the solid, or enters the box
+    in it, meets it there. Rays end at very different numbers of steps, so that in every round only `lanes` of those
+    still on their way are evaluated; the result does not depend on how many.
     """
     distance_fn = make_distance(params)
     num_rays = len(rays.origin)
@@ -85,7 +85,7 @@ def trace_rays(
             distance = distance_fn(origin + t[:, None] * direction)
             found |= going & ((jnp.abs(distance) < tolerance) | (distance < 0) & (t <= first))
             going &= ~found
-            t, steps = jnp.where(going, jnp.maximum(t + distance, first), t), steps + going
+            t, steps = jnp.where(going, t + distance, t), steps + going
             return t, steps, going & (t < end) & (steps < max_steps), found
 
         lane = (lane_t, lane_steps, index < num_rays, jnp.zeros(width, bool))
