@@ -21,7 +21,7 @@ from jaxngp.rendering import GPU_BATCHING
 BOUNDS: dict[str, dict[str, tuple[int, int, int, list[int | None]]]] = {
     "base": {"train": (110, 36, 375, [16]), "render": (36, 32, 700, [None])},
     "image": {"train": (36, 12, 600, [16])},
-    "sdf": {"train": (36, 14, 420, [16]), "trace": (100, 8, 170, [None] * 3)},
+    "sdf": {"train": (36, 14, 420, [16]), "trace": (100, 8, 180, [None] * 3)},
 }
 ATOMICS = {"base": "atom.global.v4.f32.add", "image": "atom.global.v2.f32.add", "sdf": "atom.global.v2.f32.add"}
 NUM_SUMS = 5  # that a ray's samples are added up to
