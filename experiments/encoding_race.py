@@ -29,8 +29,8 @@ from experiments import reference
 from experiments.timing import in_loop, median_ms, points_on_rays
 from jaxngp import flags
 from jaxngp.config import HashGridConfig, InputError
+from jaxngp.device import fusion_barrier
 from jaxngp.encodings import hash_encode
-from jaxngp.fusion import walled
 from jaxngp.hashing import corner_offsets, level_resolutions, spatial_hash
 from jaxngp.training.report import environment, write_json
 
@@ -100,8 +100,8 @@ def jax_contestant(encode: Encode, problem: Problem) -> Contestant:
         both=functools.partial(jax.jit(both), position, table, gradient),
         in_loop=(
             # Behind a wall, since XLA:CPU would fuse the encoding into the loop's sum and do parts of it twice.
-            in_loop(functools.partial(walled, forward), position, table, rounds=ROUNDS),
-            in_loop(functools.partial(walled, both), position, table, gradient, rounds=ROUNDS),
+            in_loop(functools.partial(fusion_barrier, forward), position, table, rounds=ROUNDS),
+            in_loop(functools.partial(fusion_barrier, both), position, table, gradient, rounds=ROUNDS),
         ),
     )
 

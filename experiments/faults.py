@@ -77,22 +77,22 @@ FAULTS = (
     Fault(
         "shadow_not_read",
         "encodings.py",
-        "walled(features, table if shadow is None else shadow, position)",
-        "walled(features, table, position)",
+        "fusion_barrier(features, table if half_table is None else half_table, position)",
+        "fusion_barrier(features, table, position)",
         ("encodings",),
     ),
     # Compositing.
     Fault(
         "density_as_weight",
         "compositing.py",
-        "weight = jnp.exp(-depth_before(thickness, ray, background.shape[0])) * -jnp.expm1(-thickness)",
-        "weight = jnp.exp(-depth_before(thickness, ray, background.shape[0])) * thickness",
+        "weight = jnp.exp(-optical_depth_before(thickness, ray, background.shape[0])) * -jnp.expm1(-thickness)",
+        "weight = jnp.exp(-optical_depth_before(thickness, ray, background.shape[0])) * thickness",
         ("compositing",),
     ),
     Fault(
         "no_transmittance",
         "compositing.py",
-        "weight = jnp.exp(-depth_before(thickness, ray, background.shape[0])) * -jnp.expm1(-thickness)",
+        "weight = jnp.exp(-optical_depth_before(thickness, ray, background.shape[0])) * -jnp.expm1(-thickness)",
         "weight = -jnp.expm1(-thickness)",
         ("compositing",),
     ),
@@ -180,17 +180,17 @@ FAULTS = (
     Fault("cells_in_z_order", "occupancy.py", "return column, row, layer", "return layer, row, column", ("occupancy",)),
     Fault(
         "carving_ignores_faint_pixels",
-        "carving.py",
+        "visual_hull.py",
         "_summed_area(alpha > 0)",
         "_summed_area(alpha > 127)",
-        ("carving",),
+        ("visual_hull",),
     ),
     Fault(
         "cells_without_extent",
-        "carving.py",
+        "visual_hull.py",
         "jnp.sqrt(1 + jnp.maximum(slope_x, slope_y) ** 2) + 0.5",
         "0 + 0.5",
-        ("carving",),
+        ("visual_hull",),
     ),
     # Cameras and data.
     Fault(
@@ -330,8 +330,8 @@ FAULTS = (
     Fault(
         "shadow_not_updated",
         "training/updates.py",
-        "return state, make_shadow(params, config=config.field), metrics",
-        "return state, shadow, metrics",
+        "return state, make_half_table(params, config=config.field), metrics",
+        "return state, half_table, metrics",
         ("training",),
     ),
     Fault(
@@ -535,7 +535,7 @@ FAULTS = (
         "index = picked = jnp.minimum(index, num_rays - 1)",
         ("tracing",),
     ),
-    Fault("faces_inwards", "meshing.py", '"descent"', '"ascent"', ("meshing", "sdf_experiment")),
+    Fault("faces_inwards", "meshing.py", '"descent"', '"ascent"', ("meshing", "train_sdf")),
     Fault("far_blocks_too_near", "meshing.py", "SAFETY = 1.5", "SAFETY = 0.5", ("meshing",)),
     Fault(
         "open_at_the_box",

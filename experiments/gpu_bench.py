@@ -34,8 +34,9 @@ from experiments.gpu_run import Bench, Section, Sizes, run_sections
 from experiments.throughput import define_marching_flags
 from jaxngp import flags
 from jaxngp.cameras import PosedImages
-from jaxngp.config import PRESETS, InputError, MarchConfig, apply_overrides, scene_config
+from jaxngp.config import InputError, MarchConfig, apply_overrides
 from jaxngp.data import load_training
+from jaxngp.presets import PRESETS, scene_config
 
 FULL = Sizes(
     1000, 4, 1.0, ((1920, 1080), (800, 800)), 5, len(gpu_sections.XLA_OPTIONS), 60.0, 2**24, 2**18, 2**13, 2**22, 20.0

@@ -42,22 +42,14 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import hlo, image, sdf
-from experiments.sdf import distance_maker
 from jaxngp import flags, rendering
 from jaxngp.cameras import Camera, PosedImages, Rays
-from jaxngp.config import (
-    PRESETS,
-    HashGridConfig,
-    ImageConfig,
-    InputError,
-    MarchConfig,
-    NerfConfig,
-    PointConfig,
-    apply_overrides,
-)
+from jaxngp.config import HashGridConfig, ImageConfig, InputError, MarchConfig, NerfConfig, PointConfig, apply_overrides
+from jaxngp.device import OPTIONS, jaxlib_version, scatter_workaround
 from jaxngp.fields import field_maker
-from jaxngp.gpu import OPTIONS, jaxlib_version, scatter_cure
+from jaxngp.presets import PRESETS
 from jaxngp.tracing import GPU_LANES, trace_rays
+from jaxngp.train_sdf import distance_maker
 from jaxngp.training import steps
 from jaxngp.training.points import DistanceSamples, ImagePixels, point_steps
 from jaxngp.training.report import environment, write_json
@@ -216,7 +208,7 @@ def gpu_sharding(gpu: Gpu) -> NamedSharding:
 
 
 def point_presets(image_size: int) -> dict[str, PointConfig]:
-    """What `experiments.image` learns an image with on a GPU, with the largest table, and `experiments.sdf` a solid."""
+    """The configs of images, with the largest table, and of signed distances, on a GPU."""
     grid = HashGridConfig(num_dims=2, table_size=2**24, max_resolution=max(16, image_size // 2))
     return {"image": image.default_config(grid, on_cpu=False), "sdf": sdf.PRESETS["paper"]}
 
@@ -262,7 +254,7 @@ def make_point_programs(config: PointConfig, *, image_size: int, frame: tuple[in
     if isinstance(config, ImageConfig):
         image = jax.eval_shape(lambda: ImagePixels(jnp.zeros((image_size, image_size, 3), jnp.uint8)))
         return {"train": Program(point_steps, (state, image, rates, num_steps), {"config": config})}
-    shapes = [(config.solid.num_samples, *rest) for rest in ((3,), (3,), ())]
+    shapes = [(config.sdf.num_samples, *rest) for rest in ((3,), (3,), ())]
     samples = jax.eval_shape(lambda: DistanceSamples(*map(jnp.zeros, shapes)))
     rays = jax.eval_shape(lambda: Rays(*[jnp.zeros((frame[0] * frame[1], 3))] * 2))
     box = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -467,7 +459,7 @@ def main(values: flags.Flags) -> None:
     if unknown := set(values.program) - set(programs):
         raise InputError(f"--program: unknown {min(unknown)!r}; this config has {', '.join(programs)}")
     sharding = gpu_sharding(gpu)
-    cure = scatter_cure(jaxlib_version(), gpu.compute_capability, config.field.precision)
+    cure = scatter_workaround(jaxlib_version(), gpu.compute_capability, config.field.precision)
     rows = []
     for name, program in programs.items():
         if not values.program or name in values.program:

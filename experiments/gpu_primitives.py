@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import image as image_experiment
-from experiments import sdf as sdf_experiment
 from experiments.gpu_run import RUNS, Bench
+from jaxngp import train_image as image_experiment
+from jaxngp import train_sdf as sdf_experiment
 from jaxngp.config import HashGridConfig, PointConfig
 from jaxngp.data.atlas import builtin_image
 from jaxngp.data.shapes import SHAPES
@@ -50,13 +50,13 @@ def image(bench: Bench) -> None:
 def sdf(bench: Bench) -> None:
     """The built-in shapes: IoU, and how long a frame takes to trace and shade."""
     solid, preset = SHAPES[SHAPE], sdf_experiment.PRESETS["paper"]
-    solid_config = replace(preset.solid, num_samples=bench.sizes.sdf_samples)
+    solid_config = replace(preset.sdf, num_samples=bench.sizes.sdf_samples)
     limits = replace(
         preset.train, max_steps=10**7, max_seconds=bench.sizes.point_seconds, num_points=bench.sizes.num_points
     )
     grid = preset.field.encoding
     grid = replace(grid, table_size=min(grid.table_size, bench.sizes.table_size))
-    config = replace(preset, solid=solid_config, field=replace(preset.field, encoding=grid), train=limits)
+    config = replace(preset, sdf=solid_config, field=replace(preset.field, encoding=grid), train=limits)
     progress = _train(config, sdf_experiment.draw_samples(solid, config))
     params, make_distance = progress.state.eval_params, sdf_experiment.distance_maker(config.field)
     quality = sdf_experiment.evaluate(params, solid, None, make_distance=make_distance)

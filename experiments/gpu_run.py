@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from experiments.throughput import Stage, StepInputs
 from experiments.timing import median_ms
 from jaxngp.cameras import PosedImages
-from jaxngp.carving import PixelSet
 from jaxngp.config import InputError, NerfConfig
 from jaxngp.data import Split
-from jaxngp.gpu import step_compiler_options
+from jaxngp.device import step_compiler_options
 from jaxngp.training import steps
 from jaxngp.training.report import write_json
 from jaxngp.training.state import TrainState
+from jaxngp.visual_hull import PixelSet
 
 RUNS = 5  # timed calls, of which the median is shown
 

@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from experiments import reference
 from jaxngp import flags
-from jaxngp.config import PRESETS, InputError, NerfConfig, SceneConfig, scene_config
+from jaxngp.config import InputError, NerfConfig, SceneConfig
 from jaxngp.data import Split, load_evaluation, load_training
 from jaxngp.metrics import mean_squared_error, psnr
+from jaxngp.presets import PRESETS, scene_config
 from jaxngp.training.evaluation import evaluate_views, summarise
 from jaxngp.training.loop import train
 from jaxngp.training.report import environment, write_json

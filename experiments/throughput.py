@@ -33,12 +33,13 @@ from experiments.timing import iterated, loop_ms, median_ms
 from jaxngp import flags
 from jaxngp.cameras import PosedImages, resize_camera
 from jaxngp.compositing import composite
-from jaxngp.config import PRESETS, FieldConfig, InputError, MarchConfig, NerfConfig, apply_overrides, scene_config
+from jaxngp.config import FieldConfig, InputError, MarchConfig, NerfConfig, apply_overrides
 from jaxngp.data import load_training
 from jaxngp.encodings import all_corners, hash_encode
-from jaxngp.fields import NerfField, Params, compute_dtype, field_maker, make_shadow
+from jaxngp.fields import NerfField, Params, compute_dtype, field_maker, make_half_table
 from jaxngp.marching import Candidates, Samples, box_interval, find_visible, pack_steps
 from jaxngp.occupancy import cells_at
+from jaxngp.presets import PRESETS, scene_config
 from jaxngp.rendering import render_image
 from jaxngp.training import steps
 from jaxngp.training.loop import train
@@ -170,9 +171,9 @@ class StepInputs:
 
 
 def table_to_read(params: Params, field: FieldConfig) -> jax.Array:
-    """The hash table, or its shadow where the field reads that."""
-    shadow = make_shadow(params, config=field)
-    return params["encoding"]["table"] if shadow is None else shadow
+    """The hash table, or its half_table where the field reads that."""
+    half_table = make_half_table(params, config=field)
+    return params["encoding"]["table"] if half_table is None else half_table
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -1,10 +1,13 @@
-"""Pinhole cameras: pixels to rays and back.
+"""Cameras: pixels to rays and back, and the poses of a path.
 
 Frames: c2w follows OpenGL (x right, y up, the camera looks along -z). Pixel coordinates have x to the right and
 y down, and the centre of pixel (i, j) lies at (i + 0.5, j + 0.5). Scene units: the scene's box is [0, 1]^3.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +17,22 @@ from numpy.typing import ArrayLike
 
 
 @struct.dataclass
-class Camera:
-    """A pinhole camera: a static image size, and focal length and principal point in pixels."""
+class Cameras:
+    """Pinhole cameras, one a view: pose, intrinsics and image size. (...) is the shape of the batch, () for a single one.
 
-    focal_xy: jax.Array  # (2,) px
-    centre_xy: jax.Array  # (2,) px
-    width: int = struct.field(pytree_node=False)
-    height: int = struct.field(pytree_node=False)
+    All are arrays, so that rays can be differentiated in poses and intrinsics. `cameras[index]` is some of them.
+    """
+
+    c2w: jax.Array  # (..., 3, 4) f32, camera to scene units
+    focal_xy: jax.Array  # (..., 2) f32 px
+    centre_xy: jax.Array  # (..., 2) f32 px, the principal point
+    size: jax.Array  # (..., 2) i32 px, width and height
+
+    def __getitem__(self, index: Any) -> Cameras:
+        return jax.tree.map(lambda array: array[index], self)
+
+    def __len__(self) -> int:
+        return len(self.c2w)
 
 
 @struct.dataclass
@@ -33,17 +45,55 @@ class Rays:
 
 @struct.dataclass
 class PosedImages:
-    """V views that one camera took from V poses."""
+    """V views, of any sizes: their cameras, and all their pixels one after the other, row by row.
 
-    camera: Camera
-    c2w: jax.Array  # (V, 3, 4) f32, camera to scene units
-    rgba: jax.Array  # (V, H, W, 4) u8, sRGB, colour not multiplied by alpha
+    A pixel has the number offset[view] + x + width y.
+    """
+
+    cameras: Cameras  # (V,)
+    rgba: jax.Array  # (P, 4) u8, sRGB, colour not multiplied by alpha
+    offset: jax.Array  # (V,) i32, the number of each view's first pixel
+    max_size: tuple[int, int] = struct.field(pytree_node=False)  # the largest width, the largest height
+
+    def image(self, view: int) -> np.ndarray:
+        """(H, W, 4) u8 of one view, as a numpy array."""
+        width, height = image_size(self.cameras[view])
+        start = int(self.offset[view])
+        return np.asarray(self.rgba[start : start + width * height]).reshape(height, width, 4)
 
 
-def pixel_to_ray(camera: Camera, c2w: jax.Array, pixel_xy: jax.Array) -> Rays:
-    """The ray through a pixel coordinate. c2w (..., 3, 4), pixel_xy (..., 2) -> Rays (...)."""
-    xy = (pixel_xy - camera.centre_xy) / camera.focal_xy
-    x, y = xy[..., 0], -xy[..., 1]
+def make_cameras(
+    c2w: ArrayLike, *, focal_xy: ArrayLike, centre_xy: ArrayLike, width: ArrayLike, height: ArrayLike
+) -> Cameras:
+    """Cameras (...) as numpy arrays, from poses (..., 3, 4) and intrinsics of each or one for all."""
+    c2w = np.asarray(c2w, np.float32)
+    batch = c2w.shape[:-2]
+    size = np.stack(np.broadcast_arrays(width, height), axis=-1)
+    focal, centre = (np.broadcast_to(np.asarray(a, np.float32), (*batch, 2)) for a in (focal_xy, centre_xy))
+    return Cameras(c2w, focal, centre, np.broadcast_to(size.astype(np.int32), (*batch, 2)))  # type: ignore[arg-type]
+
+
+def pose_images(cameras: Cameras, images: list[np.ndarray] | np.ndarray) -> PosedImages:
+    """Views from their cameras (V,) and images (H, W, 4) u8, as numpy arrays."""
+    sizes = np.array([(image.shape[1], image.shape[0]) for image in images], np.int64)
+    ends = np.cumsum(sizes[:, 0] * sizes[:, 1])
+    uniform = isinstance(images, np.ndarray)
+    rgba = images.reshape(-1, 4) if uniform else np.concatenate([image.reshape(-1, 4) for image in images])  # type: ignore[union-attr]
+    offset = np.concatenate([[0], ends[:-1]]).astype(np.int32)
+    width, height = (int(n) for n in sizes.max(axis=0))
+    return PosedImages(cameras, rgba, offset, (width, height))  # type: ignore[arg-type]
+
+
+def image_size(camera: Cameras) -> tuple[int, int]:
+    """(width, height) in pixels of a single camera whose arrays are concrete."""
+    width, height = np.asarray(camera.size).tolist()
+    return width, height
+
+
+def unproject(cameras: Cameras, pixel_xy: jax.Array) -> Rays:
+    """The rays through pixel coordinates. cameras (...), pixel_xy (..., 2) -> Rays (...)."""
+    xy = (pixel_xy - cameras.centre_xy) / cameras.focal_xy
+    x, y, c2w = xy[..., 0], -xy[..., 1], cameras.c2w
     # Products and sums written out, not a matmul: an accelerator may round a matmul's inputs to bfloat16, and a CPU
     # takes a hundred times as long for thousands of small ones.
     dx, dy, dz = (c2w[..., axis, 0] * x + c2w[..., axis, 1] * y - c2w[..., axis, 2] for axis in range(3))
@@ -52,34 +102,39 @@ def pixel_to_ray(camera: Camera, c2w: jax.Array, pixel_xy: jax.Array) -> Rays:
     return Rays(origin=jnp.broadcast_to(c2w[..., 3], direction.shape), direction=direction)
 
 
-def point_to_pixel(camera: Camera, c2w: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where a camera sees a point. c2w (..., 3, 4), position (..., 3) -> pixel_xy (..., 2), depth (...) along -z.
+def project(cameras: Cameras, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where cameras see points. cameras (...), position (..., 3) -> pixel_xy (..., 2), depth (...) along -z.
 
     Only a positive depth means that the point is before the camera; behind it the pixel has no meaning.
     """
-    x, y, depth = project(camera, c2w, *(position[..., axis] for axis in range(3)))
+    x, y, depth = project_axes(cameras, *(position[..., axis] for axis in range(3)))
     return jnp.stack([x, y], axis=-1), depth
 
 
-def project(
-    camera: Camera, c2w: jax.Array, x: jax.Array, y: jax.Array, z: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`point_to_pixel` with one array (...) per axis, in and out; large inputs are spared the (..., 3) temporaries."""
+def project_axes(cameras: Cameras, x: jax.Array, y: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`project` with one array (...) per axis, in and out; large inputs are spared the (..., 3) temporaries."""
+    c2w = cameras.c2w
     offset = (x - c2w[..., 0, 3], y - c2w[..., 1, 3], z - c2w[..., 2, 3])
     local_x, local_y, local_z = (
         c2w[..., 0, axis] * offset[0] + c2w[..., 1, axis] * offset[1] + c2w[..., 2, axis] * offset[2]
         for axis in range(3)
     )
     inverse = 1 / jnp.where(jnp.abs(local_z) > 1e-9, -local_z, 1e-9)
-    pixel_x = local_x * inverse * camera.focal_xy[0] + camera.centre_xy[0]
-    pixel_y = -local_y * inverse * camera.focal_xy[1] + camera.centre_xy[1]
+    pixel_x = local_x * inverse * cameras.focal_xy[..., 0] + cameras.centre_xy[..., 0]
+    pixel_y = -local_y * inverse * cameras.focal_xy[..., 1] + cameras.centre_xy[..., 1]
     return pixel_x, pixel_y, -local_z
 
 
-def view_rays(camera: Camera, c2w: jax.Array) -> Rays:
-    """The rays through all pixel centres of one view. c2w (3, 4) -> Rays (H, W)."""
-    x, y = jnp.meshgrid(jnp.arange(camera.width) + 0.5, jnp.arange(camera.height) + 0.5)
-    return pixel_to_ray(camera, c2w, jnp.stack([x, y], axis=-1).astype(jnp.float32))
+def view_rays(camera: Cameras) -> Rays:
+    """The rays through all pixel centres of a single camera whose size is concrete: Rays (H, W)."""
+    width, height = image_size(camera)
+    return _view_rays(camera, width=width, height=height)
+
+
+@functools.partial(jax.jit, static_argnames=("width", "height"))
+def _view_rays(camera: Cameras, *, width: int, height: int) -> Rays:
+    x, y = jnp.meshgrid(jnp.arange(width, dtype=jnp.float32) + 0.5, jnp.arange(height, dtype=jnp.float32) + 0.5)
+    return unproject(camera, jnp.stack([x, y], axis=-1))
 
 
 def world_to_scene(c2w: jax.Array, box_centre: tuple[float, float, float], box_side: float) -> jax.Array:
@@ -88,14 +143,13 @@ def world_to_scene(c2w: jax.Array, box_centre: tuple[float, float, float], box_s
     return jnp.concatenate([c2w[..., :3], position[..., None]], axis=-1)
 
 
-def resize_camera(camera: Camera, width: int, height: int) -> Camera:
-    """The camera with another image size and the same vertical field of view, its principal point in proportion."""
-    scale = jnp.array([width / camera.width, height / camera.height])
-    return Camera(
-        focal_xy=jnp.asarray(camera.focal_xy) * (height / camera.height),
-        centre_xy=jnp.asarray(camera.centre_xy) * scale,
-        width=width,
-        height=height,
+def resize_cameras(cameras: Cameras, width: int, height: int) -> Cameras:
+    """The cameras with another image size and the same vertical field of view, the principal point in proportion."""
+    new, old = np.array([width, height], np.int32), np.asarray(cameras.size)
+    return cameras.replace(  # type: ignore[attr-defined]
+        focal_xy=np.asarray(cameras.focal_xy) * (new[1] / old[..., 1:]).astype(np.float32),
+        centre_xy=np.asarray(cameras.centre_xy) * (new / old).astype(np.float32),
+        size=np.broadcast_to(new, old.shape),
     )
 
 

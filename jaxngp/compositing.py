@@ -46,7 +46,7 @@ def composite(
     density, t, dt (N,); rgb (N, 3); ray (N,) i32, sorted; background (R, 3). A sample with dt = 0 changes nothing.
     """
     thickness = density * dt
-    weight = jnp.exp(-depth_before(thickness, ray, background.shape[0])) * -jnp.expm1(-thickness)
+    weight = jnp.exp(-optical_depth_before(thickness, ray, background.shape[0])) * -jnp.expm1(-thickness)
     terms = jnp.concatenate([weight[:, None] * rgb, weight[:, None], (weight * t)[:, None]], axis=1)
     sums = jax.ops.segment_sum(terms, ray, num_segments=background.shape[0], indices_are_sorted=True)
     return blend(sums[:, :3], sums[:, 3], sums[:, 4], background)
@@ -77,7 +77,7 @@ OPAQUE = 32.0
 """The optical thickness at which nothing gets through, e^-32 = 1e-14; more in one sample counts as this."""
 
 
-def depth_before(thickness: jax.Array, ray: jax.Array, num_rays: int) -> jax.Array:
+def optical_depth_before(thickness: jax.Array, ray: jax.Array, num_rays: int) -> jax.Array:
     """The sum over the samples before each one that belong to the same ray. (N,), ray (N,) sorted in [0, R) -> (N,).
 
     An optical depth of OPAQUE or more is only that much or more.

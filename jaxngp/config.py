@@ -287,14 +287,14 @@ class LoopConfig:
     max_seconds: float = 0.0  # of training, compilation excluded; 0 means no limit
     steps_per_dispatch: int = 16  # steps in one call of the compiled program
     # Calls given to the device before the host looks at the clock, an interruption and what the calls did.
-    dispatches_together: int = 1
+    calls_in_flight: int = 1
     checkpoint_seconds: float = 60.0  # between checkpoints; one is always written at the end
     log_every: int = 0  # steps from one line of the log to the next, at least; 0 is whenever there is news
     deterministic: bool = False  # on a GPU, equal bits in every run at about ten times the cost; a CPU has them anyway
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "steps_per_dispatch", "dispatches_together"):
+        for name in ("max_steps", "steps_per_dispatch", "calls_in_flight"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _check(0 <= self.max_seconds < 1e9, "train.max_seconds", self.max_seconds, "at least 0 and below 1e9")
         _check(self.log_every >= 0, "train.log_every", self.log_every, "at least 0")
@@ -363,7 +363,7 @@ class NerfConfig:
 # The other primitives: an image, and the signed distance to a solid.
 
 
-def _check_points(train: PictureTrainConfig | SolidTrainConfig) -> None:
+def _check_points(train: ImageTrainConfig | SdfTrainConfig) -> None:
     _check(8 <= train.num_points <= 2**24, "train.num_points", train.num_points, "from 8 to 2**24")
     drawn = train.steps_per_dispatch * train.num_points * 3  # numbers, for a dispatch at once
     _check(drawn <= 2**28, "train.steps_per_dispatch", train.steps_per_dispatch, "fewer, with as many points")
@@ -375,7 +375,7 @@ def _check_shape(field: PointFieldConfig, *, num_dims: int, num_outputs: int) ->
 
 
 @dataclass(frozen=True)
-class PictureConfig:
+class ImageSourceConfig:
     """Which image is learned."""
 
     path: str = ""  # empty is the built-in one, of the size below
@@ -385,13 +385,13 @@ class PictureConfig:
 
     def __post_init__(self) -> None:
         for name in ("width", "height"):
-            _check(2 <= getattr(self, name) <= 2**16, f"picture.{name}", getattr(self, name), "from 2 to 65536")
+            _check(2 <= getattr(self, name) <= 2**16, f"image.{name}", getattr(self, name), "from 2 to 65536")
         known = ("white", "black")
-        _check(self.background in known, "picture.background", self.background, f"one of {known}")
+        _check(self.background in known, "image.background", self.background, f"one of {known}")
 
 
 @dataclass(frozen=True)
-class PictureTrainConfig(LoopConfig):
+class ImageTrainConfig(LoopConfig):
     """The training loop of an image."""
 
     num_points: int = 2**18  # drawn per step, one in each rectangle of a grid over the image
@@ -406,17 +406,17 @@ class PictureTrainConfig(LoopConfig):
 class ImageConfig:
     """All of one run that learns an image (paper section 5.1)."""
 
-    picture: PictureConfig = PictureConfig()
+    image: ImageSourceConfig = ImageSourceConfig()
     field: PointFieldConfig = PointFieldConfig(encoding=HashGridConfig(num_dims=2), num_outputs=3)
     optimizer: OptimizerConfig = OptimizerConfig(ema_decay=0.0)
-    train: PictureTrainConfig = PictureTrainConfig()
+    train: ImageTrainConfig = ImageTrainConfig()
 
     def __post_init__(self) -> None:
         _check_shape(self.field, num_dims=2, num_outputs=3)
 
 
 @dataclass(frozen=True)
-class SolidConfig:
+class SdfSourceConfig:
     """Whose signed distance is learned, and the points that it is learned from."""
 
     name: str = "shapes"  # of the analytic solids, or the path of a mesh
@@ -424,13 +424,13 @@ class SolidConfig:
     offset: float = 1 / 1024  # standard deviation of points near the surface, in halves of the box's diagonal
 
     def __post_init__(self) -> None:
-        _check(bool(self.name), "solid.name", self.name, "a name or a path")
-        _check(2**10 <= self.num_samples <= 2**28, "solid.num_samples", self.num_samples, "from 2**10 to 2**28")
-        _check(0 < self.offset <= 1, "solid.offset", self.offset, "in (0, 1]")
+        _check(bool(self.name), "sdf.name", self.name, "a name or a path")
+        _check(2**10 <= self.num_samples <= 2**28, "sdf.num_samples", self.num_samples, "from 2**10 to 2**28")
+        _check(0 < self.offset <= 1, "sdf.offset", self.offset, "in (0, 1]")
 
 
 @dataclass(frozen=True)
-class SolidTrainConfig(LoopConfig):
+class SdfTrainConfig(LoopConfig):
     """The training loop of a signed distance."""
 
     num_points: int = 2**18  # drawn per step: a half on the surface, three eighths near it, an eighth anywhere
@@ -444,10 +444,10 @@ class SolidTrainConfig(LoopConfig):
 class SdfConfig:
     """All of one run that learns a signed distance function (paper section 5.2)."""
 
-    solid: SolidConfig = SolidConfig()
+    sdf: SdfSourceConfig = SdfSourceConfig()
     field: PointFieldConfig = PointFieldConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4)
-    train: SolidTrainConfig = SolidTrainConfig()
+    train: SdfTrainConfig = SdfTrainConfig()
 
     def __post_init__(self) -> None:
         _check_shape(self.field, num_dims=3, num_outputs=1)
@@ -456,60 +456,6 @@ class SdfConfig:
 PointConfig = ImageConfig | SdfConfig
 RunConfig = NerfConfig | ImageConfig | SdfConfig
 """What a workdir may hold a run of."""
-
-
-_PAPER = NerfConfig(
-    sampler=MarchConfig(opaque_cells=0.0, occupancy=OccupancyConfig(carve=False)),
-    optimizer=OptimizerConfig(ema_decay=0.0),
-    train=TrainConfig(loss="l2", max_steps=50_000),
-)
-_BASE = NerfConfig(
-    field=FieldConfig(encoding=HashGridConfig(num_levels=8, num_features=4), precision="bfloat16"),
-    optimizer=OptimizerConfig(decay=CosineDecay()),
-    train=TrainConfig(num_rays=2**14, loss="l2", dispatches_together=4),
-)
-_SMALL = NerfConfig(
-    field=FieldConfig(
-        encoding=HashGridConfig(num_levels=8, num_features=4, table_size=2**16, max_resolution=512),
-        hidden_width=32,
-        colour_layers=1,
-    ),
-    sampler=MarchConfig(num_steps=384, num_samples=3 * 2**13),
-    optimizer=OptimizerConfig(learning_rate=2.5e-2, decay=CosineDecay()),
-    train=TrainConfig(num_rays=5 * 2**9, loss="l2", max_steps=20_000, max_seconds=60.0),
-)
-_HUNDRED_LINES = NerfConfig(
-    field=FieldConfig(
-        encoding=HashGridConfig(dense_levels=False),
-        direction_encoding="frequency",
-        use_bias=True,
-        mlp_init="torch",
-        mask_outside_box=True,
-    ),
-    sampler=StratifiedConfig(),
-    optimizer=OptimizerConfig(decay=StepDecay(factor=1.0), ema_decay=0.0),
-    train=TrainConfig(num_rays=2**14, loss="l2", background="white", max_steps=3906, steps_per_dispatch=1),
-)
-
-PRESETS: dict[str, NerfConfig] = {"paper": _PAPER, "base": _BASE, "small": _SMALL, "hundred_lines": _HUNDRED_LINES}
-"""`paper`: as published. `base`: for a GPU, half the table reads. `small`: a minute on a CPU. `hundred_lines`: the
-100-line PyTorch recipe, with no grid and 192 bins a ray."""
-
-_BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
-SCENES: dict[str, SceneConfig] = {
-    "bricks": SceneConfig(),
-    **{name: SceneConfig(name=name) for name in _BLENDER_SCENES},
-}
-"""The built-in scene and the eight of NeRF-synthetic; any other scene is given as a path."""
-
-
-def scene_config(name: str) -> SceneConfig:
-    """The config of a named scene, or of the scene at a path."""
-    if name in SCENES:
-        return SCENES[name]
-    if "/" in name or "\\" in name or "." in name:
-        return SceneConfig(name=name)
-    raise InputError(f"unknown scene {shown(name)}: give one of {', '.join(SCENES)}, or a path that contains a '/'")
 
 
 # Reading and writing.

@@ -15,7 +15,7 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal
 
 from jaxngp.config import HashGridConfig
-from jaxngp.fusion import walled
+from jaxngp.device import fusion_barrier
 from jaxngp.hashing import (
     corner_offsets,
     dense_index,
@@ -45,7 +45,7 @@ def hash_encode(
     position: jax.Array,
     *,
     grid: HashGridConfig,
-    shadow: jax.Array | None = None,
+    half_table: jax.Array | None = None,
     dtype: jnp.dtype | None = None,
 ) -> jax.Array:
     """The multiresolution hash encoding (paper section 3).
@@ -55,16 +55,16 @@ def hash_encode(
     or more. Differentiable in both arguments; each level is interpolated on its own, so the gradient in position is
     piecewise constant along an axis (continuous with smoothstep).
 
-    shadow: a copy of the table in fewer bits, which is read in its place: half the bytes to fetch at random places.
-    The gradient still goes to the table, in the table's precision; the shadow gets none.
+    half_table: a copy of the table in fewer bits, which is read in its place: half the bytes to fetch at random places.
+    The gradient still goes to the table, in the table's precision; the half_table gets none.
     """
     rows, width = level_offsets(grid)[-1], grid.num_features
-    for name, array in (("table", table), ("shadow", table if shadow is None else shadow)):
+    for name, array in (("table", table), ("half_table", table if half_table is None else half_table)):
         if array.shape != (rows, width):
             raise ValueError(f"{name} has shape {array.shape}: this grid needs {(rows, width)}")
     if position.ndim != 2 or position.shape[1] != grid.num_dims:
         raise ValueError(f"position has shape {position.shape}: expected (N, {grid.num_dims})")
-    return _encode(grid, jnp.dtype(dtype or table.dtype), table, shadow, position)
+    return _encode(grid, jnp.dtype(dtype or table.dtype), table, half_table, position)
 
 
 # Every formula below exists once, for arrays or numbers of a level; the two backends differ only in how they loop
@@ -75,7 +75,7 @@ def hash_encode(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _encode(
-    grid: HashGridConfig, dtype: jnp.dtype, table: jax.Array, shadow: jax.Array | None, position: jax.Array
+    grid: HashGridConfig, dtype: jnp.dtype, table: jax.Array, half_table: jax.Array | None, position: jax.Array
 ) -> jax.Array:
     def features(table: jax.Array, position: jax.Array) -> jax.Array:
         return lax.platform_dependent(
@@ -86,19 +86,19 @@ def _encode(
         )
 
     # Whatever consumes it, be it a sum, would else be computed in the gather.
-    return walled(features, table if shadow is None else shadow, position)
+    return fusion_barrier(features, table if half_table is None else half_table, position)
 
 
 def _encode_fwd(
     grid: HashGridConfig,
     dtype: jnp.dtype,
     table: CustomVJPPrimal,
-    shadow: CustomVJPPrimal | None,
+    half_table: CustomVJPPrimal | None,
     position: CustomVJPPrimal,
 ) -> tuple[jax.Array, tuple]:
     # Which gradients anybody asks for is known here, and passed on as the presence of an array.
     wanted = tuple(jnp.zeros(()) if primal.perturbed else None for primal in (table, position))
-    read = None if shadow is None else shadow.value
+    read = None if half_table is None else half_table.value
     return _encode(grid, dtype, table.value, read, position.value), (table.value, read, position.value, wanted)
 
 
@@ -106,7 +106,7 @@ def _encode_bwd(
     grid: HashGridConfig, dtype: jnp.dtype, saved: tuple, gradient: jax.Array
 ) -> tuple[jax.Array | None, None, jax.Array | None]:
     # Without the barrier XLA:GPU shares rows and weights with the forward pass and stores them all in between.
-    table, shadow, position, wanted = saved
+    table, half_table, position, wanted = saved
     position, gradient = lax.optimization_barrier((position, gradient))
     table_gradient = position_gradient = None
     if wanted[0] is not None:
@@ -117,7 +117,7 @@ def _encode_bwd(
             default=functools.partial(table_gradient_broadcast, grid=grid),
         ).astype(table.dtype)
     if wanted[1] is not None:
-        read = table if shadow is None else shadow
+        read = table if half_table is None else half_table
         _, position_vjp = jax.vjp(functools.partial(encode_unrolled, read, grid=grid, dtype=dtype), position)
         (position_gradient,) = position_vjp(gradient)
     return table_gradient, None, position_gradient
@@ -146,7 +146,7 @@ def table_gradient_unrolled(position: jax.Array, gradient: jax.Array, *, grid: H
     width, gradient = grid.num_features, _widened(gradient)
     return jnp.concatenate(
         [
-            walled(
+            fusion_barrier(
                 functools.partial(_level_gradient, grid=grid, level=level),
                 position,
                 gradient[:, level * width : (level + 1) * width],

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxngp.config import PRESETS, FieldConfig, HashGridConfig, InputError, MlpInit, PointFieldConfig
+from jaxngp.config import FieldConfig, HashGridConfig, InputError, MlpInit, PointFieldConfig
+from jaxngp.device import fusion_barrier
 from jaxngp.encodings import frequency_encode, hash_encode, init_table, sh_encode
-from jaxngp.fusion import walled
 from jaxngp.hashing import level_sizes
+from jaxngp.presets import PRESETS
 
 Params = dict[str, Any]
 """A nested dict of arrays, as flax gives it."""
@@ -130,9 +131,9 @@ class HashEncoding(nn.Module):
     dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, position: jax.Array, shadow: jax.Array | None = None) -> jax.Array:
+    def __call__(self, position: jax.Array, half_table: jax.Array | None = None) -> jax.Array:
         table = self.param("table", lambda key: init_table(key, grid=self.grid))
-        return hash_encode(table, position, grid=self.grid, shadow=shadow, dtype=self.dtype)
+        return hash_encode(table, position, grid=self.grid, half_table=half_table, dtype=self.dtype)
 
 
 class NerfField(nn.Module):
@@ -151,10 +152,10 @@ class NerfField(nn.Module):
         self.colour_mlp = Mlp(c.hidden_width, c.colour_layers, 3, c.use_bias, c.mlp_init)
 
     def __call__(
-        self, position: jax.Array, direction: jax.Array, shadow: jax.Array | None = None
+        self, position: jax.Array, direction: jax.Array, half_table: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """position (N, 3) scene units, direction (N, 3) unit -> density (N,), rgb (N, 3), f32."""
-        density, rgb = self.networks(self.encoding(position, shadow), direction)
+        density, rgb = self.networks(self.encoding(position, half_table), direction)
         if self.config.mask_outside_box:
             inside = _inside(position)
             density, rgb = jnp.where(inside, density, 0), jnp.where(inside[:, None], rgb, 0)
@@ -183,9 +184,9 @@ class PointField(nn.Module):
         self.encoding = HashEncoding(c.encoding, compute_dtype(c))
         self.mlp = Mlp(c.hidden_width, c.hidden_layers, c.num_outputs, c.use_bias)
 
-    def __call__(self, position: jax.Array, shadow: jax.Array | None = None) -> jax.Array:
+    def __call__(self, position: jax.Array, half_table: jax.Array | None = None) -> jax.Array:
         """position (N, D) in [0, 1] -> (N, num_outputs) f32."""
-        return self.networks(self.encoding(position, shadow))
+        return self.networks(self.encoding(position, half_table))
 
     def networks(self, features: jax.Array) -> jax.Array:
         """All but the hash encoding: its features (N, L * F) -> (N, num_outputs)."""
@@ -206,7 +207,9 @@ def _encode_direction(direction: jax.Array, config: FieldConfig) -> jax.Array:
         encode = functools.partial(frequency_encode, num_frequencies=config.direction_degree)
     else:
         encode = functools.partial(sh_encode, degree=config.direction_degree)
-    return walled(encode, direction)  # fused into the concatenation that follows, it would take three times as long
+    return fusion_barrier(
+        encode, direction
+    )  # fused into the concatenation that follows, it would take three times as long
 
 
 def init_params(key: jax.Array, *, config: FieldConfig | PointFieldConfig) -> Params:
@@ -221,7 +224,7 @@ def init_params(key: jax.Array, *, config: FieldConfig | PointFieldConfig) -> Pa
     return {"encoding": {"table": init_table(table_key, grid=config.encoding)}, **networks["params"]}
 
 
-def make_shadow(params: Params, *, config: FieldConfig | PointFieldConfig) -> jax.Array | None:
+def make_half_table(params: Params, *, config: FieldConfig | PointFieldConfig) -> jax.Array | None:
     """A copy of the hash table to read from, half its size; None where the field computes in float32.
 
     In float16, which is as small as bfloat16 and rounds eight times finer: its narrow range would trouble gradients,
@@ -239,10 +242,10 @@ def evaluate_field(
     direction: jax.Array,
     *,
     config: FieldConfig,
-    shadow: jax.Array | None = None,
+    half_table: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """A NerfField as a function: density (N,) per scene unit and rgb (N, 3). shadow: what `make_shadow` gives."""
-    density, rgb = NerfField(config).apply({"params": params}, position, direction, shadow)
+    """A NerfField as a function: density (N,) per scene unit and rgb (N, 3). half_table: of `make_half_table`."""
+    density, rgb = NerfField(config).apply({"params": params}, position, direction, half_table)
     return jnp.asarray(density), jnp.asarray(rgb)
 
 
@@ -252,17 +255,17 @@ def field_maker(config: FieldConfig) -> Callable[[Params], Callable]:
 
     def make_field(params: Params) -> Callable:
         # Behind the barrier it is made once; XLA would else read the table itself and round what it has read.
-        shadow = lax.optimization_barrier(make_shadow(params, config=config))
-        return functools.partial(evaluate_field, params, config=config, shadow=shadow)
+        half_table = lax.optimization_barrier(make_half_table(params, config=config))
+        return functools.partial(evaluate_field, params, config=config, half_table=half_table)
 
     return make_field
 
 
 def evaluate_points(
-    params: Params, position: jax.Array, *, config: PointFieldConfig, shadow: jax.Array | None = None
+    params: Params, position: jax.Array, *, config: PointFieldConfig, half_table: jax.Array | None = None
 ) -> jax.Array:
-    """A PointField as a function: position (N, D) in [0, 1] -> (N, num_outputs). shadow: what `make_shadow` gives."""
-    return jnp.asarray(PointField(config).apply({"params": params}, position, shadow))
+    """A PointField as a function: position (N, D) in [0, 1] -> (N, num_outputs). half_table: of `make_half_table`."""
+    return jnp.asarray(PointField(config).apply({"params": params}, position, half_table))
 
 
 def evaluate_density(params: Params, position: jax.Array, *, config: FieldConfig) -> jax.Array:

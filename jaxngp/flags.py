@@ -21,8 +21,6 @@ import jax
 from absl import flags, logging
 
 from jaxngp.config import (
-    PRESETS,
-    SCENES,
     ImageConfig,
     InputError,
     LoopConfig,
@@ -33,11 +31,11 @@ from jaxngp.config import (
     apply_overrides,
     differences,
     from_json,
-    scene_config,
     to_json,
     to_plain,
 )
 from jaxngp.data import cache_dir, expand
+from jaxngp.presets import PRESETS, SCENES, scene_config
 from jaxngp.training.lock import sole_training
 from jaxngp.training.report import write_json
 from jaxngp.training.workdir import clear
@@ -50,8 +48,8 @@ Config = TypeVar("Config", bound=RunConfig)
 
 COMMANDS = {
     NerfConfig: ("scene", "jaxngp.train"),
-    ImageConfig: ("picture", "experiments.image"),
-    SdfConfig: ("solid", "experiments.sdf"),
+    ImageConfig: ("image", "jaxngp.train_image"),
+    SdfConfig: ("sdf", "jaxngp.train_sdf"),
 }
 """The kinds of runs: the group of the config that says what is learned, and the command that learns it."""
 
@@ -295,7 +293,7 @@ def check_same_config(workdir: Path, config: RunConfig) -> None:
     """Raises InputError if a workdir holds a run with another config; where the data lies is no part of a run."""
     if not (workdir / "config.json").exists():
         return
-    free = ("scene.data_dir:", "train.checkpoint_seconds:", "train.log_every:", "train.dispatches_together:")
+    free = ("scene.data_dir:", "train.checkpoint_seconds:", "train.log_every:", "train.calls_in_flight:")
     changes = [line for line in differences(read_config(workdir, type(config)), config) if not line.startswith(free)]
     if changes:
         raise InputError(

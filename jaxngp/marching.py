@@ -10,7 +10,7 @@ from jax import lax
 
 from jaxngp.cameras import Rays
 from jaxngp.config import MarchConfig, StratifiedConfig
-from jaxngp.fusion import walled
+from jaxngp.device import fusion_barrier
 from jaxngp.occupancy import OccupancyGrid, bit_at, even_bits, interleave, nth_set_bit, pair_at
 
 Bound = float | jax.Array
@@ -121,7 +121,7 @@ def _test_steps(
         needed = jnp.minimum(jnp.ceil(longest / (32 * config.step_size)).astype(jnp.int32), config.num_steps // 32)
 
         def one(i: jax.Array, found: list[jax.Array]) -> list[jax.Array]:
-            new = walled(lambda _: words(i, 1), first_t)  # fused into what follows, it would keep one core busy
+            new = fusion_barrier(lambda _: words(i, 1), first_t)  # fused into what follows, it would keep one core busy
             return [lax.dynamic_update_slice(f, w.T, (i, jnp.int32(0))) for f, w in zip(found, new, strict=True)]
 
         empty = jnp.zeros((config.num_steps // 32, len(jitter)), jnp.uint32)

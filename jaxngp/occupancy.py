@@ -14,7 +14,7 @@ from flax import struct
 from jax import lax
 
 from jaxngp.config import MarchConfig
-from jaxngp.fusion import walled
+from jaxngp.device import fusion_barrier
 
 DensityFn = Callable[[jax.Array], jax.Array]
 """position (N, 3) in scene units -> density (N,) per scene unit."""
@@ -195,7 +195,9 @@ def update_occupancy(
     def look(chunk: jax.Array, fresh: jax.Array) -> jax.Array:
         rank = chunk * _CHUNK + jnp.arange(_CHUNK)
         bits = jax.random.bits(jax.random.fold_in(key, chunk), (_CHUNK, 4))
-        cell, position = walled(choose, bits, rank)  # once, and not once per axis and level of whatever encodes it
+        cell, position = fusion_barrier(
+            choose, bits, rank
+        )  # once, and not once per axis and level of whatever encodes it
         return fresh.at[cell].max(jnp.where(rank < num_looks, density_fn(position), EMPTY))
 
     num_chunks = (num_looks + _CHUNK - 1) // _CHUNK

@@ -16,8 +16,7 @@ from jax import lax
 from jaxngp.cameras import Camera, Rays, view_rays
 from jaxngp.compositing import RenderOutput, blend, composite, optical_weights
 from jaxngp.config import MarchConfig, StratifiedConfig
-from jaxngp.fusion import walled
-from jaxngp.gpu import compiler_options
+from jaxngp.device import compiler_options, fusion_barrier
 from jaxngp.marching import (
     Candidates,
     Samples,
@@ -50,7 +49,7 @@ def render_rays(
     samples did not fit the buffer (samples.ray_complete is False) has no meaningful colour.
     """
     rays = jax.tree.map(jnp.asarray, rays)
-    samples = walled(functools.partial(sample_rays, sampler=sampler), rays, grid, jitter)
+    samples = fusion_barrier(functools.partial(sample_rays, sampler=sampler), rays, grid, jitter)
     origin, direction = rays.origin[samples.ray], rays.direction[samples.ray]
     density, rgb = field_fn(origin + samples.t[:, None] * direction, direction)
     return composite(density, rgb, samples.t, samples.dt, samples.ray, background), samples
@@ -136,8 +135,8 @@ def _render_marched(
     num_lanes = min(batching.lanes, num_rays)
     # Behind the barrier it is data like any other: knowing it, XLA:GPU moves its sums out of the march, to memory.
     jitter = lax.optimization_barrier(jnp.full(num_rays, 0.5))
-    candidates = walled(functools.partial(find_candidates, config=sampler), rays, grid, jitter)
-    ends = walled(count_steps, candidates.words)
+    candidates = fusion_barrier(functools.partial(find_candidates, config=sampler), rays, grid, jitter)
+    ends = fusion_barrier(count_steps, candidates.words)
     counts = ends[:, -1]
     queue, length = longest_first(counts, batching.samples)
 

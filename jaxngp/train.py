@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxngp import flags
 from jaxngp.config import InputError, NerfConfig
 from jaxngp.data import RayTable, Split, load_evaluation, load_training
-from jaxngp.data.suspicions import suspicions
+from jaxngp.data.checks import dataset_warnings
 from jaxngp.training.progress import warn
 from jaxngp.training.summary import evaluate_into, training_summary, write_summary
 from jaxngp.training.workdir import fit
@@ -27,7 +27,7 @@ def main(values: flags.Flags) -> None:
     # Evaluation views are read in the background, since reading images and compiling keep different cores busy.
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
         reading = reader.submit(evaluation_split, config, values, training)
-        doubting = reader.submit(lambda: suspicions(training, reading.result()))
+        doubting = reader.submit(lambda: dataset_warnings(training, reading.result()))
         if values.restart:
             reading.result()  # only when all input has been read: a typing error must not cost a run
         with flags.training_in(workdir, config, restart=values.restart):

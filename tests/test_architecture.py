@@ -16,9 +16,9 @@ ROOT = Path(__file__).parent.parent
 # A module imports only modules of earlier lines, or of its own subpackage. Subpackages count as one.
 LAYERS = (
     "config",
-    "cameras images hashing compositing losses metrics fusion gpu",
+    "cameras device images hashing compositing losses metrics",
     "encodings occupancy",
-    "carving",
+    "visual_hull",
     "fields marching",
     "tracing",
     "meshing",

@@ -18,7 +18,8 @@ from entrypoints import Entrypoint
 from PIL import Image
 
 from jaxngp import evaluate, flags, render, train
-from jaxngp.config import PRESETS, from_json
+from jaxngp.config import from_json
+from jaxngp.presets import PRESETS
 from jaxngp.training import evaluation, summary
 
 SIZE = 24

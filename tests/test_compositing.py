@@ -243,7 +243,7 @@ def test_the_sum_before_a_sample_is_exact_however_much_other_rays_add_up_to(excl
 
 def test_the_depth_before_a_sample_counts_an_opaque_sample_as_opaque() -> None:
     thickness, ray = np.float32([1e9, 0.25, 3e38, 1.5, 0.5]), np.int32([0, 0, 0, 1, 1])
-    found = jax.jit(compositing.depth_before, static_argnums=2)(thickness, ray, 2)
+    found = jax.jit(compositing.optical_depth_before, static_argnums=2)(thickness, ray, 2)
     np.testing.assert_allclose(found, [0, 32, 32.25, 0, 1.5])
 
 
@@ -262,7 +262,7 @@ def test_the_gradient_of_the_depth_goes_to_what_is_in_front(
 
 @jax.jit
 def depth_and_pull(thickness: jax.Array, ray: jax.Array) -> Any:
-    return jax.vjp(lambda thickness: compositing.depth_before(thickness, ray, R), thickness)
+    return jax.vjp(lambda thickness: compositing.optical_depth_before(thickness, ray, R), thickness)
 
 
 @ways_to_sum
@@ -285,7 +285,7 @@ def test_depth_and_its_gradient_are_those_of_the_definition_on_a_gpu_too(scale: 
     ray = np.sort(rng.integers(0, R, N)).astype(np.int32)
     thickness = rng.choice([0.0, 1e-6, 0.3, 5.0, 40.0], N).astype(np.float32)
     cotangent = (scale * rng.uniform(-1, 1, N)).astype(np.float32)
-    depth, pull = jax.jit(lambda x: jax.vjp(lambda x: compositing.depth_before(x, ray, R), x))(thickness)
+    depth, pull = jax.jit(lambda x: jax.vjp(lambda x: compositing.optical_depth_before(x, ray, R), x))(thickness)
     expected = sums_of_others(np.minimum(thickness, 32), ray, behind=False)
     np.testing.assert_allclose(depth, expected, atol=1e-6, rtol=1e-6)
     np.testing.assert_allclose(pull(cotangent)[0], sums_of_others(cotangent, ray, behind=True), atol=1e-6 * scale)

@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from strategies import NONSENSE, changed_json, fuzz, or_input_error, values
 
 from jaxngp.config import (
-    PRESETS,
-    SCENES,
     HashGridConfig,
     InputError,
     MarchConfig,
@@ -25,9 +23,9 @@ from jaxngp.config import (
     apply_overrides,
     differences,
     from_json,
-    scene_config,
     to_json,
 )
+from jaxngp.presets import PRESETS, SCENES, scene_config
 
 # The first text that is drawn builds a table of all of Unicode, which takes seconds.
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -97,7 +97,7 @@ def test_another_process_with_all_programs_in_its_cache_ends_at_the_same_bits(
     scene: Path, uninterrupted: tuple[Progress, Path], tmp_path: Path
 ) -> None:
     end, cache = uninterrupted
-    finish(start(scene, tmp_path, cache, "--override=train.dispatches_together=3", "--log_every=200"))
+    finish(start(scene, tmp_path, cache, "--override=train.calls_in_flight=3", "--log_every=200"))
     assert_same_end(tmp_path, end)
     steps = [line["step"] for line in logged(tmp_path)]
     assert all(b - a >= 200 for a, b in itertools.pairwise([0, *steps[:-1]]))

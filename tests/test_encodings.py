@@ -446,20 +446,20 @@ def test_half_precision_positions_have_a_gradient() -> None:
 def test_a_shadow_is_read_and_the_table_gets_the_gradient() -> None:
     grid = GRIDS["four_features"]
     table = random_table(grid)
-    shadow, cotangent = jnp.asarray(table, jnp.float16), random_cotangent(grid)
+    half_table, cotangent = jnp.asarray(table, jnp.float16), random_cotangent(grid)
     position = np.random.default_rng(2).uniform(size=(NUM, grid.num_dims)).astype(np.float32)
 
     @jax.jit
     def both(table: jax.Array, position: jax.Array) -> Any:
-        encode = functools.partial(encodings.hash_encode, grid=grid, shadow=shadow)
+        encode = functools.partial(encodings.hash_encode, grid=grid, half_table=half_table)
         features, pull = jax.vjp(encode, table, position)
         return features, *pull(cotangent)
 
     features, of_table, of_position = both(table, position)
-    np.testing.assert_allclose(features, encode_by_definition(np.asarray(shadow), position, grid), atol=2e-5)
+    np.testing.assert_allclose(features, encode_by_definition(np.asarray(half_table), position, grid), atol=2e-5)
     plain_table, _ = compiled(grid)["hash_vjp"](table, position, cotangent)
     np.testing.assert_array_equal(of_table, plain_table)
-    _, expected = compiled(grid)["hash_vjp"](shadow.astype(jnp.float32), position, cotangent)
+    _, expected = compiled(grid)["hash_vjp"](half_table.astype(jnp.float32), position, cotangent)
     np.testing.assert_allclose(of_position, expected, atol=1e-4)
     # What the table holds, nobody looks at.
     np.testing.assert_array_equal(both(np.full_like(table, np.nan), position)[0], features)
@@ -489,5 +489,5 @@ def test_gradients_in_fewer_bits_are_summed_in_float32(transpose: Any) -> None:
 def test_a_shadow_of_another_shape_is_refused() -> None:
     grid = GRIDS["2d"]
     table = random_table(grid)
-    with pytest.raises(ValueError, match="shadow has shape"):
-        encodings.hash_encode(table, jnp.zeros((1, 2)), grid=grid, shadow=table[1:])
+    with pytest.raises(ValueError, match="half_table has shape"):
+        encodings.hash_encode(table, jnp.zeros((1, 2)), grid=grid, half_table=table[1:])

@@ -13,8 +13,9 @@ import pytest
 
 from jaxngp import data, rendering
 from jaxngp.cameras import Rays, view_rays
-from jaxngp.config import PRESETS, NerfConfig, SceneConfig, apply_overrides
+from jaxngp.config import NerfConfig, SceneConfig, apply_overrides
 from jaxngp.data import Split, builtin, load_evaluation, load_training
+from jaxngp.presets import PRESETS
 from jaxngp.training import loop
 from jaxngp.training.evaluation import ViewPicture, evaluate_views, summarise
 from jaxngp.training.loop import Progress, train

@@ -17,8 +17,9 @@ from strategies import TINY_FIELD, arrays32
 
 from jaxngp import fields, hashing, rendering
 from jaxngp.cameras import Rays
-from jaxngp.config import PRESETS, FieldConfig, HashGridConfig, InputError, PointFieldConfig, StratifiedConfig
+from jaxngp.config import FieldConfig, HashGridConfig, InputError, PointFieldConfig, StratifiedConfig
 from jaxngp.encodings import hash_encode
+from jaxngp.presets import PRESETS
 
 N = 64
 CONFIGS = {
@@ -178,10 +179,10 @@ def test_a_field_in_bfloat16_is_nearly_the_same_field() -> None:
     for out in (jnp.log(density), jnp.log(rgb / (1 - rgb))):
         rounded = np.asarray(out.astype(jnp.bfloat16), np.float32)
         assert np.mean(np.abs(out - rounded) > 1e-4 * np.abs(out)) > 0.5
-    assert fields.make_shadow(params, config=TINY_FIELD) is None
+    assert fields.make_half_table(params, config=TINY_FIELD) is None
     huge = {"encoding": {"table": jnp.array([[1e9, -1e9]])}}
-    np.testing.assert_array_equal(fields.make_shadow(huge, config=config), [[65504, -65504]])
-    assert fields.make_shadow(params, config=config).dtype == jnp.float16
+    np.testing.assert_array_equal(fields.make_half_table(huge, config=config), [[65504, -65504]])
+    assert fields.make_half_table(params, config=config).dtype == jnp.float16
 
 
 @given(arrays32(16, -40, 40))
@@ -379,9 +380,9 @@ def test_a_point_field_in_bfloat16_is_the_same_within_its_rounding() -> None:
     position = np.random.default_rng(0).random((N, 2)).astype(np.float32)
     evaluate = jax.jit(fields.evaluate_points, static_argnames="config")
     expected = evaluate(params, position, config=config)
-    shadow = fields.make_shadow(params, config=rounded)
-    assert shadow.dtype == jnp.float16
-    found = evaluate(params, position, config=rounded, shadow=shadow)
+    half_table = fields.make_half_table(params, config=rounded)
+    assert half_table.dtype == jnp.float16
+    found = evaluate(params, position, config=rounded, half_table=half_table)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, atol=0.03 * np.abs(expected).max())
     assert not np.array_equal(found, expected)

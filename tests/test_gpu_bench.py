@@ -21,8 +21,9 @@ from experiments import float64, gpu_bench, gpu_profile, gpu_run, gpu_sections, 
 from experiments.gpu_profile import Event
 from experiments.gpu_run import Bench, Section
 from jaxngp import flags
-from jaxngp.config import PRESETS, HashGridConfig, InputError
+from jaxngp.config import HashGridConfig, InputError
 from jaxngp.encodings import hash_encode, init_table
+from jaxngp.presets import PRESETS
 
 # All of it.
 

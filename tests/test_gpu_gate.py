@@ -12,8 +12,9 @@ import pytest
 
 from experiments import gpu_gate, hlo
 from experiments.hlo import Array, Traffic
-from jaxngp.config import PRESETS, InputError
-from jaxngp.gpu import FAST_SCATTER_JAXLIB, jaxlib_version
+from jaxngp.config import InputError
+from jaxngp.device import FAST_SCATTER_JAXLIB, jaxlib_version
+from jaxngp.presets import PRESETS
 from jaxngp.rendering import GPU_BATCHING
 
 # Bounds for an H100, by preset and program: kernels in one round of the loop and outside, MB of temporaries, and how
@@ -354,7 +355,7 @@ def test_the_other_primitives_have_programs_of_the_shapes_of_a_run() -> None:
     assert programs["train"].arguments[1].pixels.shape == (40, 40, 3)
     programs = gpu_gate.make_point_programs(presets["sdf"], image_size=40, frame=(1000, 500))
     assert set(programs) == {"train", "trace"}
-    assert programs["train"].arguments[1].distance.shape == (presets["sdf"].solid.num_samples,)
+    assert programs["train"].arguments[1].distance.shape == (presets["sdf"].sdf.num_samples,)
     assert programs["trace"].arguments[1].origin.shape == (500_000, 3)
 
 

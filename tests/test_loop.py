@@ -31,7 +31,7 @@ configs = st.builds(
         TrainConfig,
         max_steps=st.integers(1, 40),
         steps_per_dispatch=st.integers(1, 9),
-        dispatches_together=st.integers(1, 4),
+        calls_in_flight=st.integers(1, 4),
     ),
     st.integers(1, 20),
 )
@@ -89,7 +89,7 @@ def test_of_a_budget_of_seconds_the_rates_are_those_of_the_share_that_is_spent(c
     config = replace(config, train=replace(config.train, max_steps=10**6, max_seconds=float(limit)))
     run = Run(config, seconds_a_look=1.0)
     assert [p.fraction for p in run.yielded] == [min(i / limit, 1.0) for i in range(limit + 1)]
-    together = config.train.steps_per_dispatch * config.train.dispatches_together
+    together = config.train.steps_per_dispatch * config.train.calls_in_flight
     number = np.arange(limit * together)
     expected = learning_rate(number, number // together / limit, config=config.optimizer)
     np.testing.assert_allclose(run.rates, expected, rtol=1e-6)

@@ -20,9 +20,10 @@ from strategies import TINY_MARCH, arrays32, directions, floats32, points, seeds
 
 from jaxngp import marching, occupancy
 from jaxngp.cameras import Rays
-from jaxngp.config import PRESETS, MarchConfig, StratifiedConfig
+from jaxngp.config import MarchConfig, StratifiedConfig
 from jaxngp.marching import Candidates, Samples
 from jaxngp.occupancy import OccupancyGrid
+from jaxngp.presets import PRESETS
 
 R = 16
 CONFIG = TINY_MARCH  # 64 steps, a buffer of 64 samples

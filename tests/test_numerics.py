@@ -102,9 +102,9 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         functools.partial(encodings.hash_encode, grid=replace(TINY_GRID, smoothstep=True, num_levels=1)),
         (TABLE[: 5**3], inside_cells(8)),
     ),
-    "hash_encode of a shadow": (
+    "hash_encode of a half_table": (
         lambda position: encodings.hash_encode(
-            jnp.zeros_like(TABLE), position, grid=TINY_GRID, shadow=jnp.asarray(TABLE)
+            jnp.zeros_like(TABLE), position, grid=TINY_GRID, half_table=jnp.asarray(TABLE)
         ),
         (inside_cells(8),),
     ),
@@ -119,7 +119,10 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         (uniform(24, high=30), uniform(24, 3), np.sort(uniform(24)), uniform(24, high=0.1), uniform(4, 3)),
     ),
     "blend": (compositing.blend, (uniform(4, 3), uniform(4, low=0.1), uniform(4), uniform(4, 3))),
-    "depth_before": (lambda thickness: compositing.depth_before(thickness, RAY, 4), (uniform(24, high=3),)),
+    "optical_depth_before": (
+        lambda thickness: compositing.optical_depth_before(thickness, RAY, 4),
+        (uniform(24, high=3),),
+    ),
     "render_rays": (seen, (np.array(20.0), uniform(4, 3))),
     "box_interval": (lambda o, d: marching.box_interval(Rays(origin=o, direction=d)), (ORIGIN, TOWARD)),
     "pixel_to_ray": (

@@ -17,12 +17,12 @@ from jaxngp.config import (
     CosineDecay,
     HashGridConfig,
     ImageConfig,
+    ImageTrainConfig,
     InputError,
     OptimizerConfig,
-    PictureTrainConfig,
     PointFieldConfig,
     SdfConfig,
-    SolidTrainConfig,
+    SdfTrainConfig,
 )
 from jaxngp.data.atlas import builtin_image
 from jaxngp.data.image import StoredImage
@@ -43,14 +43,14 @@ IMAGE = ImageConfig(
         num_outputs=3,
     ),
     optimizer=OptimizerConfig(decay=CosineDecay(), ema_decay=0.0),
-    train=PictureTrainConfig(num_points=2**10, max_steps=300, steps_per_dispatch=20, seed=5),
+    train=ImageTrainConfig(num_points=2**10, max_steps=300, steps_per_dispatch=20, seed=5),
 )
 SDF = SdfConfig(
     field=PointFieldConfig(
         encoding=HashGridConfig(num_levels=4, num_features=4, table_size=2**15, max_resolution=31), hidden_width=32
     ),
     optimizer=OptimizerConfig(learning_rate=2e-3, decay=CosineDecay()),
-    train=SolidTrainConfig(num_points=2**11, max_steps=600, steps_per_dispatch=20, seed=5),
+    train=SdfTrainConfig(num_points=2**11, max_steps=600, steps_per_dispatch=20, seed=5),
 )
 
 
@@ -172,7 +172,7 @@ def test_where_an_image_is_held_changes_nothing(snap: bool, together: int) -> No
 
     To the bit, or as far as the compiler rounds a sum of four alike in two programs.
     """
-    train_config = replace(IMAGE.train, snap=snap, dispatches_together=together, max_steps=50)
+    train_config = replace(IMAGE.train, snap=snap, calls_in_flight=together, max_steps=50)
     config = replace(IMAGE, train=train_config)
     _, held = run(config, ImagePixels(picture().pixels))
     _, fetched = run(config, picture())

@@ -20,9 +20,7 @@ from scenes import make_camera, photograph, pixel_rays, poses_around
 from strategies import TINY_FIELD, TINY_GRID, seeds
 
 from jaxngp.cameras import PosedImages, Rays
-from jaxngp.carving import PixelSet, candidate_cells, pixel_set
 from jaxngp.config import (
-    PRESETS,
     InputError,
     MarchConfig,
     NerfConfig,
@@ -32,15 +30,17 @@ from jaxngp.config import (
     TrainConfig,
 )
 from jaxngp.data.rays import RayTable
-from jaxngp.fields import Params, evaluate_field, make_shadow
+from jaxngp.fields import Params, evaluate_field, make_half_table
 from jaxngp.losses import colour_loss
 from jaxngp.marching import find_candidates
 from jaxngp.occupancy import OccupancyGrid, init_occupancy
+from jaxngp.presets import PRESETS
 from jaxngp.training import steps, updates
 from jaxngp.training.checkpoints import Checkpoints
 from jaxngp.training.loop import Progress, train
 from jaxngp.training.state import TrainState, init_state
 from jaxngp.training.steps import PixelBatch, StepNoise
+from jaxngp.visual_hull import PixelSet, candidate_cells, pixel_set
 
 SIZE = 20
 CONFIG = NerfConfig(
@@ -143,7 +143,7 @@ def test_every_program_is_compiled_once_before_the_first_step(whole_run: dict[st
 
 def test_dispatches_given_together_are_the_same_run(whole_run: dict[str, Any]) -> None:
     """Four of them, then the fifth and what is left of the sixth."""
-    config = replace(CONFIG, train=replace(CONFIG.train, dispatches_together=4))
+    config = replace(CONFIG, train=replace(CONFIG.train, calls_in_flight=4))
     alone, yielded = whole_run["yielded"][1:], []
     for progress in train(config, ball_views()):
         yielded.append(replace(progress, state=None))
@@ -313,13 +313,13 @@ def test_the_average_moves_as_by_so_many_steps() -> None:
 
 @functools.partial(jax.jit, static_argnames="config")
 def take_step(
-    state: TrainState, shadow: jax.Array | None, batch: PixelBatch, noise: StepNoise, *, config: NerfConfig
+    state: TrainState, half_table: jax.Array | None, batch: PixelBatch, noise: StepNoise, *, config: NerfConfig
 ) -> tuple:
-    def gradient_fn(_: jax.Array, params: Params, shadow: jax.Array | None) -> tuple:
+    def gradient_fn(_: jax.Array, params: Params, half_table: jax.Array | None) -> tuple:
         gradient = jax.grad(steps.nerf_loss, has_aux=True)
-        return gradient(params, batch, noise, state.occupancy, config=config, shadow=shadow)
+        return gradient(params, batch, noise, state.occupancy, config=config, half_table=half_table)
 
-    return updates.take_step(state, shadow, jnp.int32(0), jnp.float32(1e-2), gradient_fn, config=config)
+    return updates.take_step(state, half_table, jnp.int32(0), jnp.float32(1e-2), gradient_fn, config=config)
 
 
 def test_an_update_that_is_no_finite_number_is_left_out_and_counted() -> None:
@@ -434,18 +434,18 @@ def test_a_shadow_is_read_and_brought_up_to_date_with_its_table() -> None:
     state = state.replace(params=jax.tree.map(lambda a: 1e3 * a if a.ndim == 2 and len(a) > 50 else a, state.params))
     batch, noise = steps.draw_batches(state.step, state.key, ball_views(), None, num_steps=1, config=config)
     batch, noise = jax.tree.map(lambda a: a[0], (batch, noise))
-    shadow = make_shadow(state.params, config=config.field)
-    new, found, _ = take_step(state, shadow, batch, noise, config=config)
+    half_table = make_half_table(state.params, config=config.field)
+    new, found, _ = take_step(state, half_table, batch, noise, config=config)
     assert found.dtype == jnp.float16
     assert new.params["encoding"]["table"].dtype == jnp.float32
-    np.testing.assert_array_equal(found, make_shadow(new.params, config=config.field))
-    assert not np.array_equal(found, shadow)
-    # The loss does not look at the table itself; a dispatch begins with the shadow of its own.
+    np.testing.assert_array_equal(found, make_half_table(new.params, config=config.field))
+    assert not np.array_equal(found, half_table)
+    # The loss does not look at the table itself; a dispatch begins with the half_table of its own.
     unknown = jax.tree.map(lambda a: a * np.nan if len(a) > 50 else a, state.params)
     call = functools.partial(nerf_loss, batch=batch, noise=noise, grid=state.occupancy, config=config)
-    loss, _ = call(state.params, shadow=shadow)
-    assert call(unknown, shadow=shadow)[0] == loss
-    assert call(state.params, shadow=jnp.zeros_like(shadow))[0] != loss
+    loss, _ = call(state.params, half_table=half_table)
+    assert call(unknown, half_table=half_table)[0] == loss
+    assert call(state.params, half_table=jnp.zeros_like(half_table))[0] != loss
     rates = jnp.zeros(1)
     _, metrics = steps.nerf_steps(state, ball_views(), None, rates, jnp.int32(1), config=config)
     np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)

@@ -18,9 +18,10 @@ from typing import Literal
 import numpy as np
 
 from jaxngp.cameras import PosedImages
-from jaxngp.config import SCENES, InputError, SceneConfig
+from jaxngp.config import InputError, SceneConfig
 from jaxngp.data import blender, download, rays
 from jaxngp.data.rays import RayTable
+from jaxngp.presets import SCENES
 
 SPLITS = ("train", "val", "test")
 HOLD_OUT_EVERY = 8  # views from one held-out view to the next, as LLFF has it

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxngp.config import InputError, RunConfig
-from jaxngp.gpu import slow_scatter_warning
+from jaxngp.device import slow_scatter_warning
 from jaxngp.training.optimizer import learning_rate
 from jaxngp.training.programs import Data, Programs, compile_programs
 from jaxngp.training.state import TrainState, init_state
@@ -47,7 +47,7 @@ def train(config: RunConfig, data: Data, *, resume: Progress | None = None) -> I
     ImageConfig, distances for an SdfConfig. Raises InputError where no camera sees the scene's box, and where the loss
     is no finite number any more.
 
-    Yields once before the first step and after every train.dispatches_together dispatches of up to
+    Yields once before the first step and after every train.calls_in_flight dispatches of up to
     train.steps_per_dispatch steps each; of a run that is finished, only where it stands.
     """
     if resume and resume.finished:
@@ -103,7 +103,7 @@ def _dispatch(progress: Progress, programs: Programs, config: RunConfig) -> Prog
     size, every = config.train.steps_per_dispatch, programs.refresh_every
     state, step, parts = progress.state, progress.step, []
     # The device has its next work while the host sees to the one after: nothing here waits before the last.
-    for _ in range(config.train.dispatches_together):
+    for _ in range(config.train.calls_in_flight):
         num_steps = min(size, config.train.max_steps - step)
         if num_steps == 0:
             break

@@ -11,8 +11,8 @@ import numpy as np
 from flax import struct
 
 from jaxngp.config import ImageConfig, PointConfig, SdfConfig
+from jaxngp.device import fusion_barrier
 from jaxngp.fields import Params, evaluate_points
-from jaxngp.fusion import walled
 from jaxngp.images import Taps, blend_taps, pixel_taps, stratified_positions
 from jaxngp.losses import colour_loss, relative_error
 from jaxngp.metrics import psnr
@@ -133,10 +133,10 @@ def _pick_samples(bits: jax.Array, data: DistanceSamples) -> PointBatch:
 
 
 def point_loss(
-    params: Params, batch: PointBatch, *, config: PointConfig, shadow: jax.Array | None = None
+    params: Params, batch: PointBatch, *, config: PointConfig, half_table: jax.Array | None = None
 ) -> tuple[jax.Array, ImageMetrics | SdfMetrics]:
     """The mean loss of a batch: squared error of a colour, relative error of a distance."""
-    prediction = evaluate_points(params, batch.position, config=config.field, shadow=shadow)
+    prediction = evaluate_points(params, batch.position, config=config.field, half_table=half_table)
     samples, skipped = jnp.float32(len(batch.position)), jnp.float32(0)
     if isinstance(config, SdfConfig):
         loss = jnp.mean(relative_error(prediction, batch.target))
@@ -152,11 +152,11 @@ def point_steps(
 ) -> tuple[TrainState, ImageMetrics | SdfMetrics]:
     """Up to num_steps () i32 steps at the learning_rates (K,), and their mean metrics: see `updates.take_steps`."""
     draw = functools.partial(draw_batches, num_steps=len(learning_rates), config=config)
-    batches = walled(draw, state.step, state.key, data)
+    batches = fusion_barrier(draw, state.step, state.key, data)
 
-    def gradient_fn(i: jax.Array, params: Params, shadow: jax.Array | None) -> tuple[Params, Any]:
+    def gradient_fn(i: jax.Array, params: Params, half_table: jax.Array | None) -> tuple[Params, Any]:
         batch = jax.tree.map(lambda a: a[i], batches)
-        return jax.grad(point_loss, has_aux=True)(params, batch, config=config, shadow=shadow)
+        return jax.grad(point_loss, has_aux=True)(params, batch, config=config, half_table=half_table)
 
     kind: Any = SdfMetrics if isinstance(config, SdfConfig) else ImageMetrics
     return take_steps(state, learning_rates, num_steps, gradient_fn, kind=kind, config=config)

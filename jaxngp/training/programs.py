@@ -15,16 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxngp.cameras import PosedImages
-from jaxngp.carving import PixelSet
 from jaxngp.config import ImageConfig, InputError, MarchConfig, NerfConfig, PointConfig, RunConfig
 from jaxngp.data.image import StoredImage
-from jaxngp.gpu import compiler_options, step_compiler_options
+from jaxngp.device import compiler_options, step_compiler_options
 from jaxngp.images import Taps
 from jaxngp.occupancy import OccupancyGrid
 from jaxngp.training.points import DistanceSamples, FetchedPixels, ImagePixels, PointData, draw_taps, point_steps
 from jaxngp.training.state import TrainState
 from jaxngp.training.steps import TrainingData, nerf_steps, refresh_occupancy, survey_views
 from jaxngp.training.updates import StepMetrics
+from jaxngp.visual_hull import PixelSet
 
 Data = TrainingData | ImagePixels | StoredImage | DistanceSamples
 """What a run learns from: views or a ray table, an image on the device or one that stays on the host, distances."""

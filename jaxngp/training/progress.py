@@ -27,7 +27,7 @@ def warn(*messages: str) -> None:
         tqdm.write(f"jaxngp: warning: {message}", file=sys.stderr)
 
 
-class Doubts:
+class TrainingWarnings:
     """What looks wrong about a run as it goes: each said once."""
 
     def __init__(self, config: RunConfig) -> None:

@@ -12,11 +12,10 @@ from flax import struct
 from jax import lax
 
 from jaxngp.cameras import PosedImages, Rays, pixel_to_ray
-from jaxngp.carving import PixelSet, survey
 from jaxngp.config import Background, MarchConfig, NerfConfig
 from jaxngp.data.rays import RayTable
+from jaxngp.device import fusion_barrier
 from jaxngp.fields import Params, evaluate_density, evaluate_field
-from jaxngp.fusion import walled
 from jaxngp.losses import colour_loss
 from jaxngp.marching import jitter_shape
 from jaxngp.metrics import psnr
@@ -24,6 +23,7 @@ from jaxngp.occupancy import OccupancyGrid, init_occupancy, update_occupancy
 from jaxngp.rendering import render_rays
 from jaxngp.training.state import TrainState
 from jaxngp.training.updates import take_steps
+from jaxngp.visual_hull import PixelSet, survey
 
 TrainingData = PosedImages | RayTable
 
@@ -113,13 +113,13 @@ def nerf_loss(
     grid: OccupancyGrid | None,
     *,
     config: NerfConfig,
-    shadow: jax.Array | None = None,
+    half_table: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The mean loss over the rays whose samples fit, each before its own background, and what happened on the way.
 
-    shadow: the table that the field reads in place of that in params; see `fields.make_shadow`.
+    half_table: the table that the field reads in place of that in params; see `fields.make_half_table`.
     """
-    field_fn = functools.partial(evaluate_field, params, config=config.field, shadow=shadow)
+    field_fn = functools.partial(evaluate_field, params, config=config.field, half_table=half_table)
     out, samples = render_rays(field_fn, batch.rays, grid, noise.jitter, noise.background, sampler=config.sampler)
     alpha = batch.rgba[:, 3:]
     target = batch.rgba[:, :3] * alpha + noise.background * (1 - alpha)
@@ -175,12 +175,12 @@ def nerf_steps(
 ) -> tuple[TrainState, Metrics]:
     """Up to num_steps () i32 steps at the learning_rates (K,), and their mean metrics: see `updates.take_steps`."""
     draw = functools.partial(draw_batches, num_steps=len(learning_rates), config=config)
-    batches = walled(draw, state.step, state.key, data, pixels)
+    batches = fusion_barrier(draw, state.step, state.key, data, pixels)
 
-    def gradient_fn(i: jax.Array, params: Params, shadow: jax.Array | None) -> tuple[Params, Metrics]:
+    def gradient_fn(i: jax.Array, params: Params, half_table: jax.Array | None) -> tuple[Params, Metrics]:
         batch, noise = jax.tree.map(lambda a: a[i], batches)
         gradient, metrics = jax.grad(nerf_loss, has_aux=True)(
-            params, batch, noise, state.occupancy, config=config, shadow=shadow
+            params, batch, noise, state.occupancy, config=config, half_table=half_table
         )
         # Not summed over steps, in none of which it changes: to count the bits of the grid takes a kernel.
         return gradient, replace(metrics, occupied_fraction=jnp.float32(0))

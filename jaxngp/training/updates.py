@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxngp.config import RunConfig
-from jaxngp.fields import Params, make_shadow
+from jaxngp.fields import Params, make_half_table
 from jaxngp.training.optimizer import make_optimizer
 from jaxngp.training.state import TrainState
 
@@ -31,23 +31,23 @@ class StepMetrics(Protocol):
 
 M = TypeVar("M", bound=StepMetrics)
 GradientFn = Callable[[jax.Array, Params, jax.Array | None], tuple[Params, M]]
-"""Number of the step in its dispatch, parameters, shadow of the table -> gradient, metrics."""
+"""Number of the step in its dispatch, parameters, half_table of the table -> gradient, metrics."""
 
 
 def take_step(
     state: TrainState,
-    shadow: jax.Array | None,
+    half_table: jax.Array | None,
     i: jax.Array,
     learning_rate: jax.Array,
     gradient_fn: GradientFn[M],
     *,
     config: RunConfig,
 ) -> tuple[TrainState, jax.Array | None, M]:
-    """Take the gradient of a batch and apply Adam. shadow, of state.params, is brought up to date as well.
+    """Take the gradient of a batch and apply Adam. half_table, of state.params, is brought up to date as well.
 
     Where loss or gradient is no finite number, only the count of steps goes on: the next one draws another batch.
     """
-    gradient, metrics = gradient_fn(i, state.params, shadow)
+    gradient, metrics = gradient_fn(i, state.params, half_table)
     updates, opt_state = make_optimizer(config.optimizer).update(gradient, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
     sound = jnp.isfinite(metrics.loss) & _is_finite(gradient)
@@ -55,7 +55,7 @@ def take_step(
     params, opt_state = jax.tree.map(functools.partial(jnp.where, sound), new, old)
     state = replace(state, step=state.step + 1, params=params, opt_state=opt_state)
     metrics = replace(metrics, skipped=1 - sound.astype(jnp.float32))  # type: ignore[type-var]
-    return state, make_shadow(params, config=config.field), metrics
+    return state, make_half_table(params, config=config.field), metrics
 
 
 def _is_finite(gradient: Params) -> jax.Array:
@@ -92,13 +92,13 @@ def take_steps(
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
 
     def one(i: jax.Array, carry: tuple) -> tuple:
-        state, shadow, sums = carry
-        *new, metrics = take_step(state, shadow, i, learning_rates[i], gradient_fn, config=config)
+        state, half_table, sums = carry
+        *new, metrics = take_step(state, half_table, i, learning_rates[i], gradient_fn, config=config)
         new.append(sums + jnp.stack([getattr(metrics, name) for name in names]))
         taken = lax.platform_dependent(i < num_steps, cpu=jnp.ones_like, default=lambda taken: taken)
         return jax.tree.map(functools.partial(jnp.where, taken), tuple(new), carry)
 
-    start = (state, make_shadow(state.params, config=config.field), jnp.zeros(len(names)))
+    start = (state, make_half_table(state.params, config=config.field), jnp.zeros(len(names)))
     state, _, sums = lax.fori_loop(0, rounds, one, start)
     if config.optimizer.ema_decay:
         keep = config.optimizer.ema_decay ** num_steps.astype(jnp.float32)

@@ -12,11 +12,11 @@ from jaxngp.config import RunConfig
 from jaxngp.training.checkpoints import Checkpoints
 from jaxngp.training.loop import Progress, train
 from jaxngp.training.programs import Data
-from jaxngp.training.progress import Doubts, ProgressBar, interruption, warn
+from jaxngp.training.progress import ProgressBar, TrainingWarnings, interruption, warn
 from jaxngp.training.report import append_jsonl, keep_lines
 
 PICTURES = ("comparison.png", "reconstruction.png", "sheet.png", "surface.png", "surface.ply", "surface.obj")
-"""What `experiments.image` and `experiments.sdf` write into workdir/pictures."""
+"""What `jaxngp.train_image` and `jaxngp.train_sdf` write into workdir/pictures."""
 
 
 def remove_pictures(workdir: Path) -> None:
@@ -52,7 +52,7 @@ def fit(
     and then whenever there is news; its time does not count. Returns where the run ended, and the environment it ran
     in.
     """
-    log, saved, doubts = workdir / "metrics.jsonl", None, Doubts(config)
+    log, saved, doubts = workdir / "metrics.jsonl", None, TrainingWarnings(config)
     with Checkpoints(workdir) as checkpoints, interruption() as interrupted, ProgressBar() as bar:
         resume = checkpoints.restore(config)
         keep_lines(log, lambda entry: resume is not None and entry["step"] <= resume.step)

@@ -1,8 +1,8 @@
 """Learn an image, up to gigapixels, as a function of position: (x, y) -> RGB (paper section 5.1).
 
-    python -m experiments.image                                   # the built-in image, 2048 x 2048
-    python -m experiments.image --image=photo.jpg --max_seconds=60
-    python -m experiments.image --size=32768x32768 --log2_table_size=20
+    python -m jaxngp.train_image                                   # the built-in image, 2048 x 2048
+    python -m jaxngp.train_image --image=photo.jpg --max_seconds=60
+    python -m jaxngp.train_image --size=32768x32768 --log2_table_size=20
 
 Reports the PSNR over all pixels, the bits per pixel of the parameters and of the file, and how the PSNR grew over the
 seconds of training; writes the reconstruction and the error beside the truth, with a part of them enlarged. The same
@@ -33,18 +33,18 @@ from jaxngp.config import (
     CosineDecay,
     HashGridConfig,
     ImageConfig,
+    ImageSourceConfig,
+    ImageTrainConfig,
     InputError,
     OptimizerConfig,
-    PictureConfig,
-    PictureTrainConfig,
     PointFieldConfig,
     apply_overrides,
 )
 from jaxngp.data import expand
 from jaxngp.data.atlas import builtin_image
 from jaxngp.data.image import StoredImage, read_image, tiles
+from jaxngp.device import compiler_options
 from jaxngp.fields import Params, evaluate_points
-from jaxngp.gpu import compiler_options
 from jaxngp.hashing import level_offsets
 from jaxngp.images import blend_taps, pixel_taps, tile_centres
 from jaxngp.metrics import psnr
@@ -79,7 +79,7 @@ HELD_BYTES = 2**28  # of an image that --hold=auto gives to a CPU
 # What is learned.
 
 
-def image_config(values: flags.Flags, picture: PictureConfig, image: StoredImage, on_cpu: bool) -> ImageConfig:
+def image_config(values: flags.Flags, picture: ImageSourceConfig, image: StoredImage, on_cpu: bool) -> ImageConfig:
     """The config for an image: N_max is half its longer side, as instant-ngp has it."""
     longer = max(image.width, image.height)
     encoding = HashGridConfig(num_dims=2, max_resolution=max(16, longer // 2))
@@ -88,7 +88,7 @@ def image_config(values: flags.Flags, picture: PictureConfig, image: StoredImage
     else:
         encoding = fitting_grid(encoding, image.width * image.height * 3 // 4, LARGEST_ON_CPU if on_cpu else 24)
     config = default_config(encoding, on_cpu)
-    config = replace(config, picture=picture, train=flags.loop_config(config.train, values))
+    config = replace(config, image=picture, train=flags.loop_config(config.train, values))
     return apply_overrides(config, values.override)
 
 
@@ -101,7 +101,7 @@ def default_config(encoding: HashGridConfig, on_cpu: bool) -> ImageConfig:
     return ImageConfig(
         field=PointFieldConfig(encoding=encoding, num_outputs=3),
         optimizer=OptimizerConfig(decay=CosineDecay(), ema_decay=0.0),
-        train=PictureTrainConfig(max_steps=10**7, max_seconds=60.0, num_points=num_points),
+        train=ImageTrainConfig(max_steps=10**7, max_seconds=60.0, num_points=num_points),
     )
 
 
@@ -113,20 +113,20 @@ def fitting_grid(grid: HashGridConfig, budget: int, largest: int) -> HashGridCon
     return fitting[-1] if fitting else grids[0]
 
 
-def picture_config(values: flags.Flags) -> PictureConfig:
+def picture_config(values: flags.Flags) -> ImageSourceConfig:
     """Which image the flags and overrides name. Raises InputError."""
     if values.image:
-        picture = PictureConfig(path=os.path.realpath(expand(values.image)), background=values.background)
+        picture = ImageSourceConfig(path=os.path.realpath(expand(values.image)), background=values.background)
     else:
         width, x, height = values.size.lower().partition("x")
         if not (width.isdecimal() and (height if x else width).isdecimal()):
             raise InputError(f"--size={values.size}: expected width x height in pixels, as in 2048x1024, or one number")
-        picture = PictureConfig(width=int(width), height=int(height or width), background=values.background)
-    own = [override for override in values.override if override.strip().startswith("picture.")]
-    return apply_overrides(ImageConfig(picture=picture), own).picture
+        picture = ImageSourceConfig(width=int(width), height=int(height or width), background=values.background)
+    own = [override for override in values.override if override.strip().startswith("image.")]
+    return apply_overrides(ImageConfig(image=picture), own).image
 
 
-def load(picture: PictureConfig) -> StoredImage:
+def load(picture: ImageSourceConfig) -> StoredImage:
     """The image a config names: a file, or the built-in one."""
     if picture.path:
         return read_image(Path(picture.path), background=picture.background)
@@ -380,4 +380,4 @@ def report(
 
 
 if __name__ == "__main__":
-    flags.run("experiments.image", define_flags, main, __doc__ or "")
+    flags.run("jaxngp.train_image", define_flags, main, __doc__ or "")

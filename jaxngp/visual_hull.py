@@ -12,7 +12,7 @@ from jax import lax
 
 from jaxngp.cameras import Camera, PosedImages, project
 from jaxngp.config import OccupancyConfig
-from jaxngp.fusion import walled
+from jaxngp.device import fusion_barrier
 from jaxngp.occupancy import cell_axes, count_bits, nth_bit, pack_bits
 
 _FIRST_VIEWS = 8
@@ -107,7 +107,7 @@ def _look(
             start = jnp.minimum(i * size, cells.size - size)
             cell, seen, excluded = (_slice(a, start, size) for a in (cells, *known))
             footprint = functools.partial(_footprint, camera=images.camera, resolution=config.resolution)
-            x, y, radius, inside = walled(footprint, c2w, cell)
+            x, y, radius, inside = fusion_barrier(footprint, c2w, cell)
             if config.carve:
                 excluded = excluded | (inside & _is_empty(area, x, y, radius))
             seen, excluded = (
@@ -137,7 +137,7 @@ def _facing_pixels(candidates: jax.Array, images: PosedImages, *, resolution: in
         def add_chunk(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             marks, largest = carry
             cell = _slice(cells, jnp.minimum(i * size, num_cells - size), size)
-            x, y, radius, shown = walled(
+            x, y, radius, shown = fusion_barrier(
                 functools.partial(_extent, camera=camera, resolution=resolution), c2w, jnp.minimum(cell, num_cells - 1)
             )
             shown = shown & (cell < num_cells)

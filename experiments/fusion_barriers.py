@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from experiments.timing import loop_ms, points_on_rays
 from jaxngp import encodings
-from jaxngp.config import PRESETS
-from jaxngp.fusion import walled
+from jaxngp.device import fusion_barrier
+from jaxngp.presets import PRESETS
 from jaxngp.training.report import device_name
 
 NUM_POINTS = 2**15
@@ -34,7 +34,7 @@ def main() -> None:
     geometry = jax.random.normal(key, (NUM_POINTS, 16))
     weight = jax.random.normal(key, (32, 64))
     harmonics = functools.partial(encodings.sh_encode, degree=4)
-    no_walls = mock.patch.object(encodings, "walled", lambda function, *args: function(*args))
+    no_walls = mock.patch.object(encodings, "fusion_barrier", lambda function, *args: function(*args))
 
     def encode(x: jax.Array) -> jax.Array:
         return encodings.encode_unrolled(table, x, grid=GRID)
@@ -47,11 +47,11 @@ def main() -> None:
             return scatter(x)
 
     stages: dict[str, tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array], jax.Array]] = {
-        "encode, forward": (encode, functools.partial(walled, encode), x),
+        "encode, forward": (encode, functools.partial(fusion_barrier, encode), x),
         "gradient of the table": (unwalled_scatter, scatter, x),
         "harmonics, concatenated, first colour layer": (
             lambda d: jnp.concatenate([geometry, harmonics(d)], axis=1) @ weight,
-            lambda d: jnp.concatenate([geometry, walled(harmonics, d)], axis=1) @ weight,
+            lambda d: jnp.concatenate([geometry, fusion_barrier(harmonics, d)], axis=1) @ weight,
             direction,
         ),
     }

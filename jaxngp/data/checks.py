@@ -14,7 +14,7 @@ _PIXELS = 2**14  # looked at, evenly spaced among all
 _FAR = 10.0  # box sides; the cameras of NeRF-synthetic stand 1.3 away
 
 
-def suspicions(training: Split, evaluation: Split | None) -> list[str]:
+def dataset_warnings(training: Split, evaluation: Split | None) -> list[str]:
     """Warnings about the views to train on, and to evaluate on if there are any. None about ray tables."""
     if not isinstance(training.images, PosedImages):
         return []

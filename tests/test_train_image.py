@@ -1,4 +1,4 @@
-"""`experiments.image` as a user meets it: what it writes, how it goes on, what it measures, and how it refuses."""
+"""`jaxngp.train_image` as a user meets it: what it writes, how it goes on, what it measures, and how it refuses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from experiments import image as experiment
+from jaxngp import train_image as experiment
 from jaxngp.config import HashGridConfig, ImageConfig, from_json
 from jaxngp.data.atlas import builtin_image
 from jaxngp.hashing import level_offsets
@@ -29,7 +29,7 @@ TINY = [
 ]
 
 
-run = Entrypoint("experiments.image", experiment.define_flags, experiment.main)
+run = Entrypoint("jaxngp.train_image", experiment.define_flags, experiment.main)
 
 
 def summary(workdir: Path) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def test_a_run_leaves_what_one_needs(finished: Path) -> None:
         "summary.json",
     }
     config = from_json((finished / "config.json").read_text(encoding="utf-8"), ImageConfig)
-    assert (config.picture.width, config.picture.height) == (90, 50)
+    assert (config.image.width, config.image.height) == (90, 50)
     assert config.field.encoding.max_resolution == 45  # half the longer side
     found = summary(finished)
     rows = level_offsets(config.field.encoding)[-1]
@@ -121,7 +121,7 @@ def test_restart_removes_what_a_run_wrote_and_nothing_of_the_users(tmp_path: Pat
 
 
 def test_an_override_of_the_picture_is_the_picture(tmp_path: Path) -> None:
-    run("--size=20", "--override=picture.width=40", f"--workdir={tmp_path}", *TINY)
+    run("--size=20", "--override=image.width=40", f"--workdir={tmp_path}", *TINY)
     assert (summary(tmp_path)["width"], summary(tmp_path)["height"]) == (40, 20)
 
 

@@ -1,4 +1,4 @@
-"""`experiments.sdf` as a user meets it: what it writes, what it measures, what it draws, and how it refuses."""
+"""`jaxngp.train_sdf` as a user meets it: what it writes, what it measures, what it draws, and how it refuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from entrypoints import Entrypoint
 from PIL import Image
 from test_training import Compilations
 
-from experiments import sdf as experiment
+from jaxngp import train_sdf as experiment
 from jaxngp.config import ImageConfig, SdfConfig, from_json, to_json
 from jaxngp.data.shapes import SHAPES
 
@@ -30,7 +30,7 @@ TINY = [
     "--override=field.hidden_width=32",
     "--override=optimizer.learning_rate=3e-3",
     "--override=train.num_points=2**11",
-    "--override=solid.num_samples=2**16",
+    "--override=sdf.num_samples=2**16",
 ]
 
 
@@ -41,7 +41,7 @@ def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experiment, "BATCH", 2**14)
 
 
-run = Entrypoint("experiments.sdf", experiment.define_flags, experiment.main)
+run = Entrypoint("jaxngp.train_sdf", experiment.define_flags, experiment.main)
 
 
 def summary(workdir: Path) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def test_a_run_on_a_built_in_shape_needs_no_extra(
     }
     assert {p.name for p in (tmp_path / "pictures").iterdir()} == {"sheet.png", "surface.png"}
     config = from_json((tmp_path / "config.json").read_text(encoding="utf-8"), SdfConfig)
-    assert config.solid.name == "torus"
+    assert config.sdf.name == "torus"
     found = summary(tmp_path)
     assert found["iou"] > 0.9  # 0.95 here
     assert found["normal_degrees"] < 20
@@ -101,7 +101,7 @@ def test_a_mesh_is_learned_and_extracted_in_its_own_coordinates(suffix: str, tmp
 def test_the_workdir_of_another_command_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(to_json(ImageConfig()), encoding="utf-8")
     said = run.refusal(capsys, "--shape=torus", f"--workdir={tmp_path}", *TINY)
-    assert "holds a run of python -m experiments.image; give another --workdir" in said
+    assert "holds a run of python -m jaxngp.train_image; give another --workdir" in said
 
 
 def test_each_program_is_compiled_once(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_each_program_is_compiled_once(tmp_path: Path) -> None:
         (["--mesh=nothing.obj", "--shape=torus"], "--shape is a built-in solid"),
         (["--shape=teapot"], "teapot"),
         (["--mesh_resolution=7"], "expected 16 or more, or 0"),
-        (["--override=solid.num_samples=5"], "solid.num_samples"),
+        (["--override=sdf.num_samples=5"], "sdf.num_samples"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(

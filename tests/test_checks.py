@@ -12,9 +12,9 @@ from strategies import TINY_MARCH
 from jaxngp.cameras import PosedImages
 from jaxngp.config import NerfConfig
 from jaxngp.data import Split, load_evaluation, load_training
-from jaxngp.data.suspicions import suspicions
+from jaxngp.data.checks import dataset_warnings
 from jaxngp.training.loop import Progress
-from jaxngp.training.progress import Doubts
+from jaxngp.training.progress import TrainingWarnings
 from jaxngp.training.steps import Metrics
 
 SIZE = 64
@@ -37,19 +37,19 @@ def views() -> PosedImages:
 
 
 def test_nothing_is_suspected_of_sound_views(views: PosedImages) -> None:
-    assert suspicions(split(views), None) == []
+    assert dataset_warnings(split(views), None) == []
     other = views.replace(c2w=np.asarray(poses_around(4, 1.9)))
-    assert suspicions(split(views), split(other, "val")) == []
+    assert dataset_warnings(split(views), split(other, "val")) == []
 
 
 def test_colour_multiplied_by_alpha_is_suspected_but_not_darkness(views: PosedImages) -> None:
     rgba = np.array(views.rgba)
     rgba[..., :3] = np.round(rgba[..., :3] * (rgba[..., 3:] / 255))
-    (warning,) = suspicions(split(views.replace(rgba=rgba)), None)
+    (warning,) = dataset_warnings(split(views.replace(rgba=rgba)), None)
     assert "multiplied by alpha" in warning
     dark = np.array(views.rgba)
     dark[..., :3] = 5
-    assert suspicions(split(views.replace(rgba=dark)), None) == []
+    assert dataset_warnings(split(views.replace(rgba=dark)), None) == []
 
 
 def test_what_lies_outside_the_box_is_suspected(views: PosedImages) -> None:
@@ -57,9 +57,9 @@ def test_what_lies_outside_the_box_is_suspected(views: PosedImages) -> None:
     c2w = np.array(views.c2w)
     c2w[..., 3] = (c2w[..., 3] - 0.5) * 5 + 0.5
     small = views.replace(c2w=c2w, rgba=np.full_like(views.rgba, 255))
-    (warning,) = suspicions(split(small), None)
+    (warning,) = dataset_warnings(split(small), None)
     assert "of the pixels that are not transparent lie on rays that miss the scene's box" in warning
-    (warning,) = suspicions(split(small, has_alpha=False), None)
+    (warning,) = dataset_warnings(split(small, has_alpha=False), None)
     assert "of the pixels lie on rays that miss" in warning
 
 
@@ -67,20 +67,20 @@ def test_cameras_very_far_away_are_suspected(views: PosedImages) -> None:
     c2w = np.array(views.c2w)
     c2w[..., 3] = (c2w[..., 3] - 0.5) * 30 + 0.5
     camera = replace(views.camera, focal_xy=np.asarray(views.camera.focal_xy) * 30)
-    (warning,) = suspicions(split(views.replace(c2w=c2w, camera=camera)), None)
+    (warning,) = dataset_warnings(split(views.replace(c2w=c2w, camera=camera)), None)
     assert "54 sides of the scene's box away" in warning
 
 
 def test_training_views_among_those_to_evaluate_on_are_suspected_unless_it_is_said(views: PosedImages) -> None:
     mixed = views.replace(c2w=np.concatenate([views.c2w[:1], poses_around(3, 1.9)]))
-    (warning,) = suspicions(split(views), split(mixed, "test"))
+    (warning,) = dataset_warnings(split(views), split(mixed, "test"))
     assert warning.startswith("1 of the 4 test views have the pose of a training view")
-    assert suspicions(split(views), split(views, "train")) == []
+    assert dataset_warnings(split(views), split(views, "train")) == []
 
 
 def test_the_built_in_scene_is_not_suspected() -> None:
     scene = replace(NerfConfig().scene, image_size=32)
-    assert suspicions(load_training(scene), load_evaluation(scene)) == []
+    assert dataset_warnings(load_training(scene), load_evaluation(scene)) == []
 
 
 # Of a run.
@@ -97,7 +97,7 @@ CONFIG = replace(CONFIG, train=replace(CONFIG.train, num_rays=100))
 
 
 def test_a_sound_run_raises_no_doubts() -> None:
-    assert Doubts(CONFIG).about(progress()) == Doubts(CONFIG).about(progress(finished=True)) == []
+    assert TrainingWarnings(CONFIG).about(progress()) == TrainingWarnings(CONFIG).about(progress(finished=True)) == []
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_sound_run_raises_no_doubts() -> None:
     ],
 )
 def test_a_doubt_is_said_once(values: dict, said: str) -> None:
-    doubts = Doubts(CONFIG)
+    doubts = TrainingWarnings(CONFIG)
     (warning,) = doubts.about(progress(**values))
     assert said in warning
     assert doubts.about(progress(step=32, **values)) == []

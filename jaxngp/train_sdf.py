@@ -1,8 +1,8 @@
 """Learn the signed distance to a solid as a function of position: (x, y, z) -> distance (paper section 5.2).
 
-    python -m experiments.sdf                                     # five shapes whose distance is known in closed form
-    python -m experiments.sdf --mesh=armadillo.obj --max_seconds=60    # pip install .[mesh]
-    python -m experiments.sdf --shape=torus --preset=paper
+    python -m jaxngp.train_sdf                                     # five shapes whose distance is known in closed form
+    python -m jaxngp.train_sdf --mesh=armadillo.obj --max_seconds=60    # pip install .[mesh]
+    python -m jaxngp.train_sdf --shape=torus --preset=paper
 
 Reports the share of the solid's volume that is right (IoU), how far its surface lies from the true one (Chamfer) and
 by what angle it is turned (normals); draws it by sphere tracing, and extracts a mesh. The same command goes on where an
@@ -33,8 +33,8 @@ from jaxngp.config import (
     OptimizerConfig,
     PointFieldConfig,
     SdfConfig,
-    SolidConfig,
-    SolidTrainConfig,
+    SdfSourceConfig,
+    SdfTrainConfig,
     StepDecay,
     apply_overrides,
 )
@@ -64,12 +64,12 @@ _SMALL = SdfConfig(
         use_bias=True,  # without one, all that is close to the surface tends to become 0, and has no side
     ),
     optimizer=OptimizerConfig(learning_rate=1e-3, decay=CosineDecay()),
-    train=SolidTrainConfig(max_steps=10**7, max_seconds=60.0, num_points=2**14),
+    train=SdfTrainConfig(max_steps=10**7, max_seconds=60.0, num_points=2**14),
 )
 _PAPER = SdfConfig(
     optimizer=OptimizerConfig(learning_rate=1e-4, decay=StepDecay(start=0.5, interval=0.25)),
-    solid=SolidConfig(num_samples=2**23),
-    train=SolidTrainConfig(max_steps=20_000),
+    sdf=SdfSourceConfig(num_samples=2**23),
+    train=SdfTrainConfig(max_steps=20_000),
 )
 PRESETS = {"paper": _PAPER, "small": _SMALL}
 
@@ -86,7 +86,7 @@ def sdf_config(values: flags.Flags) -> SdfConfig:
         print(f"preset {preset}, since jax runs on {backend}; --preset chooses another")
     config = PRESETS[preset]
     name = os.path.realpath(expand(values.mesh)) if values.mesh else values.shape
-    config = replace(config, solid=replace(config.solid, name=name), train=flags.loop_config(config.train, values))
+    config = replace(config, sdf=replace(config.sdf, name=name), train=flags.loop_config(config.train, values))
     return apply_overrides(config, values.override)
 
 
@@ -97,9 +97,9 @@ def load(name: str) -> Solid:
 
 def draw_samples(solid: Solid, config: SdfConfig) -> DistanceSamples:
     """The points of a run, equal for equal seeds."""
-    seed, count = config.train.seed, config.solid.num_samples
+    seed, count = config.train.seed, config.sdf.num_samples
     started = time.perf_counter()
-    position, distance = distance_samples(solid, 2 * seed + 1, count, offset=config.solid.offset)
+    position, distance = distance_samples(solid, 2 * seed + 1, count, offset=config.sdf.offset)
     surface = surface_samples(solid, 2 * seed, count)
     print(f"{count} distances in {time.perf_counter() - started:.1f} s")
     return DistanceSamples(*map(jnp.asarray, (surface, position, distance)))
@@ -302,7 +302,7 @@ def main(values: flags.Flags) -> None:
     if 0 < values.mesh_resolution < 16:
         raise InputError(f"--mesh_resolution={values.mesh_resolution}: expected 16 or more, or 0")
     config = sdf_config(values)
-    solid = load(config.solid.name)
+    solid = load(config.sdf.name)
     for note in solid.notes:
         print(note)
     workdir = Path(values.workdir or f"runs/{solid.name}")
@@ -361,4 +361,4 @@ def report(
 
 
 if __name__ == "__main__":
-    flags.run("experiments.sdf", define_flags, main, __doc__ or "")
+    flags.run("jaxngp.train_sdf", define_flags, main, __doc__ or "")

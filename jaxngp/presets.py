@@ -1,0 +1,72 @@
+"""The configs that people use by name: presets, and scenes."""
+
+from __future__ import annotations
+
+from jaxngp.config import (
+    CosineDecay,
+    FieldConfig,
+    HashGridConfig,
+    InputError,
+    MarchConfig,
+    NerfConfig,
+    OccupancyConfig,
+    OptimizerConfig,
+    SceneConfig,
+    StepDecay,
+    StratifiedConfig,
+    TrainConfig,
+    shown,
+)
+
+_PAPER = NerfConfig(
+    sampler=MarchConfig(opaque_cells=0.0, occupancy=OccupancyConfig(carve=False)),
+    optimizer=OptimizerConfig(ema_decay=0.0),
+    train=TrainConfig(loss="l2", max_steps=50_000),
+)
+_BASE = NerfConfig(
+    field=FieldConfig(encoding=HashGridConfig(num_levels=8, num_features=4), precision="bfloat16"),
+    optimizer=OptimizerConfig(decay=CosineDecay()),
+    train=TrainConfig(num_rays=2**14, loss="l2", calls_in_flight=4),
+)
+_SMALL = NerfConfig(
+    field=FieldConfig(
+        encoding=HashGridConfig(num_levels=8, num_features=4, table_size=2**16, max_resolution=512),
+        hidden_width=32,
+        colour_layers=1,
+    ),
+    sampler=MarchConfig(num_steps=384, num_samples=3 * 2**13),
+    optimizer=OptimizerConfig(learning_rate=2.5e-2, decay=CosineDecay()),
+    train=TrainConfig(num_rays=5 * 2**9, loss="l2", max_steps=20_000, max_seconds=60.0),
+)
+_HUNDRED_LINES = NerfConfig(
+    field=FieldConfig(
+        encoding=HashGridConfig(dense_levels=False),
+        direction_encoding="frequency",
+        use_bias=True,
+        mlp_init="torch",
+        mask_outside_box=True,
+    ),
+    sampler=StratifiedConfig(),
+    optimizer=OptimizerConfig(decay=StepDecay(factor=1.0), ema_decay=0.0),
+    train=TrainConfig(num_rays=2**14, loss="l2", background="white", max_steps=3906, steps_per_dispatch=1),
+)
+
+PRESETS: dict[str, NerfConfig] = {"paper": _PAPER, "base": _BASE, "small": _SMALL, "hundred_lines": _HUNDRED_LINES}
+"""`paper`: as published. `base`: for a GPU, half the table reads. `small`: a minute on a CPU. `hundred_lines`: the
+100-line PyTorch recipe, with no grid and 192 bins a ray."""
+
+_BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
+SCENES: dict[str, SceneConfig] = {
+    "bricks": SceneConfig(),
+    **{name: SceneConfig(name=name) for name in _BLENDER_SCENES},
+}
+"""The built-in scene and the eight of NeRF-synthetic; any other scene is given as a path."""
+
+
+def scene_config(name: str) -> SceneConfig:
+    """The config of a named scene, or of the scene at a path."""
+    if name in SCENES:
+        return SCENES[name]
+    if "/" in name or "\\" in name or "." in name:
+        return SceneConfig(name=name)
+    raise InputError(f"unknown scene {shown(name)}: give one of {', '.join(SCENES)}, or a path that contains a '/'")
