@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import ast
 import importlib
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxngp.cameras import view_rays
-from jaxngp.config import InputError, SceneConfig
+from jaxngp.config import FieldConfig, InputError, SceneConfig
 from jaxngp.data import Split
 from jaxngp.data.rays import RayTable
+from jaxngp.fields import Params
+from jaxngp.hashing import level_sizes
+from jaxngp.presets import PRESETS
 
 NAMES = ("NGP", "train", "render_rays")  # what the source must define
 NUM_LEVELS, NUM_FEATURES, TABLE_SIZE = 16, 2, 2**19
@@ -137,3 +142,52 @@ def environment() -> dict[str, Any]:
     """What its numbers come from, beside what `jaxngp.training.report.environment` says."""
     torch = bench_module("torch")
     return {"torch_version": torch.__version__, "torch_threads": torch.get_num_threads()}
+
+
+# Its weights as ours.
+
+
+def params_from_reference(
+    state_dict: Mapping[str, np.ndarray], *, config: FieldConfig = PRESETS["hundred_lines"].field, box_side: float = 3.0
+) -> Params:
+    """Parameters with which the `hundred_lines` field computes what the 100-line PyTorch reference does.
+
+    state_dict: the reference's, name -> array: lookup_tables.0 ... (T, F) each, density_MLP.{0,2} and
+    color_MLP.{0,2,4} .weight (outputs, inputs) and .bias. The reference's density is per world unit; ours is per
+    scene unit, box_side times that. The factor goes into the bias of the log density, and the colour MLP, which
+    reads the log density too, gets a bias that takes it back. Raises InputError if a name is missing or misshapen.
+    """
+    sizes = level_sizes(config.encoding)
+    tables = [
+        _take(state_dict, f"lookup_tables.{level}", (rows, config.encoding.num_features))
+        for level, rows in enumerate(sizes)
+    ]
+    width, geometry = config.hidden_width, config.num_geometry_features
+    directions = 3 + 6 * config.direction_degree
+    density = _reference_mlp(state_dict, "density_MLP", (config.encoding.num_outputs, width, geometry))
+    colour = _reference_mlp(state_dict, "color_MLP", (geometry + directions, *[width] * config.colour_layers, 3))
+    shift = math.log(box_side)
+    density["Dense_1"]["bias"] = density["Dense_1"]["bias"] + np.eye(1, geometry, dtype=np.float32)[0] * shift
+    colour["Dense_0"]["bias"] = colour["Dense_0"]["bias"] - colour["Dense_0"]["kernel"][0] * shift
+    params = {"encoding": {"table": np.concatenate(tables)}, "density_mlp": density, "colour_mlp": colour}
+    return jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), params)
+
+
+def _reference_mlp(state_dict: Mapping[str, np.ndarray], name: str, widths: tuple[int, ...]) -> Params:
+    # In torch.nn.Sequential the linear layers stand at even places, the ReLUs between them.
+    return {
+        f"Dense_{i}": {
+            "kernel": _take(state_dict, f"{name}.{2 * i}.weight", (outputs, inputs)).T,
+            "bias": _take(state_dict, f"{name}.{2 * i}.bias", (outputs,)),
+        }
+        for i, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True))
+    }
+
+
+def _take(state_dict: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    if name not in state_dict:
+        raise InputError(f"state_dict has no {name!r}: its names are {', '.join(sorted(state_dict))}")
+    array = np.asarray(state_dict[name], np.float32)
+    if array.shape != shape:
+        raise InputError(f"state_dict[{name!r}] has shape {array.shape}: this config needs {shape}")
+    return array

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 @struct.dataclass
 class Cameras:
-    """Pinhole cameras, one a view: pose, intrinsics and image size. (...) is the shape of the batch, () for a single one.
+    """Pinhole cameras, one a view: pose, intrinsics and image size. (...) is the batch, () for a single camera.
 
     All are arrays, so that rays can be differentiated in poses and intrinsics. `cameras[index]` is some of them.
     """
@@ -34,6 +34,10 @@ class Cameras:
     def __len__(self) -> int:
         return len(self.c2w)
 
+    def cast(self, view: jax.Array, xy: jax.Array) -> Rays:
+        """The rays (R,) through pixel coordinates xy (R, 2) of views (R,) i32."""
+        return unproject(self[view], xy)
+
 
 @struct.dataclass
 class Rays:
@@ -41,6 +45,9 @@ class Rays:
 
     origin: jax.Array
     direction: jax.Array
+
+    def __getitem__(self, index: Any) -> Rays:
+        return jax.tree.map(lambda array: array[index], self)
 
 
 @struct.dataclass
@@ -54,6 +61,26 @@ class PosedImages:
     rgba: jax.Array  # (P, 4) u8, sRGB, colour not multiplied by alpha
     offset: jax.Array  # (V,) i32, the number of each view's first pixel
     max_size: tuple[int, int] = struct.field(pytree_node=False)  # the largest width, the largest height
+
+    @property
+    def num_pixels(self) -> int:
+        return self.rgba.shape[0]
+
+    @property
+    def source(self) -> Cameras:
+        """Where the rays of its pixels come from."""
+        return self.cameras
+
+    def pixel(self, number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of pixels by their numbers (R,) i32: view (R,) i32, centre xy (R, 2) f32, and rgba (R, 4) f32 in [0, 1]."""
+        width, height = self.max_size
+        if self.num_pixels == len(self.offset) * width * height:  # one size: divisors that are known
+            view, within = number // (width * height), number % (width * height)
+        else:
+            view = jnp.searchsorted(self.offset, number, side="right", method="scan_unrolled").astype(jnp.int32) - 1
+            within, width = number - self.offset[view], self.cameras.size[view, 0]
+        xy = jnp.stack([within % width, within // width], axis=-1).astype(jnp.float32) + 0.5
+        return view, xy, self.rgba[number].astype(jnp.float32) / 255
 
     def image(self, view: int) -> np.ndarray:
         """(H, W, 4) u8 of one view, as a numpy array."""
@@ -78,7 +105,7 @@ def pose_images(cameras: Cameras, images: list[np.ndarray] | np.ndarray) -> Pose
     sizes = np.array([(image.shape[1], image.shape[0]) for image in images], np.int64)
     ends = np.cumsum(sizes[:, 0] * sizes[:, 1])
     uniform = isinstance(images, np.ndarray)
-    rgba = images.reshape(-1, 4) if uniform else np.concatenate([image.reshape(-1, 4) for image in images])  # type: ignore[union-attr]
+    rgba = np.reshape(images, (-1, 4)) if uniform else np.concatenate([image.reshape(-1, 4) for image in images])
     offset = np.concatenate([[0], ends[:-1]]).astype(np.int32)
     width, height = (int(n) for n in sizes.max(axis=0))
     return PosedImages(cameras, rgba, offset, (width, height))  # type: ignore[arg-type]
@@ -92,7 +119,7 @@ def image_size(camera: Cameras) -> tuple[int, int]:
 
 def unproject(cameras: Cameras, pixel_xy: jax.Array) -> Rays:
     """The rays through pixel coordinates. cameras (...), pixel_xy (..., 2) -> Rays (...)."""
-    xy = (pixel_xy - cameras.centre_xy) / cameras.focal_xy
+    xy = (pixel_xy - cameras.centre_xy) * (1 / cameras.focal_xy)
     x, y, c2w = xy[..., 0], -xy[..., 1], cameras.c2w
     # Products and sums written out, not a matmul: an accelerator may round a matmul's inputs to bfloat16, and a CPU
     # takes a hundred times as long for thousands of small ones.

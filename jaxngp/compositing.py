@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from jaxngp.device import by_device
+
 
 @struct.dataclass
 class RenderOutput:
@@ -101,7 +103,7 @@ def _exclusive_sum(value: jax.Array, ray: jax.Array, num_rays: int, behind: bool
     wide = value.astype(jnp.promote_types(value.dtype, jnp.float32))
     wide = wide if bound is None else jnp.minimum(wide, bound)
     order = slice(None, None, -1 if behind else 1)
-    found = lax.platform_dependent(wide[order], ray[order], cpu=exclusive_scan, default=fixed_point)
+    found = by_device(wide[order], ray[order], cpu=exclusive_scan, gpu=fixed_point)
     return found[order].astype(value.dtype)
 
 
@@ -136,12 +138,12 @@ def exclusive_fixed_point(value: jax.Array, ray: jax.Array, num_rays: int, bound
     """`exclusive_scan` of values in [-bound, bound] f32, in units of 2^-30 bound, for fewer than 2^16 samples a ray.
 
     By one running sum of integers over all samples, modulo 2^32, minus its value at the ray's start: the difference is
-    exact whenever it fits, so the sum runs over the upper and the lower 15 bits apart. Where the bound is no finite
-    number, no sum is one, of whatever ray.
+    exact whenever it fits, so the sum runs over the upper and the lower 15 bits apart. Where the bound is non-finite,
+    so is every sum.
     """
     units = jnp.round(value * (2.0**30 / bound)).astype(jnp.int32)
     halves = jnp.stack([units >> 15, units & 0x7FFF], axis=1)
-    before = jnp.cumsum(halves, axis=0) - halves
+    before = jnp.cumsum(halves, axis=0, dtype=jnp.int32) - halves
     starts = jnp.where(_starts_ray(ray), ray, num_rays)
     at_start = jnp.zeros((num_rays, 2), jnp.int32).at[starts].set(before, mode="drop")
     upper, lower = jnp.moveaxis((before - at_start[ray]).astype(value.dtype), 1, 0)

@@ -155,6 +155,7 @@ class OccupancyConfig:
     threshold: float = 0.01  # optical thickness of one march step above which a cell is occupied
     refresh_every: int = 16  # training steps between refreshes
     warmup_steps: int = 256  # until then a refresh evaluates every cell, later a quarter of them
+    num_cascades: int = 1
     carve: bool = True  # cells outside the silhouette of any view with alpha stay empty
 
     def __post_init__(self) -> None:
@@ -592,3 +593,13 @@ def _parse(text: str, kind: Any) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def program_config(config: Any) -> Any:
+    """`config` with all that shapes no compiled program at its default: the static argument of the training programs."""
+    train = dataclasses.replace(
+        config.train, seed=0, max_steps=1, max_seconds=0.0, log_every=0, checkpoint_seconds=60.0, calls_in_flight=1
+    )
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-2, decay=StepDecay(), warmup_steps=0)
+    source = {f.name: f.default for f in dataclasses.fields(config) if f.name in ("scene", "image", "sdf")}
+    return dataclasses.replace(config, train=train, optimizer=optimizer, **source)

@@ -175,7 +175,7 @@ def compiled(function: Any, *args: Any, options: dict[str, Any] | None = None, *
     many runs ask for it.
     """
     leaves, structure = jax.tree.flatten(args)
-    shapes = tuple(jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype) for leaf in leaves)
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
     return _compiled(function, structure, shapes, tuple((options or {}).items()), tuple(static.items()))
 
 

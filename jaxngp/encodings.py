@@ -15,7 +15,7 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal
 
 from jaxngp.config import HashGridConfig
-from jaxngp.device import fusion_barrier
+from jaxngp.device import by_device, fusion_barrier
 from jaxngp.hashing import (
     corner_offsets,
     dense_index,
@@ -78,11 +78,11 @@ def _encode(
     grid: HashGridConfig, dtype: jnp.dtype, table: jax.Array, half_table: jax.Array | None, position: jax.Array
 ) -> jax.Array:
     def features(table: jax.Array, position: jax.Array) -> jax.Array:
-        return lax.platform_dependent(
+        return by_device(
             table,
             position,
             cpu=functools.partial(encode_unrolled, grid=grid, dtype=dtype),
-            default=functools.partial(encode_broadcast, grid=grid, dtype=dtype),
+            gpu=functools.partial(encode_broadcast, grid=grid, dtype=dtype),
         )
 
     # Whatever consumes it, be it a sum, would else be computed in the gather.
@@ -110,11 +110,11 @@ def _encode_bwd(
     position, gradient = lax.optimization_barrier((position, gradient))
     table_gradient = position_gradient = None
     if wanted[0] is not None:
-        table_gradient = lax.platform_dependent(
+        table_gradient = by_device(
             position,
             gradient,
             cpu=functools.partial(table_gradient_unrolled, grid=grid),
-            default=functools.partial(table_gradient_broadcast, grid=grid),
+            gpu=functools.partial(table_gradient_broadcast, grid=grid),
         ).astype(table.dtype)
     if wanted[1] is not None:
         read = table if half_table is None else half_table
@@ -141,7 +141,7 @@ def encode_unrolled(
 def table_gradient_unrolled(position: jax.Array, gradient: jax.Array, *, grid: HashGridConfig) -> jax.Array:
     """The transpose of `encode_unrolled` in the table: gradient (N, L * F) -> (rows, F), in float32 or more.
 
-    A wall around each level: fused across levels, the scatters take three times as long.
+    A fusion barrier around each level: fused across levels, the scatters take three times as long.
     """
     width, gradient = grid.num_features, _widened(gradient)
     return jnp.concatenate(
@@ -282,8 +282,8 @@ def _cell_along(
 ) -> tuple[jax.Array, jax.Array]:
     """The cell u32 that holds x, and where in it x lies, in [0, 1], at levels of a resolution that broadcasts to x.
 
-    The far face of the cube belongs to the last cell, where the fraction is 1. A position that is no number gives
-    a valid cell and a fraction that is no number, so the rows stay in bounds and the features show it.
+    The far face of the cube belongs to the last cell, where the fraction is 1. A NaN position gives a valid cell and a
+    NaN fraction, so the rows stay in bounds and the features show it.
     """
     scaled = x * resolution + (0.5 if grid.half_voxel_offset else 0)
     cell = jnp.clip(jnp.floor(scaled).astype(jnp.int32), 0, last_cell)

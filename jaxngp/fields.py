@@ -1,23 +1,25 @@
-"""Flax modules: what the networks compute, and the parameters they hold (paper section 5.4)."""
+"""Fields: functions of position that are learned, as pytrees, and the Flax modules inside them (paper section 5.4).
+
+A `RadianceField`, an `ImageField` or a `DistanceField` holds its parameters as arrays and its config as static data,
+and is called like the function it is: `field(position, direction)`. Being a pytree it can be passed through jit, grad
+and vmap, stacked, and stored.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+from flax import struct
 from jax import lax
 
-from jaxngp.config import FieldConfig, HashGridConfig, InputError, MlpInit, PointFieldConfig
+from jaxngp.config import FieldConfig, HashGridConfig, MlpInit, PointFieldConfig
 from jaxngp.device import fusion_barrier
 from jaxngp.encodings import frequency_encode, hash_encode, init_table, sh_encode
-from jaxngp.hashing import level_sizes
-from jaxngp.presets import PRESETS
 
 Params = dict[str, Any]
 """A nested dict of arrays, as flax gives it."""
@@ -136,7 +138,7 @@ class HashEncoding(nn.Module):
         return hash_encode(table, position, grid=self.grid, half_table=half_table, dtype=self.dtype)
 
 
-class NerfField(nn.Module):
+class NerfNetwork(nn.Module):
     """Position and direction to density and colour: hash encoding -> density MLP -> colour MLP.
 
     The first output of the density MLP is the log of the density per scene unit; all of them, with the encoded
@@ -174,7 +176,7 @@ class NerfField(nn.Module):
         return jnp.where(_inside(position), density, 0) if self.config.mask_outside_box else density
 
 
-class PointField(nn.Module):
+class PointNetwork(nn.Module):
     """Position to a few numbers, an image's colour or a signed distance: hash encoding -> MLP, linear output."""
 
     config: PointFieldConfig
@@ -194,7 +196,7 @@ class PointField(nn.Module):
 
 
 def compute_dtype(config: FieldConfig | PointFieldConfig) -> jnp.dtype | None:
-    """Of the features and hidden layers; None is that of the parameters."""
+    """The dtype of the features and hidden layers; None is that of the parameters."""
     return jnp.dtype(jnp.bfloat16) if config.precision == "bfloat16" else None
 
 
@@ -207,20 +209,22 @@ def _encode_direction(direction: jax.Array, config: FieldConfig) -> jax.Array:
         encode = functools.partial(frequency_encode, num_frequencies=config.direction_degree)
     else:
         encode = functools.partial(sh_encode, degree=config.direction_degree)
-    return fusion_barrier(
-        encode, direction
-    )  # fused into the concatenation that follows, it would take three times as long
+    return fusion_barrier(encode, direction)  # fused into the concatenation that follows, it takes three times as long
+
+
+# Parameters.
 
 
 def init_params(key: jax.Array, *, config: FieldConfig | PointFieldConfig) -> Params:
     """Fresh parameters: {"encoding": {"table"}} and the MLPs, {"density_mlp", "colour_mlp"} or {"mlp"}, as dicts."""
     network_key, table_key = jax.random.split(key)
     # Not by one init of the whole field, which would trace the encoding for nothing but the shape of its output.
-    inputs = [jnp.zeros((1, config.encoding.num_outputs))]
+    inputs = [jnp.zeros((1, config.encoding.num_outputs), jnp.float32)]
     if isinstance(config, FieldConfig):
-        networks = NerfField(config).init(network_key, *inputs, jnp.zeros((1, 3)), method="networks")
+        direction = jnp.zeros((1, 3), jnp.float32)
+        networks = NerfNetwork(config).init(network_key, *inputs, direction, method="networks")
     else:
-        networks = PointField(config).init(network_key, *inputs, method="networks")
+        networks = PointNetwork(config).init(network_key, *inputs, method="networks")
     return {"encoding": {"table": init_table(table_key, grid=config.encoding)}, **networks["params"]}
 
 
@@ -236,84 +240,69 @@ def make_half_table(params: Params, *, config: FieldConfig | PointFieldConfig) -
     return jnp.clip(params["encoding"]["table"], -largest, largest).astype(jnp.float16)
 
 
-def evaluate_field(
-    params: Params,
-    position: jax.Array,
-    direction: jax.Array,
-    *,
-    config: FieldConfig,
-    half_table: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """A NerfField as a function: density (N,) per scene unit and rgb (N, 3). half_table: of `make_half_table`."""
-    density, rgb = NerfField(config).apply({"params": params}, position, direction, half_table)
-    return jnp.asarray(density), jnp.asarray(rgb)
+# The fields.
 
 
-@functools.cache
-def field_maker(config: FieldConfig) -> Callable[[Params], Callable]:
-    """params -> `evaluate_field` with them; the same function object for equal configs, as static arguments need."""
+@struct.dataclass
+class RadianceField:
+    """Density and colour as a function of position and direction. `half_table` is that of `make_half_table`."""
 
-    def make_field(params: Params) -> Callable:
-        # Behind the barrier it is made once; XLA would else read the table itself and round what it has read.
-        half_table = lax.optimization_barrier(make_half_table(params, config=config))
-        return functools.partial(evaluate_field, params, config=config, half_table=half_table)
+    params: Params
+    half_table: jax.Array | None
+    config: FieldConfig = struct.field(pytree_node=False)
 
-    return make_field
+    @classmethod
+    def of(cls, params: Params, *, config: FieldConfig) -> RadianceField:
+        """The field of these parameters."""
+        return cls(params, make_half_table(params, config=config), config)
 
+    def __call__(self, position: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """position (N, 3) scene units, direction (N, 3) unit -> density (N,) per scene unit, rgb (N, 3) sRGB, f32."""
+        network = NerfNetwork(self.config)
+        density, rgb = network.apply({"params": self.params}, position, direction, self.half_table)
+        return jnp.asarray(density), jnp.asarray(rgb)
 
-def evaluate_points(
-    params: Params, position: jax.Array, *, config: PointFieldConfig, half_table: jax.Array | None = None
-) -> jax.Array:
-    """A PointField as a function: position (N, D) in [0, 1] -> (N, num_outputs). half_table: of `make_half_table`."""
-    return jnp.asarray(PointField(config).apply({"params": params}, position, half_table))
-
-
-def evaluate_density(params: Params, position: jax.Array, *, config: FieldConfig) -> jax.Array:
-    """Only the density (N,) of a NerfField, per scene unit."""
-    return jnp.asarray(NerfField(config).apply({"params": params}, position, method="density"))
-
-
-def params_from_reference(
-    state_dict: Mapping[str, np.ndarray], *, config: FieldConfig = PRESETS["hundred_lines"].field, box_side: float = 3.0
-) -> Params:
-    """Parameters with which the `hundred_lines` field computes what the 100-line PyTorch reference does.
-
-    state_dict: the reference's, name -> array: lookup_tables.0 ... (T, F) each, density_MLP.{0,2} and
-    color_MLP.{0,2,4} .weight (outputs, inputs) and .bias. The reference's density is per world unit; ours is per
-    scene unit, box_side times that. The factor goes into the bias of the log density, and the colour MLP, which
-    reads the log density too, gets a bias that takes it back. Raises InputError if a name is missing or misshapen.
-    """
-    sizes = level_sizes(config.encoding)
-    tables = [
-        _take(state_dict, f"lookup_tables.{level}", (rows, config.encoding.num_features))
-        for level, rows in enumerate(sizes)
-    ]
-    width, geometry = config.hidden_width, config.num_geometry_features
-    directions = 3 + 6 * config.direction_degree
-    density = _reference_mlp(state_dict, "density_MLP", (config.encoding.num_outputs, width, geometry))
-    colour = _reference_mlp(state_dict, "color_MLP", (geometry + directions, *[width] * config.colour_layers, 3))
-    shift = math.log(box_side)
-    density["Dense_1"]["bias"] = density["Dense_1"]["bias"] + np.eye(1, geometry, dtype=np.float32)[0] * shift
-    colour["Dense_0"]["bias"] = colour["Dense_0"]["bias"] - colour["Dense_0"]["kernel"][0] * shift
-    params = {"encoding": {"table": np.concatenate(tables)}, "density_mlp": density, "colour_mlp": colour}
-    return jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), params)
+    def density(self, position: jax.Array) -> jax.Array:
+        """position (N, 3) scene units -> density (N,) per scene unit, from the full-precision table."""
+        return jnp.asarray(NerfNetwork(self.config).apply({"params": self.params}, position, method="density"))
 
 
-def _reference_mlp(state_dict: Mapping[str, np.ndarray], name: str, widths: tuple[int, ...]) -> Params:
-    # In torch.nn.Sequential the linear layers stand at even places, the ReLUs between them.
-    return {
-        f"Dense_{i}": {
-            "kernel": _take(state_dict, f"{name}.{2 * i}.weight", (outputs, inputs)).T,
-            "bias": _take(state_dict, f"{name}.{2 * i}.bias", (outputs,)),
-        }
-        for i, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True))
-    }
+@struct.dataclass
+class ImageField:
+    """Colour as a function of position. `half_table` is that of `make_half_table`."""
+
+    params: Params
+    half_table: jax.Array | None
+    config: PointFieldConfig = struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, params: Params, *, config: PointFieldConfig) -> ImageField:
+        """The field of these parameters."""
+        return cls(params, make_half_table(params, config=config), config)
+
+    def __call__(self, position: jax.Array) -> jax.Array:
+        """position (N, 2) in [0, 1] -> rgb (N, 3) sRGB f32, which may leave [0, 1]."""
+        return _evaluate_points(self, position)
 
 
-def _take(state_dict: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    if name not in state_dict:
-        raise InputError(f"state_dict has no {name!r}: its names are {', '.join(sorted(state_dict))}")
-    array = np.asarray(state_dict[name], np.float32)
-    if array.shape != shape:
-        raise InputError(f"state_dict[{name!r}] has shape {array.shape}: this config needs {shape}")
-    return array
+@struct.dataclass
+class DistanceField:
+    """Signed distance as a function of position. `half_table` is that of `make_half_table`."""
+
+    params: Params
+    half_table: jax.Array | None
+    config: PointFieldConfig = struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, params: Params, *, config: PointFieldConfig) -> DistanceField:
+        """The field of these parameters."""
+        return cls(params, make_half_table(params, config=config), config)
+
+    def __call__(self, position: jax.Array) -> jax.Array:
+        """position (N, 3) scene units -> signed distance (N,) scene units, negative inside, f32."""
+        return _evaluate_points(self, position)[:, 0]
+
+
+def _evaluate_points(field: ImageField | DistanceField, position: jax.Array) -> jax.Array:
+    found = PointNetwork(field.config).apply({"params": field.params}, position, field.half_table)
+    return jnp.asarray(found)

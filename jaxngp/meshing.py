@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from jaxngp.config import InputError
-from jaxngp.tracing import MakeDistance
+from jaxngp.tracing import Distance
 
 BLOCK = 8  # points per side of what is sampled together, or not at all
 BATCH = 2**9  # blocks in one call
@@ -20,9 +15,7 @@ CALL = BATCH * BLOCK**3  # points
 SAFETY = 1.5  # how many times as fast as a distance the function may change, for no surface to be missed
 
 
-def sample_volume(
-    params: Any, box: np.ndarray, resolution: int, *, make_distance: MakeDistance
-) -> tuple[np.ndarray, np.ndarray, float]:
+def sample_volume(distance: Distance, box: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray, float]:
     """The distance on a lattice over a box (2, 3) f64: values (X, Y, Z) f32, the first point (3,), and the spacing.
 
     `resolution` points lie along the longest side, and the outermost ones outside the box, where the distance is at
@@ -34,12 +27,11 @@ def sample_volume(
     blocks = np.ceil(((box[1] - box[0]) / spacing + 3) / BLOCK).astype(int)
     first = 0.5 * (box[0] + box[1]) - 0.5 * spacing * (blocks * BLOCK - 1)
     inner = box + 0.5 * spacing * BLOCK * np.array([[1.0], [-1.0]])  # a block with its middle in it lies in the box
-    distance = _program(make_distance)
 
     def evaluate(points: np.ndarray) -> np.ndarray:
         """(N,) f32 at up to CALL points (N, 3)."""
         padded = np.pad(points.astype(np.float32), ((0, CALL - len(points)), (0, 0)), mode="edge")
-        return np.maximum(np.asarray(distance(params, padded))[: len(points)], _beyond(points, box))
+        return np.maximum(np.asarray(_evaluate(distance, padded))[: len(points)], _beyond(points, box))
 
     number = np.stack(np.meshgrid(*map(np.arange, blocks), indexing="ij"), axis=-1).reshape(-1, 3)
     middles = first + spacing * (number * BLOCK + 0.5 * (BLOCK - 1))
@@ -65,14 +57,12 @@ def _beyond(points: np.ndarray, box: np.ndarray) -> np.ndarray:
     return np.where(distance > 0, distance, -np.inf).astype(np.float32)
 
 
-@functools.lru_cache(maxsize=16)
-def _program(make_distance: MakeDistance) -> Callable[[Any, np.ndarray], jax.Array]:
-    return jax.jit(lambda params, points: make_distance(params)(jnp.asarray(points)))
+@jax.jit
+def _evaluate(distance: Distance, points: jax.Array) -> jax.Array:
+    return distance(points)
 
 
-def extract_surface(
-    params: Any, box: np.ndarray, resolution: int, *, make_distance: MakeDistance
-) -> tuple[np.ndarray, np.ndarray]:
+def extract_surface(distance: Distance, box: np.ndarray, resolution: int) -> tuple[np.ndarray, np.ndarray]:
     """The surface where the distance is 0: vertices (V, 3) f64 in scene units, faces (F, 3) that look out.
 
     Marching cubes (Lorensen and Cline 1987, in the variant of Lewiner et al. 2003). The surface is closed, since what
@@ -83,7 +73,7 @@ def extract_surface(
         from skimage.measure import marching_cubes
     except ImportError:
         raise InputError("scikit-image, which extracts meshes, is not installed: pip install .[mesh]") from None
-    volume, first, spacing = sample_volume(params, box, resolution, make_distance=make_distance)
+    volume, first, spacing = sample_volume(distance, box, resolution)
     if not volume.min() < 0 < volume.max():
         raise InputError(f"the distance lies between {volume.min():.3g} and {volume.max():.3g}: there is no surface")
     vertices, faces, _, _ = marching_cubes(volume, level=0.0, gradient_direction="descent", allow_degenerate=False)

@@ -1,11 +1,9 @@
-"""From rays to colours: `render_rays` for a batch in training, `render_image` for whole views."""
+"""From rays to colours: `render_rays` for a batch in training, `render_view` for whole views."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +11,10 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from jaxngp.cameras import Camera, Rays, view_rays
+from jaxngp.cameras import Cameras, Rays, view_rays
 from jaxngp.compositing import RenderOutput, blend, composite, optical_weights
 from jaxngp.config import MarchConfig, StratifiedConfig
-from jaxngp.device import compiler_options, fusion_barrier
+from jaxngp.device import CPU_BATCHING, Batching, compiler_options, default_batching, fusion_barrier, largest
 from jaxngp.marching import (
     Candidates,
     Samples,
@@ -28,14 +26,15 @@ from jaxngp.marching import (
 )
 from jaxngp.occupancy import OccupancyGrid
 
-FieldFn = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-"""position (N, 3), direction (N, 3) -> density (N,) per scene unit, rgb (N, 3)."""
+Field = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+"""position (N, 3), direction (N, 3) -> density (N,) per scene unit, rgb (N, 3); a pytree where it crosses a jit, as a
+`fields.RadianceField` or a `jax.tree_util.Partial` is."""
 
 Sampler = MarchConfig | StratifiedConfig
 
 
 def render_rays(
-    field_fn: FieldFn,
+    field: Field,
     rays: Rays,
     grid: OccupancyGrid | None,
     jitter: jax.Array,
@@ -51,7 +50,7 @@ def render_rays(
     rays = jax.tree.map(jnp.asarray, rays)
     samples = fusion_barrier(functools.partial(sample_rays, sampler=sampler), rays, grid, jitter)
     origin, direction = rays.origin[samples.ray], rays.direction[samples.ray]
-    density, rgb = field_fn(origin + samples.t[:, None] * direction, direction)
+    density, rgb = field(origin + samples.t[:, None] * direction, direction)
     return composite(density, rgb, samples.t, samples.dt, samples.ray, background), samples
 
 
@@ -59,27 +58,6 @@ def render_rays(
 # every ray. Rays end at very different depths, so a fixed number of lanes each carry one ray, take its next few
 # samples in every round, and when it ends (no sample left, or too little light gets through) write it out and
 # pick up the next ray in line. No sample is evaluated behind an opaque surface, and none is dropped.
-
-
-@dataclasses.dataclass(frozen=True)
-class Batching:
-    """How much is done at once: rays in one call of the compiled program, lanes, and samples of a lane in a round."""
-
-    rays: int
-    lanes: int
-    samples: int = 8
-
-
-CPU_BATCHING = Batching(rays=2**18, lanes=2**13)
-"""A round's activations stay in a CPU's cache."""
-
-GPU_BATCHING = Batching(rays=2**21, lanes=2**16)
-"""A frame of 1920x1080 in one call, so that lanes run empty once; rounds large enough to be worth their launches."""
-
-
-def default_batching() -> Batching:
-    """What suits the device that jax runs on."""
-    return CPU_BATCHING if jax.default_backend() == "cpu" else GPU_BATCHING
 
 
 @struct.dataclass
@@ -92,36 +70,31 @@ class _Lanes:
     sums: jax.Array  # (lanes, 5): weighted sums of rgb, 1 and t
 
 
-@functools.partial(jax.jit, static_argnames=("make_field", "sampler", "batching"))
+@functools.partial(jax.jit, static_argnames=("sampler", "batching"))
 def render_chunk(
-    params: Any,
+    field: Field,
     rays: Rays,
     grid: OccupancyGrid | None,
     background: jax.Array,
     *,
-    make_field: Callable[[Any], FieldFn],
     sampler: Sampler,
     batching: Batching = CPU_BATCHING,
 ) -> tuple[RenderOutput, jax.Array]:
-    """The colour of R rays, every sample taken. background (3,). Also the number of field evaluations () f32.
-
-    The field is make_field(params); make_field is static, so pass the same function object every time.
-    """
-    field_fn = make_field(params)
+    """The colour of R rays, every sample taken. background (3,). Also the number of field evaluations () f32."""
     if isinstance(sampler, StratifiedConfig):
-        return _render_stratified(field_fn, rays, background, sampler)
+        return _render_stratified(field, rays, background, sampler)
     if grid is None:
         raise ValueError("grid = None: marching needs an OccupancyGrid")
-    return _render_marched(field_fn, rays, grid, background, sampler, batching)
+    return _render_marched(field, rays, grid, background, sampler, batching)
 
 
 def _render_stratified(
-    field_fn: FieldFn, rays: Rays, background: jax.Array, sampler: StratifiedConfig
+    field: Field, rays: Rays, background: jax.Array, sampler: StratifiedConfig
 ) -> tuple[RenderOutput, jax.Array]:
     def one_ray(ray: Rays) -> RenderOutput:
         ray = jax.tree.map(lambda a: a[None], ray)
-        jitter = jnp.full(jitter_shape(1, sampler=sampler), 0.5)
-        out, _ = render_rays(field_fn, ray, None, jitter, background[None], sampler=sampler)
+        jitter = jnp.full(jitter_shape(1, sampler=sampler), 0.5, jnp.float32)
+        out, _ = render_rays(field, ray, None, jitter, background[None], sampler=sampler)
         return jax.tree.map(lambda a: a[0], out)
 
     evaluations = jnp.float32(rays.origin.shape[0] * sampler.num_bins)
@@ -129,12 +102,12 @@ def _render_stratified(
 
 
 def _render_marched(
-    field_fn: FieldFn, rays: Rays, grid: OccupancyGrid, background: jax.Array, sampler: MarchConfig, batching: Batching
+    field: Field, rays: Rays, grid: OccupancyGrid, background: jax.Array, sampler: MarchConfig, batching: Batching
 ) -> tuple[RenderOutput, jax.Array]:
     num_rays = rays.origin.shape[0]
     num_lanes = min(batching.lanes, num_rays)
     # Behind the barrier it is data like any other: knowing it, XLA:GPU moves its sums out of the march, to memory.
-    jitter = lax.optimization_barrier(jnp.full(num_rays, 0.5))
+    jitter = lax.optimization_barrier(jnp.full(num_rays, 0.5, jnp.float32))
     candidates = fusion_barrier(functools.partial(find_candidates, config=sampler), rays, grid, jitter)
     ends = fusion_barrier(count_steps, candidates.words)
     counts = ends[:, -1]
@@ -142,14 +115,14 @@ def _render_marched(
 
     def unfinished(carry: tuple) -> jax.Array:
         lanes, *_ = carry
-        return jnp.any(lanes.place < length)
+        return largest(jnp.any(lanes.place < length))
 
     def advance(carry: tuple) -> tuple:
         lanes, sums, next_place, rounds = carry
         ray = queue[jnp.minimum(lanes.place, num_rays - 1)]
         active = lanes.place < length
         count = jnp.where(active, counts[ray], 0)
-        lanes = _take_samples(field_fn, lanes, rays, candidates, ends, ray, count, sampler, batching.samples)
+        lanes = _take_samples(field, lanes, rays, candidates, ends, ray, count, sampler, batching.samples)
         ended = (lanes.taken >= counts[ray]) | (lanes.transmittance < sampler.min_transmittance)
         sums = sums.at[jnp.where(ended & active, ray, num_rays)].set(lanes.sums, mode="drop")
         return _refill(lanes, ended, next_place), sums, next_place + jnp.sum(ended, dtype=jnp.int32), rounds + 1
@@ -157,10 +130,10 @@ def _render_marched(
     lanes = _Lanes(
         place=jnp.arange(num_lanes, dtype=jnp.int32),
         taken=jnp.zeros(num_lanes, jnp.int32),
-        transmittance=jnp.ones(num_lanes),
-        sums=jnp.zeros((num_lanes, 5)),
+        transmittance=jnp.ones(num_lanes, jnp.float32),
+        sums=jnp.zeros((num_lanes, 5), jnp.float32),
     )
-    carry = (lanes, jnp.zeros((num_rays, 5)), jnp.int32(num_lanes), jnp.int32(0))
+    carry = (lanes, jnp.zeros((num_rays, 5), jnp.float32), jnp.int32(num_lanes), jnp.int32(0))
     _, sums, _, rounds = lax.while_loop(unfinished, advance, carry)
     out = blend(sums[:, :3], sums[:, 3], sums[:, 4], background)
     return out, rounds.astype(jnp.float32) * (num_lanes * batching.samples)
@@ -173,18 +146,19 @@ def longest_first(counts: jax.Array, per_round: int) -> tuple[jax.Array, jax.Arr
     all others waiting. Within a class in image order, for neighbours read neighbouring table rows.
     """
     num_rays = len(counts)
-    rank = jnp.sum(counts[:, None] <= per_round * np.array([16, 8, 4]), axis=1)
+    rank = jnp.sum(counts[:, None] <= per_round * np.array([16, 8, 4]), axis=1, dtype=jnp.int32)
     member = (rank[:, None] == np.arange(4)) & (counts > 0)[:, None]
-    number = jnp.cumsum(member.astype(jnp.int32), axis=0)
+    number = jnp.cumsum(member, axis=0, dtype=jnp.int32)
     size = number[-1]
-    place = jnp.sum(jnp.where(member, number - 1 + jnp.cumsum(size) - size, 0), axis=1)
+    before = jnp.cumsum(size, dtype=jnp.int32) - size
+    place = jnp.sum(jnp.where(member, number - 1 + before, 0), axis=1, dtype=jnp.int32)
     places = jnp.where(counts > 0, place, num_rays)
     queue = jnp.zeros(num_rays, jnp.int32).at[places].set(jnp.arange(num_rays, dtype=jnp.int32), mode="drop")
-    return queue, jnp.sum(size)
+    return queue, jnp.sum(size, dtype=jnp.int32)
 
 
 def _take_samples(
-    field_fn: FieldFn,
+    field: Field,
     lanes: _Lanes,
     rays: Rays,
     candidates: Candidates,
@@ -196,14 +170,14 @@ def _take_samples(
 ) -> _Lanes:
     """Every lane takes the next `num_samples` samples of its ray, those that are left of `count` (lanes,)."""
     num_lanes = ray.shape[0]
-    number = lanes.taken[:, None] + jnp.arange(num_samples)
+    number = lanes.taken[:, None] + jnp.arange(num_samples, dtype=jnp.int32)
     lane_ray = jnp.repeat(ray, num_samples)
     step = nth_candidate(candidates.words, ends, lane_ray, number.reshape(-1)).reshape(number.shape)
     t = candidates.t_start[ray][:, None] + (step + 0.5) * sampler.step_size
     direction = rays.direction[ray][:, None]
     position = rays.origin[ray][:, None] + t[..., None] * direction
     direction = jnp.broadcast_to(direction, position.shape)
-    density, rgb = field_fn(position.reshape(-1, 3), direction.reshape(-1, 3))
+    density, rgb = field(position.reshape(-1, 3), direction.reshape(-1, 3))
 
     dt = jnp.where(number < count[:, None], sampler.step_size, 0.0)
     weights, through = jax.vmap(optical_weights)(density.reshape(dt.shape), dt)
@@ -220,7 +194,7 @@ def _take_samples(
 
 def _refill(lanes: _Lanes, ended: jax.Array, next_place: jax.Array) -> _Lanes:
     """Lanes whose ray ended start on the next rays in line, in the order of the lanes."""
-    rank = jnp.cumsum(ended.astype(jnp.int32)) - 1
+    rank = jnp.cumsum(ended, dtype=jnp.int32) - 1
     return _Lanes(
         place=jnp.where(ended, next_place + rank, lanes.place),
         taken=jnp.where(ended, 0, lanes.taken),
@@ -229,45 +203,39 @@ def _refill(lanes: _Lanes, ended: jax.Array, next_place: jax.Array) -> _Lanes:
     )
 
 
-def render_image(
-    params: Any,
-    camera: Camera,
-    c2w: jax.Array,
+def render_view(
+    field: Field,
+    camera: Cameras,
     grid: OccupancyGrid | None,
     background: jax.Array,
     *,
-    make_field: Callable[[Any], FieldFn],
     sampler: Sampler,
     batching: Batching | None = None,
 ) -> RenderOutput:
-    """A whole view as numpy arrays: rgb (H, W, 3), opacity (H, W), depth (H, W). c2w (3, 4), background (3,)."""
-    rays = jax.jit(view_rays)(camera, c2w)
-    return render_ray_grid(params, rays, grid, background, make_field=make_field, sampler=sampler, batching=batching)
+    """The view of a single camera as numpy arrays: rgb (H, W, 3), opacity (H, W), depth (H, W). background (3,)."""
+    return render_ray_grid(field, view_rays(camera), grid, background, sampler=sampler, batching=batching)
 
 
 @functools.lru_cache(maxsize=64)
-def chunk_program(
-    make_field: Callable[[Any], FieldFn], sampler: Sampler, batching: Batching
-) -> Callable[..., tuple[RenderOutput, jax.Array]]:
-    """`render_chunk` with what the device's compiler is to be told, which only the outermost program can say."""
-    chunk = functools.partial(render_chunk, make_field=make_field, sampler=sampler, batching=batching)
+def chunk_program(sampler: Sampler, batching: Batching) -> Callable[..., tuple[RenderOutput, jax.Array]]:
+    """`render_chunk` with the device's compiler options, which only the outermost program can give."""
+    chunk = functools.partial(render_chunk, sampler=sampler, batching=batching)
     return jax.jit(chunk, compiler_options=compiler_options())
 
 
 def render_ray_grid(
-    params: Any,
+    field: Field,
     rays: Rays,
     grid: OccupancyGrid | None,
     background: jax.Array,
     *,
-    make_field: Callable[[Any], FieldFn],
     sampler: Sampler,
     batching: Batching | None = None,
 ) -> RenderOutput:
     """Rays (H, W), or of any other shape, in equal chunks that one compiled program serves; as numpy arrays.
 
-    The last chunk is filled up with copies of the last ray, which are thrown away. batching: `default_batching()`
-    if none is given.
+    The last chunk is filled up with copies of the last ray, which are thrown away. batching: by default
+    `device.default_batching()`.
     """
     batching = batching or default_batching()
     shape = rays.origin.shape[:-1]
@@ -276,9 +244,9 @@ def render_ray_grid(
     chunk = -(-total // num_chunks)
     index = np.minimum(np.arange(num_chunks * chunk), total - 1).reshape(num_chunks, chunk)
     flat = jax.tree.map(lambda a: a.reshape(-1, 3), rays)
-    program, parts = chunk_program(make_field, sampler, batching), []
+    program, parts = chunk_program(sampler, batching), []
     for rows in index:
         part = jax.tree.map(lambda a, rows=rows: a[rows], flat) if num_chunks > 1 else flat
-        out, _ = program(params, part, grid, background)
+        out, _ = program(field, part, grid, background)
         parts.append(jax.tree.map(np.asarray, out))  # off the device: a view may be larger than what is left of it
     return jax.tree.map(lambda *a: np.concatenate(a)[:total].reshape(*shape, *a[0].shape[1:]), *parts)

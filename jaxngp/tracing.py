@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +12,12 @@ from flax import struct
 from jax import lax
 
 from jaxngp.cameras import Rays
+from jaxngp.device import CPU_BATCHING, default_batching, largest
 from jaxngp.marching import box_interval
 
-DistanceFn = Callable[[jax.Array], jax.Array]
-"""position (N, 3) scene units -> signed distance (N,), negative inside."""
-
-MakeDistance = Callable[[Any], DistanceFn]
-"""From parameters; a static argument, so pass the same function object every time."""
+Distance = Callable[[jax.Array], jax.Array]
+"""position (N, 3) scene units -> signed distance (N,), negative inside; a pytree where it crosses a jit, as a
+`fields.DistanceField` or a `jax.tree_util.Partial` is."""
 
 ROUND = 4
 """Evaluations of a lane before the rays that ended make room for others."""
@@ -28,35 +26,23 @@ SHRINK = (1, 8, 64)
 """By which the number of lanes is divided as fewer rays are left; else the last few would keep all lanes waiting."""
 
 
-CPU_LANES, GPU_LANES = 2**14, 2**18
-"""Rays that are evaluated at once: what they need stays in a CPU's cache; on a GPU it is worth a launch."""
-
-
-def default_lanes() -> int:
-    """What suits the device that jax runs on."""
-    return CPU_LANES if jax.default_backend() == "cpu" else GPU_LANES
-
-
 @struct.dataclass
 class Hits:
     """Where R rays meet a surface: distance t along the ray (R,), and whether they do (R,)."""
 
     t: jax.Array
     hit: jax.Array
-    unfinished: (
-        jax.Array
-    )  # () i32: rays that took max_steps without meeting it or leaving the box; they count as misses
+    unfinished: jax.Array  # () i32: rays that took max_steps without meeting it or leaving the box, counted as misses
 
 
-@functools.partial(jax.jit, static_argnames=("make_distance", "lanes", "max_steps"))
+@functools.partial(jax.jit, static_argnames=("lanes", "max_steps"))
 def trace_rays(
-    params: Any,
+    distance: Distance,
     rays: Rays,
     box: jax.Array,
     *,
-    make_distance: MakeDistance,
     tolerance: float = 1e-4,
-    lanes: int = CPU_LANES,
+    lanes: int = CPU_BATCHING.tracing_lanes,
     max_steps: int = 256,
 ) -> Hits:
     """Walk R rays through a box (2, 3), by the distance to the surface at each step, until it is within `tolerance`.
@@ -65,16 +51,15 @@ def trace_rays(
     in it, meets it there. Rays end at very different numbers of steps, so that in every round only `lanes` of those
     still on their way are evaluated; the result does not depend on how many.
     """
-    distance_fn = make_distance(params)
     num_rays = len(rays.origin)
     near, far = box_interval(rays, box[0], box[1])
     t, steps, active, hit = near, jnp.zeros(num_rays, jnp.int32), near < far, jnp.zeros(num_rays, bool)
 
     def advance(carry: tuple, *, width: int) -> tuple:
         t, steps, active, hit = carry
-        index = jnp.nonzero(active, size=width, fill_value=num_rays)[0]
+        index = jnp.nonzero(active, size=width, fill_value=num_rays)[0].astype(jnp.int32)
         # Lanes without a ray write to places of their own beyond the end: a GPU then needs no atomic operations.
-        index = jnp.where(index < num_rays, index, num_rays + jnp.arange(width))
+        index = jnp.where(index < num_rays, index, num_rays + jnp.arange(width, dtype=jnp.int32))
         picked = jnp.minimum(index, num_rays - 1)
         origin, direction = rays.origin[picked], rays.direction[picked]
         first, end = near[picked], far[picked]
@@ -82,10 +67,10 @@ def trace_rays(
 
         def step(_: int, lane: tuple) -> tuple:
             t, steps, going, found = lane
-            distance = distance_fn(origin + t[:, None] * direction)
-            found |= going & ((jnp.abs(distance) < tolerance) | (distance < 0) & (t <= first))
+            to_surface = distance(origin + t[:, None] * direction)
+            found |= going & ((jnp.abs(to_surface) < tolerance) | (to_surface < 0) & (t <= first))
             going &= ~found
-            t, steps = jnp.where(going, t + distance, t), steps + going
+            t, steps = jnp.where(going, t + to_surface, t), steps + going
             return t, steps, going & (t < end) & (steps < max_steps), found
 
         lane = (lane_t, lane_steps, index < num_rays, jnp.zeros(width, bool))
@@ -103,15 +88,15 @@ def trace_rays(
         many = functools.partial(_more_than, least)
         carry = lax.while_loop(many, functools.partial(advance, width=width), carry)
     t, steps, _, hit = carry
-    return Hits(t, hit, jnp.sum((steps >= max_steps) & ~hit & (t < far)))
+    return Hits(t, hit, jnp.sum((steps >= max_steps) & ~hit & (t < far), dtype=jnp.int32))
 
 
 def _more_than(least: int, carry: tuple) -> jax.Array:
     """Whether more than so many rays are on their way."""
-    return jnp.sum(carry[2]) > least
+    return largest(jnp.sum(carry[2], dtype=jnp.int32)) > least
 
 
-def surface_normals(distance_fn: DistanceFn, position: jax.Array, *, width: float) -> jax.Array:
+def surface_normals(distance: Distance, position: jax.Array, *, width: float) -> jax.Array:
     """The direction in which the distance grows: (N, 3) -> unit (N, 3), outwards.
 
     By differences over the corners of a tetrahedron `width` away: the gradient itself jumps at every face of the
@@ -119,8 +104,8 @@ def surface_normals(distance_fn: DistanceFn, position: jax.Array, *, width: floa
     """
     corners = np.array([[1, -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]], np.float32)
     moved = position[:, None] + width / 3**0.5 * corners
-    distance = distance_fn(moved.reshape(-1, 3)).reshape(-1, 4, 1)
-    gradient = jnp.sum(distance * corners, axis=1)
+    values = distance(moved.reshape(-1, 3)).reshape(-1, 4, 1)
+    gradient = jnp.sum(values * corners, axis=1)
     return gradient / jnp.maximum(jnp.linalg.norm(gradient, axis=1, keepdims=True), 1e-12)
 
 
@@ -128,7 +113,7 @@ SKY, LAMP = (np.array(rgb, np.float32) for rgb in ((0.76, 0.80, 0.86), (0.52, 0.
 
 
 @struct.dataclass
-class Picture:
+class SurfaceView:
     """What R rays see of a surface."""
 
     rgb: jax.Array  # (R, 3) sRGB, white where nothing is
@@ -139,28 +124,27 @@ class Picture:
 
 
 def draw_surface(
-    params: Any,
+    distance: Distance,
     rays: Rays,
     box: jax.Array,
     light: jax.Array,
     up: jax.Array,
     *,
-    make_distance: MakeDistance,
     normal_width: float = 1e-3,
     shadows: bool = True,
     lanes: int | None = None,
-) -> Picture:
+) -> SurfaceView:
     """R rays, traced and shaded: a matt surface under a sky, and one lamp far away.
 
     light, up (3,) unit: where the lamp is, and where the sky is brightest. Shadows are traced from the surface towards
-    the lamp. lanes: `default_lanes()` if none are given.
+    the lamp. lanes: by default those of `device.default_batching()`.
     """
-    lanes = lanes or default_lanes()
+    lanes = lanes or default_batching().tracing_lanes
     # Programs of their own, not one: the walk, of which most is compiled, is the same for both kinds of rays.
-    trace = functools.partial(trace_rays, params, box=box, make_distance=make_distance, lanes=lanes)
+    trace = functools.partial(trace_rays, distance, box=box, lanes=lanes)
     hits = trace(rays)
     position = rays.origin + hits.t[:, None] * rays.direction
-    normal = _normals_of_hits(params, hits.hit, position, normal_width, make_distance=make_distance, lanes=lanes)
+    normal = _normals_of_hits(distance, hits.hit, position, normal_width, lanes=lanes)
     shadow = jnp.zeros_like(hits.hit)
     if shadows:
         shadow = trace(_shadow_rays(hits.hit, position, normal, light, box, 4 * normal_width)).hit
@@ -180,11 +164,11 @@ def _shadow_rays(
 
 
 @jax.jit
-def _shade(hits: Hits, normal: jax.Array, shadow: jax.Array, light: jax.Array, up: jax.Array) -> Picture:
+def _shade(hits: Hits, normal: jax.Array, shadow: jax.Array, light: jax.Array, up: jax.Array) -> SurfaceView:
     lit = jnp.where(shadow, 0, jnp.maximum(normal @ light, 0))[:, None]
     open_sky = 0.5 + 0.5 * (normal @ up)[:, None]
     rgb = SKY * (0.2 + 0.4 * open_sky) + LAMP * lit
-    return Picture(
+    return SurfaceView(
         rgb=jnp.where(hits.hit[:, None], jnp.clip(rgb, 0, 1), 1.0),
         normal=normal,
         depth=hits.t,
@@ -193,21 +177,23 @@ def _shade(hits: Hits, normal: jax.Array, shadow: jax.Array, light: jax.Array, u
     )
 
 
-@functools.partial(jax.jit, static_argnames=("make_distance", "lanes"))
-def _normals_of_hits(
-    params: Any, hit: jax.Array, position: jax.Array, width: float, *, make_distance: MakeDistance, lanes: int
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="lanes")
+def _normals_of_hits(distance: Distance, hit: jax.Array, position: jax.Array, width: float, *, lanes: int) -> jax.Array:
     """The normals (R, 3) where `hit`, evaluated `lanes` at a time and nowhere else; 0 elsewhere."""
-    distance_fn, num_rays = make_distance(params), len(position)
+    num_rays = len(position)
     lanes = min(lanes, num_rays)
-    order = jnp.concatenate([jnp.nonzero(hit, size=num_rays, fill_value=num_rays)[0], jnp.full(lanes, num_rays)])
-    order = jnp.where(order < num_rays, order, num_rays + jnp.arange(num_rays + lanes))  # as in trace_rays
+    found = jnp.nonzero(hit, size=num_rays, fill_value=num_rays)[0].astype(jnp.int32)
+    order = jnp.concatenate([found, jnp.full(lanes, num_rays, jnp.int32)])
+    order = jnp.where(
+        order < num_rays, order, num_rays + jnp.arange(num_rays + lanes, dtype=jnp.int32)
+    )  # as in trace_rays
 
     def one(carry: tuple) -> tuple:
         first, normals = carry
         index = lax.dynamic_slice(order, (first,), (lanes,))
-        found = surface_normals(distance_fn, position[jnp.minimum(index, num_rays - 1)], width=width)
+        found = surface_normals(distance, position[jnp.minimum(index, num_rays - 1)], width=width)
         return first + lanes, normals.at[index].set(found, mode="drop", unique_indices=True)
 
-    start = (jnp.int32(0), jnp.zeros((num_rays, 3)))
-    return lax.while_loop(lambda carry: carry[0] < jnp.sum(hit), one, start)[1]
+    start = (jnp.int32(0), jnp.zeros((num_rays, 3), jnp.float32))
+    count = largest(jnp.sum(hit, dtype=jnp.int32))
+    return lax.while_loop(lambda carry: carry[0] < count, one, start)[1]

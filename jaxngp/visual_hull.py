@@ -10,7 +10,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from jaxngp.cameras import Camera, PosedImages, project
+from jaxngp.cameras import Cameras, PosedImages, project_axes
 from jaxngp.config import OccupancyConfig
 from jaxngp.device import fusion_barrier
 from jaxngp.occupancy import cell_axes, count_bits, nth_bit, pack_bits
@@ -46,14 +46,15 @@ def pixel_set(flags: jax.Array) -> PixelSet:
     return PixelSet(words=words, end=count_bits(words))
 
 
-def survey(images: PosedImages, *, config: OccupancyConfig) -> tuple[jax.Array, PixelSet]:
+def visual_hull(images: PosedImages, *, config: OccupancyConfig) -> tuple[jax.Array, PixelSet]:
     """`candidate_cells`, and the pixels to draw from.
 
     Those are all pixels, or, if carving, those whose ray may meet a candidate. The others have no sample and no
     gradient, whatever is learned, so leaving them out changes the objective by nothing but a constant factor.
     """
     candidates = candidate_cells(images, config=config)
-    everywhere = jnp.ones(images.rgba.shape[:3], bool)
+    width, height = images.max_size
+    everywhere = jnp.ones((len(images.cameras), height, width), bool)
     if not config.carve:
         return candidates, pixel_set(everywhere.reshape(-1))
     # Where few cells are excluded, few pixels would be, and looking for them takes longest.
@@ -69,7 +70,7 @@ def candidate_cells(images: PosedImages, *, config: OccupancyConfig) -> jax.Arra
     A view excludes a cell whose footprint lies inside its image and has alpha 0 everywhere: light through those
     pixels met nothing, so the cell holds nothing. Views whose pixels are all opaque exclude nothing.
     """
-    num_cells, num_views = config.resolution**3, images.c2w.shape[0]
+    num_cells, num_views = config.resolution**3, len(images.cameras)
     stride = -(-num_views // _FIRST_VIEWS)
     first = np.arange(num_views) % stride == 0
 
@@ -99,15 +100,15 @@ def _look(
     size = min(_CHUNK, cells.size)
 
     def add_view(known: tuple[jax.Array, jax.Array], view: tuple[jax.Array, jax.Array]) -> tuple:
-        c2w, alpha = view
+        camera, alpha = view
         area = _summed_area(alpha > 0)
 
         def add_chunk(i: jax.Array, known: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             # The last chunk is pushed back to the end of the list; what it looks at twice stays what it was.
             start = jnp.minimum(i * size, cells.size - size)
             cell, seen, excluded = (_slice(a, start, size) for a in (cells, *known))
-            footprint = functools.partial(_footprint, camera=images.camera, resolution=config.resolution)
-            x, y, radius, inside = fusion_barrier(footprint, c2w, cell)
+            footprint = functools.partial(_footprint, resolution=config.resolution)
+            x, y, radius, inside = fusion_barrier(footprint, camera, cell)
             if config.carve:
                 excluded = excluded | (inside & _is_empty(area, x, y, radius))
             seen, excluded = (
@@ -118,7 +119,14 @@ def _look(
 
         return lax.fori_loop(0, -(-count // size), add_chunk, known), None
 
-    return lax.scan(add_view, known, (images.c2w[views], images.rgba[views, :, :, 3]))[0]
+    return lax.scan(
+        add_view,
+        known,
+        (
+            images.cameras[views],
+            images.rgba[:, 3].reshape(len(images.cameras), images.max_size[1], images.max_size[0])[views],
+        ),
+    )[0]
 
 
 def _facing_pixels(candidates: jax.Array, images: PosedImages, *, resolution: int) -> jax.Array:
@@ -127,18 +135,18 @@ def _facing_pixels(candidates: jax.Array, images: PosedImages, *, resolution: in
     In each view the pixels in which the cells' centres lie are marked, and the marks are grown by the largest
     radius of a cell, in pixels, that the view shows.
     """
-    num_cells, camera = candidates.size, images.camera
-    height, width = camera.height, camera.width
+    num_cells = candidates.size
+    width, height = images.max_size
     size = min(_CHUNK, num_cells)
     cells = jnp.nonzero(candidates, size=num_cells, fill_value=num_cells)[0].astype(jnp.int32)
     num_chunks = -(-jnp.sum(candidates) // size)
 
-    def mark(c2w: jax.Array) -> jax.Array:
+    def mark(camera: Cameras) -> jax.Array:
         def add_chunk(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             marks, largest = carry
             cell = _slice(cells, jnp.minimum(i * size, num_cells - size), size)
             x, y, radius, shown = fusion_barrier(
-                functools.partial(_extent, camera=camera, resolution=resolution), c2w, jnp.minimum(cell, num_cells - 1)
+                functools.partial(_extent, resolution=resolution), camera, jnp.minimum(cell, num_cells - 1)
             )
             shown = shown & (cell < num_cells)
             # A centre outside the image is moved to its edge, which is nearer to all pixels that the cell covers.
@@ -150,35 +158,33 @@ def _facing_pixels(candidates: jax.Array, images: PosedImages, *, resolution: in
         marks, largest = lax.fori_loop(0, num_chunks, add_chunk, start)
         return _grow(marks.reshape(height, width), jnp.minimum(jnp.floor(largest), width + height).astype(jnp.int32))
 
-    return lax.map(mark, images.c2w)
+    return lax.map(mark, images.cameras)
 
 
 def _slice(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
     return lax.dynamic_slice(array, (start,), (size,))
 
 
-def _extent(
-    c2w: jax.Array, cell: jax.Array, *, camera: Camera, resolution: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _extent(camera: Cameras, cell: jax.Array, *, resolution: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """`_footprint`, but the last is whether any part of the cell may be in view, and the radius is right next to it."""
-    x, y, radius, _ = _footprint(c2w, cell, camera=camera, resolution=resolution)
-    depth = project(camera, c2w, *cell_axes(cell, resolution=resolution))[2]
+    x, y, radius, _ = _footprint(camera, cell, resolution=resolution)
+    depth = project_axes(camera, *cell_axes(cell, resolution=resolution))[2]
     diagonal = 3**0.5 / resolution
-    radius = jnp.where(depth > diagonal, radius, camera.width + camera.height)  # it may surround the camera
-    overlaps = (x >= -radius) & (x <= camera.width + radius) & (y >= -radius) & (y <= camera.height + radius)
+    radius = jnp.where(depth > diagonal, radius, camera.size[0] + camera.size[1])  # it may surround the camera
+    overlaps = (x >= -radius) & (x <= camera.size[0] + radius) & (y >= -radius) & (y <= camera.size[1] + radius)
     return x, y, radius, (depth > -diagonal) & (overlaps | (depth <= diagonal))
 
 
 def _footprint(
-    c2w: jax.Array, cell: jax.Array, *, camera: Camera, resolution: int
+    camera: Cameras, cell: jax.Array, *, resolution: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Of cells: the pixel x, y of the centre, a radius in pixels around all of it, and whether the centre is in view.
 
     The ball around a cell, of half its diagonal r, looks the larger the further it is off the optical axis:
     |d(x / z)| <= |(1, x / z)| r / (z - r). Half a pixel more is for the pixel's own extent.
     """
-    x, y, depth = project(camera, c2w, *cell_axes(cell, resolution=resolution))
-    inside = (depth > 0) & (x >= 0) & (x < camera.width) & (y >= 0) & (y < camera.height)
+    x, y, depth = project_axes(camera, *cell_axes(cell, resolution=resolution))
+    inside = (depth > 0) & (x >= 0) & (x < camera.size[0]) & (y >= 0) & (y < camera.size[1])
     slope_x = jnp.abs(x - camera.centre_xy[0]) / camera.focal_xy[0]
     slope_y = jnp.abs(y - camera.centre_xy[1]) / camera.focal_xy[1]
     half_diagonal = 0.5 * 3**0.5 / resolution

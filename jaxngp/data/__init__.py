@@ -57,8 +57,9 @@ class Split:
     @property
     def resolution(self) -> tuple[int, int]:
         """(width, height) of a view in pixels, or (0, 0) where it is unknown."""
-        shape = self.images.camera if isinstance(self.images, PosedImages) else self.images
-        return shape.width, shape.height
+        if isinstance(self.images, PosedImages):
+            return self.images.max_size
+        return self.images.width, self.images.height
 
 
 # Where.

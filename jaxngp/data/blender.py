@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jaxngp.cameras import Camera, PosedImages
+from jaxngp.cameras import Cameras, PosedImages, make_cameras, pose_images
 from jaxngp.config import MAX_LENGTH, InputError, shown
 
 # Told by the first bytes, whatever a file is called. PIL knows many more; for one of them it runs Ghostscript.
@@ -202,7 +202,7 @@ def load_views(transforms: Transforms, frames: Sequence[Frame], downscale: int) 
         bar = tqdm(loaded, transforms.path.name, len(frames), delay=1.0, disable=None, leave=False, unit="image")
         has_alpha = any([*bar])
     c2w = np.stack([frame.c2w for frame in frames]).astype(np.float32)
-    return PosedImages(camera=camera, c2w=c2w, rgba=rgba), has_alpha  # type: ignore[arg-type]
+    return pose_images(make_cameras(c2w, **camera), rgba), has_alpha
 
 
 def box_downscale(rgba: np.ndarray, downscale: int) -> np.ndarray:
@@ -224,7 +224,7 @@ def box_downscale(rgba: np.ndarray, downscale: int) -> np.ndarray:
     return np.concatenate([rgb, np.rint(alpha / downscale**2)[..., None]], axis=-1).astype(np.uint8)
 
 
-def _camera(transforms: Transforms, size: tuple[int, int], downscale: int) -> Camera:
+def _camera(transforms: Transforms, size: tuple[int, int], downscale: int) -> dict:
     """The camera of the reduced images, whose full size is `size` = (width, height)."""
     said = [s or float(pixels) for s, pixels in zip(transforms.size, size, strict=True)]
     if abs(said[0] * size[1] - said[1] * size[0]) > max(said):
@@ -244,7 +244,7 @@ def _camera(transforms: Transforms, size: tuple[int, int], downscale: int) -> Ca
             f"{transforms.path}: focal length {focal[0]:g}, {focal[1]:g} and centre {centre[0]:g}, {centre[1]:g} "
             f"in pixels: expected {low:g} to {high:g}; correct camera_angle_x, fl_x, cx or w"
         )
-    return Camera(
+    return dict(
         focal_xy=np.asarray(focal, np.float32) / downscale,  # type: ignore[arg-type]
         centre_xy=np.asarray(centre, np.float32) / downscale,  # type: ignore[arg-type]
         width=size[0] // downscale,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from tqdm import tqdm
@@ -42,6 +43,25 @@ class RayTable:
     rgb: jax.Array  # (N, 3) f32 in [0, 1]
     width: int = struct.field(pytree_node=False)
     height: int = struct.field(pytree_node=False)
+
+    @property
+    def num_pixels(self) -> int:
+        return self.rgb.shape[0]
+
+    @property
+    def source(self) -> RayTable:
+        """Where the rays of its pixels come from."""
+        return self
+
+    def pixel(self, number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Of rows by their numbers (R,) i32: the row itself, no place in a picture, and opaque rgba (R, 4) f32."""
+        count = len(number)
+        rgba = jnp.concatenate([self.rgb[number], jnp.ones((count, 1), jnp.float32)], axis=1)
+        return number, jnp.zeros((count, 2), jnp.float32), rgba
+
+    def cast(self, row: jax.Array, _: jax.Array) -> Rays:
+        """The rays (R,) of rows (R,) i32."""
+        return self.rays[row]
 
 
 # Which files.

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxngp.config import InputError, RunConfig
-from jaxngp.device import slow_scatter_warning
+from jaxngp.config import ImageConfig, InputError, NerfConfig, RunConfig, SdfConfig, program_config
+from jaxngp.device import default_placement, slow_scatter_warning
+from jaxngp.training import image, nerf, sdf
 from jaxngp.training.optimizer import learning_rate
-from jaxngp.training.programs import Data, Programs, compile_programs
-from jaxngp.training.state import TrainState, init_state
-from jaxngp.training.updates import StepMetrics
+from jaxngp.training.state import TrainState
+from jaxngp.training.step import Programs, StepMetrics
+
+TASKS: dict[type, ModuleType] = {NerfConfig: nerf, ImageConfig: image, SdfConfig: sdf}
+"""What a config of each type trains: a module with `Field`, `init_state`, `compile_programs`, `training_warnings`."""
+
+
+def task_of(config: RunConfig) -> ModuleType:
+    """The module that a config's task is: the one place that picks it."""
+    return TASKS[type(config)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,79 +38,114 @@ class Progress:
     does between two iterations, is not in it. `compile_seconds` is what compilation took when the run began.
     """
 
+    config: RunConfig
     state: TrainState
     metrics: StepMetrics | None  # means over the steps since the last yield; None before the first
     step: int
     seconds: float
     compile_seconds: float
     num_samples: float  # used in all steps so far
-    fraction: float  # of the budget of steps or seconds, whichever is further
+
+    @property
+    def fraction(self) -> float:
+        """How much of the budget of steps or seconds is spent, whichever is more. In [0, 1]."""
+        train = self.config.train
+        by_time = self.seconds / train.max_seconds if train.max_seconds else 0.0
+        return min(max(self.step / train.max_steps, by_time), 1.0)
 
     @property
     def finished(self) -> bool:
         return self.fraction >= 1
 
+    @property
+    def field(self) -> Any:
+        """What has been learned so far: a `RadianceField`, an `ImageField` or a `DistanceField`.
 
-def train(config: RunConfig, data: Data, *, resume: Progress | None = None) -> Iterator[Progress]:
+        Its arrays are those of `state`, so the next iteration takes them.
+        """
+        return task_of(self.config).Field.of(self.state.eval_params, config=self.config.field)
+
+
+def init_state(seed: int, *, config: RunConfig) -> TrainState:
+    """The state before step 0. Equal seeds give equal states.
+
+    Takes a seed, not a key: training donates the state's buffers, and would delete a key that the caller holds.
+    """
+    return _init_state(np.uint32(seed), config=program_config(config))
+
+
+@functools.partial(jax.jit, static_argnames="config")  # a dozen small programs otherwise
+def _init_state(seed: np.uint32, *, config: RunConfig) -> TrainState:
+    return task_of(config).init_state(jax.random.key(seed), config=config)
+
+
+def train(config: RunConfig, data: Any, *, resume: Progress | None = None) -> Iterator[Progress]:
     """Train from scratch, or from where `resume` stands, until the budget of steps or seconds is spent.
 
-    The config says what is learned, and so what the data is: views or a ray table for a NerfConfig, an image for an
-    ImageConfig, distances for an SdfConfig. Raises InputError where no camera sees the scene's box, and where the loss
-    is no finite number any more.
+    The config says what is learned, and so what the data is: `PosedImages` or a `RayTable` for a NerfConfig,
+    `ImagePixels` or a `StoredImage` for an ImageConfig, `DistanceSamples` for an SdfConfig. Raises InputError where no
+    camera sees the scene's box, and after MAX_SKIPPED updates in a row with a non-finite loss or gradient.
 
-    Yields once before the first step and after every train.calls_in_flight dispatches of up to
-    train.steps_per_dispatch steps each; of a run that is finished, only where it stands.
+    Yields once before the first step and after every train.calls_in_flight calls of up to train.steps_per_dispatch
+    steps each. A run may be resumed with a larger budget: its schedule is then that of the new budget, entered where
+    the run stands. Where the budget leaves no step to take, that is warned of, and `resume` is yielded.
     """
-    if resume and resume.finished:
-        yield resume
-        return
     if message := slow_scatter_warning(config.field.precision):
         warnings.warn(message, stacklevel=2)
+    if resume:
+        resume = dataclasses.replace(resume, config=config)
+        if resume.finished:
+            warnings.warn(_nothing_left(resume), stacklevel=2)
+            yield resume
+            return
     state = resume.state if resume else init_state(config.train.seed, config=config)
-    # By name: restored arrays are bound to their device and fresh ones are not, and jax compiles for each anew.
-    state = jax.device_put(state, jax.devices()[0])
-    programs = compile_programs(state, data, config)
+    state = default_placement().put(state)
     started = time.perf_counter()
-    begun = programs.begin(state)
+    programs = task_of(config).compile_programs(state, data, config)
+    compiled = time.perf_counter()
     if resume:
         progress = resume
     else:
-        seconds = time.perf_counter() - started
-        progress = Progress(begun, None, 0, seconds, programs.seconds, 0.0, budget_fraction(0, seconds, config))
+        state = programs.begin(state)
+        progress = Progress(config, state, None, 0, time.perf_counter() - compiled, compiled - started, 0.0)
     yield progress
     skipped = 0  # updates in a row
     while not progress.finished:
         before = progress.step
-        progress = _dispatch(progress, programs, config)
+        progress = _dispatch(progress, programs)
         assert progress.metrics is not None
         skipped = skipped + progress.step - before if float(progress.metrics.skipped) == 1 else 0
         if skipped >= MAX_SKIPPED:
-            raise InputError(_diagnosis(progress, skipped, config))
+            raise InputError(_diagnosis(progress, skipped))
         yield progress
 
 
 MAX_SKIPPED = 16
-"""Updates in a row that may be left out, as loss or gradient was no finite number, before a run stops."""
+"""Updates in a row that may be skipped, as loss or gradient was non-finite, before a run stops."""
 
 
-def _diagnosis(progress: Progress, skipped: int, config: RunConfig) -> str:
-    assert progress.metrics is not None
-    largest = max(float(jnp.max(jnp.abs(array))) for array in jax.tree.leaves(progress.state.params))
+def _nothing_left(progress: Progress) -> str:
+    train = progress.config.train
+    budget = f"{train.max_steps} steps" + (f" or {train.max_seconds:g} s" if train.max_seconds else "")
     return (
-        f"step {progress.step}: the last {skipped} updates were left out, since the loss ({progress.metrics.loss:.3g}) "
-        f"or its gradient was no finite number; the largest parameter is {largest:.3g}. The last checkpoint stands. "
-        f"Train anew with a lower optimizer.learning_rate than {config.optimizer.learning_rate:g}, by --override"
+        f"the run stands at step {progress.step} after {progress.seconds:.1f} s, and the budget is {budget}: nothing is "
+        "left to train; raise train.max_steps or train.max_seconds"
     )
 
 
-def budget_fraction(step: int, seconds: float, config: RunConfig) -> float:
-    """How much of the budget is spent, by steps or by seconds, whichever is more. In [0, 1]."""
-    limit = config.train.max_seconds
-    return min(max(step / config.train.max_steps, seconds / limit if limit else 0.0), 1.0)
+def _diagnosis(progress: Progress, skipped: int) -> str:
+    assert progress.metrics is not None
+    largest = max(float(jnp.max(jnp.abs(array))) for array in jax.tree.leaves(progress.state.params))
+    rate = progress.config.optimizer.learning_rate
+    return (
+        f"step {progress.step}: the last {skipped} updates were skipped, since the loss ({progress.metrics.loss:.3g}) "
+        f"or its gradient was non-finite; the largest parameter is {largest:.3g}. The last checkpoint stands. "
+        f"Train anew with a lower optimizer.learning_rate than {rate:g}, by --override"
+    )
 
 
-def _dispatch(progress: Progress, programs: Programs, config: RunConfig) -> Progress:
-    started = time.perf_counter()
+def _dispatch(progress: Progress, programs: Programs) -> Progress:
+    started, config = time.perf_counter(), progress.config
     size, every = config.train.steps_per_dispatch, programs.refresh_every
     state, step, parts = progress.state, progress.step, []
     # The device has its next work while the host sees to the one after: nothing here waits before the last.
@@ -107,17 +153,21 @@ def _dispatch(progress: Progress, programs: Programs, config: RunConfig) -> Prog
         num_steps = min(size, config.train.max_steps - step)
         if num_steps == 0:
             break
-        rates = jnp.asarray(_learning_rates(step, progress.fraction, size, config))
+        rates = _learning_rates(step, progress.fraction, size, config)
         state, metrics = programs.steps(state, step, rates, num_steps)
         parts.append((num_steps, metrics))
         if every and (step + num_steps) // every > step // every:
             state = programs.refresh(state)
         step += num_steps
     jax.block_until_ready((state, parts))
-    seconds = progress.seconds + time.perf_counter() - started
-    num_samples = progress.num_samples + sum(number * float(metrics.samples) for number, metrics in parts)
-    fraction = budget_fraction(step, seconds, config)
-    return Progress(state, _mean(parts), step, seconds, progress.compile_seconds, num_samples, fraction)
+    return dataclasses.replace(
+        progress,
+        state=state,
+        metrics=_mean(parts),
+        step=step,
+        seconds=progress.seconds + time.perf_counter() - started,
+        num_samples=progress.num_samples + sum(number * float(metrics.samples) for number, metrics in parts),
+    )
 
 
 def _mean(parts: Sequence[tuple[int, StepMetrics]]) -> StepMetrics:

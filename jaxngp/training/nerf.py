@@ -1,0 +1,300 @@
+"""Learning a radiance field from posed images or a table of rays: draw pixels, cast rays, compare colours."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from jaxngp.cameras import PosedImages, Rays
+from jaxngp.config import Background, InputError, MarchConfig, NerfConfig, program_config
+from jaxngp.data.rays import RayTable
+from jaxngp.device import compiled, compiler_options, default_placement, fusion_barrier
+from jaxngp.fields import RadianceField
+from jaxngp.losses import colour_loss
+from jaxngp.marching import jitter_shape
+from jaxngp.metrics import psnr
+from jaxngp.occupancy import OccupancyGrid, init_occupancy, update_occupancy
+from jaxngp.rendering import render_rays
+from jaxngp.training import step
+from jaxngp.training.state import TrainState, fresh_state
+from jaxngp.visual_hull import PixelSet, pixel_set, visual_hull
+
+Field = RadianceField
+TrainingData = PosedImages | RayTable
+
+
+class RaySource(Protocol):
+    """Where the rays of pixels come from: `Cameras`, or the rows of a `RayTable`."""
+
+    def cast(self, view: jax.Array, xy: jax.Array) -> Rays:
+        """The rays (R,) through pixel coordinates xy (R, 2) of views (R,) i32."""
+        ...
+
+
+@struct.dataclass
+class PixelBatch:
+    """R pixels: whose they are, where they lie, and rgba (R, 4) f32 in [0, 1], colour not multiplied by alpha."""
+
+    view: jax.Array  # (R,) i32, a view, or a row of a ray table
+    xy: jax.Array  # (R, 2) f32 px
+    rgba: jax.Array
+
+
+@struct.dataclass
+class StepNoise:
+    """All randomness of a step after the choice of pixels."""
+
+    jitter: jax.Array  # of jitter_shape, in [0, 1)
+    background: jax.Array  # (R, 3) sRGB
+
+
+@struct.dataclass
+class NerfMetrics:
+    """Of one step, or averaged over several."""
+
+    loss: jax.Array
+    psnr: jax.Array  # of the batch, from its mean squared error
+    rays: jax.Array  # used: those whose samples fit the buffer
+    samples: jax.Array  # used
+    dropped_samples: jax.Array  # did not fit the buffer; their rays left the loss
+    skipped: jax.Array  # 1 where the update was skipped because loss or gradient was non-finite
+    occupied_fraction: jax.Array  # of the grid's cells
+
+    def headline(self) -> str:
+        """How good the fit is, for a person who watches."""
+        return f"PSNR {float(self.psnr):.2f} dB"
+
+
+def init_state(key: jax.Array, *, config: NerfConfig) -> TrainState:
+    """The state before step 0; every cell of its occupancy grid is occupied."""
+    state = fresh_state(key, config=config)
+    if not isinstance(config.sampler, MarchConfig):
+        return state
+    cells = config.sampler.occupancy.resolution**3
+    return replace(state, occupancy=init_occupancy(jnp.ones(cells, bool)))
+
+
+# Drawing.
+
+
+def draw_batches(
+    step_: jax.Array, key: jax.Array, data: TrainingData, pixels: PixelSet | None, *, num_steps: int, config: NerfConfig
+) -> tuple[PixelBatch, StepNoise]:
+    """Pixels and noise of num_steps steps from a given one on, (K, R, ...), each from fold_in(key, its number)."""
+    num_rays = config.train.num_rays
+    num_jitters = math.prod(jitter_shape(num_rays, sampler=config.sampler)) // num_rays
+    bits = step.draw_bits(step_, key, (num_rays, 1 + num_jitters + 3), num_steps=num_steps)
+    batch = pick_pixels(bits[..., 0].reshape(-1), data, pixels)
+    batch = jax.tree.map(lambda a: a.reshape(num_steps, num_rays, *a.shape[1:]), batch)
+    return batch, jax.vmap(functools.partial(make_noise, config=config))(bits[..., 1:])
+
+
+def pick_pixels(bits: jax.Array, data: TrainingData, pixels: PixelSet | None) -> PixelBatch:
+    """Pixels drawn uniformly and independently from a set of all pixels of all views, or from all. bits (R,) u32.
+
+    Of n pixels some are likelier than others by a factor of at most 1 + n / 2^32.
+    """
+    number = _below(bits, data.num_pixels) if pixels is None else pixels.nth(_below(bits, pixels.size))
+    return PixelBatch(*data.pixel(number))
+
+
+def _below(bits: jax.Array, count: int | jax.Array) -> jax.Array:
+    """(R,) i32 in [0, count), or 0 if count is."""
+    return (bits % jnp.maximum(jnp.uint32(count), jnp.uint32(1))).astype(jnp.int32)
+
+
+def make_noise(bits: jax.Array, *, config: NerfConfig) -> StepNoise:
+    """Jitter, and a background colour per ray. bits (R, B + 3) u32."""
+    uniform = (bits >> 8).astype(jnp.float32) * 2.0**-24  # as fine as float32 is below 1, and never 1
+    shape = jitter_shape(config.train.num_rays, sampler=config.sampler)
+    return StepNoise(
+        jitter=uniform[:, :-3].reshape(shape), background=background(uniform[:, -3:], config.train.background)
+    )
+
+
+def background(uniform: jax.Array, kind: Background) -> jax.Array:
+    """(R, 3) sRGB: random colours, one a ray, or the fixed one. uniform (R, 3) in [0, 1)."""
+    return uniform if kind == "random" else jnp.full_like(uniform, 1.0 if kind == "white" else 0.0)
+
+
+# The loss.
+
+
+def nerf_loss(
+    field: RadianceField,
+    source: RaySource,
+    batch: PixelBatch,
+    noise: StepNoise,
+    grid: OccupancyGrid | None,
+    *,
+    config: NerfConfig,
+) -> tuple[jax.Array, NerfMetrics]:
+    """The mean loss over the rays whose samples fit, each before its own background, and what happened on the way.
+
+    Differentiable in the field's parameters, and in the poses and intrinsics of `source` where it is `Cameras`.
+    """
+    # Behind the barrier a ray is cast once, and not once per sample.
+    rays = fusion_barrier(lambda source, view, xy: source.cast(view, xy), source, batch.view, batch.xy)
+    out, samples = render_rays(field, rays, grid, noise.jitter, noise.background, sampler=config.sampler)
+    alpha = batch.rgba[:, 3:]
+    target = batch.rgba[:, :3] * alpha + noise.background * (1 - alpha)
+    # Of each ray, whether it is used, its loss and its squared error: summed over rays together, in one pass.
+    terms = jnp.stack(
+        [jnp.ones_like(out.opacity)]
+        + [jnp.sum(e, axis=-1) for e in (colour_loss(out.rgb, target, loss=config.train.loss), (out.rgb - target) ** 2)]
+    )
+    num_used, loss, squared_error = jnp.sum(jnp.where(samples.ray_complete, terms, 0), axis=1)
+    count = 3 * jnp.maximum(num_used, 1)
+    metrics = NerfMetrics(
+        loss=loss / count,
+        psnr=psnr(squared_error / count),
+        rays=num_used,
+        samples=samples.num_samples.astype(jnp.float32),
+        dropped_samples=samples.num_dropped.astype(jnp.float32),
+        skipped=jnp.float32(0),
+        occupied_fraction=occupied_fraction(grid),
+    )
+    return loss / count, metrics
+
+
+def occupied_fraction(grid: OccupancyGrid | None) -> jax.Array:
+    """The share of cells that are occupied, () f32; 1 without a grid."""
+    if grid is None:
+        return jnp.float32(1)
+    occupied = jnp.sum(lax.population_count(grid.occupied), dtype=jnp.uint32)
+    return occupied.astype(jnp.float32) / jnp.float32(grid.density.size)
+
+
+# The programs.
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def nerf_steps(
+    state: TrainState,
+    data: TrainingData,
+    pixels: PixelSet | None,
+    learning_rates: jax.Array,
+    num_steps: jax.Array,
+    *,
+    config: NerfConfig,
+) -> tuple[TrainState, NerfMetrics]:
+    """Up to num_steps () i32 steps at the learning_rates (K,), and their mean metrics."""
+    max_steps = len(learning_rates)
+    draw = functools.partial(draw_batches, num_steps=max_steps, config=config)
+    batches = fusion_barrier(draw, state.step, state.key, data, pixels)
+
+    def one(i: jax.Array, run: step.Steps) -> step.Steps:
+        batch, noise = jax.tree.map(lambda a: a[i], batches)
+
+        def loss(params: Any) -> tuple[jax.Array, NerfMetrics]:
+            field = RadianceField(params, run.half_table, config.field)
+            return nerf_loss(field, data.source, batch, noise, state.occupancy, config=config)
+
+        gradient, metrics = jax.grad(loss, has_aux=True)(run.state.params)
+        # Not summed over steps, in none of which it changes: to count the bits of the grid takes a kernel.
+        metrics = replace(metrics, occupied_fraction=jnp.float32(0))
+        return step.apply_gradient(run, gradient, metrics, learning_rates[i], config=config)
+
+    run = step.begin(state, NerfMetrics, config=config)
+    run = step.repeat(one, run, num_steps, max_steps=max_steps)
+    new, metrics = step.finish(run, NerfMetrics, num_steps, max_steps=max_steps, config=config)
+    return new, replace(metrics, occupied_fraction=occupied_fraction(state.occupancy))
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def refresh_occupancy(state: TrainState, *, config: NerfConfig) -> TrainState:
+    """The state with its occupancy grid brought up to date (paper appendix E.2)."""
+    assert isinstance(config.sampler, MarchConfig)
+    assert state.occupancy is not None
+    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2**31)
+    density = RadianceField(state.params, None, config.field).density
+    warmup = state.step < config.sampler.occupancy.warmup_steps
+    return replace(state, occupancy=update_occupancy(state.occupancy, key, density, warmup, config=config.sampler))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def hull_of_views(images: PosedImages, *, config: NerfConfig) -> tuple[OccupancyGrid, PixelSet]:
+    """The grid before the first step, and the pixels to draw from: see `visual_hull.visual_hull`."""
+    assert isinstance(config.sampler, MarchConfig)
+    candidates, pixels = visual_hull(images, config=config.sampler.occupancy)
+    return init_occupancy(candidates), pixels
+
+
+def compile_programs(state: TrainState, data: TrainingData, config: NerfConfig) -> step.Programs:
+    """The programs of a run. Raises InputError where there are too many pixels, or no camera sees the scene's box.
+
+    They compile in threads: XLA compiles several programs at once, and while it does Python traces the next. The
+    visual hull is also computed while the others compile; training waits for what is left of it when they are done.
+    """
+    if data.num_pixels >= 2**31:
+        raise InputError(f"the views have {data.num_pixels} pixels, and 2^31 are too many: give a --downscale")
+    data = default_placement().put(data)
+    marching, posed = isinstance(config.sampler, MarchConfig), isinstance(data, PosedImages)
+    every = config.sampler.occupancy.refresh_every if marching else 0  # type: ignore[union-attr]
+    static, options = program_config(config), compiler_options()
+    hull: Callable[[], tuple[Any, Any]] = lambda: (None, None)  # noqa: E731
+    refresh: Any = None
+    pixels = jax.eval_shape(pixel_set, jax.ShapeDtypeStruct((data.num_pixels,), bool)) if marching and posed else None
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        if marching and posed:
+            hull = threads.submit(lambda: compiled(hull_of_views, data, options=options, config=static)(data)).result
+        if marching:
+            refresh = threads.submit(compiled, refresh_occupancy, state, options=options, config=static)
+        arguments = (state, data, pixels, step.zero_rates(config), step.NO_STEPS)
+        steps = compiled(nerf_steps, *arguments, options=step.step_options(config), config=static)
+        grid, pixels = hull()
+
+    def begin(state: TrainState) -> TrainState:
+        jax.block_until_ready((grid, pixels))
+        if grid is None:
+            return state
+        _check_candidates(grid)
+        return replace(state, occupancy=grid)
+
+    return step.Programs(
+        steps=lambda state, _, rates, number: steps(state, data, pixels, rates, np.int32(number)),
+        begin=begin,
+        refresh=refresh.result() if refresh else lambda state: state,
+        refresh_every=every,
+    )
+
+
+def _check_candidates(grid: OccupancyGrid) -> None:
+    if not np.any(np.asarray(grid.occupied)):
+        raise InputError(
+            "no camera sees anything in the scene's box: set scene.box_centre and scene.box_side by --override, in the "
+            "units of the poses"
+        )
+
+
+# What looks wrong about a run as it goes.
+
+FEW_RAYS = 0.15
+"""Of those drawn; a well-configured run ends far above it."""
+
+
+def training_warnings(metrics: NerfMetrics, *, step: int, finished: bool, config: NerfConfig) -> dict[str, str]:
+    """Warnings about the last steps, by a name under which each is said once."""
+    found = {}
+    if float(metrics.occupied_fraction) == 0:
+        found["empty"] = (
+            f"step {step}: the occupancy grid is empty, so nothing is sampled and nothing can be learned any more. "
+            "Train anew with a lower optimizer.learning_rate or sampler.occupancy.threshold, by --override"
+        )
+    used = float(metrics.rays) / config.train.num_rays
+    if finished and isinstance(config.sampler, MarchConfig) and used < FEW_RAYS:
+        found["dropped"] = (
+            f"only {used:.0%} of the rays drawn in the last steps fitted the sample buffer, and the others were marched "
+            "for nothing: raise sampler.num_samples or lower train.num_rays, by --override"
+        )
+    return found
