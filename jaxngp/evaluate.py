@@ -5,10 +5,10 @@ Writes novel_views/ and summary.json of its workdir anew.
 
 from __future__ import annotations
 
-from jaxngp import flags
+from jaxngp import flags, runs
+from jaxngp.config import InputError
 from jaxngp.data import load_evaluation
-from jaxngp.training.checkpoints import Checkpoints
-from jaxngp.training.summary import evaluate_into, training_summary, write_summary
+from jaxngp.evaluation import evaluate_into, write_summary
 
 
 def define_flags(values: flags.Flags) -> None:
@@ -17,14 +17,14 @@ def define_flags(values: flags.Flags) -> None:
 
 
 def main(values: flags.Flags) -> None:
-    workdir, config = flags.trained_config(values)
-    with Checkpoints(workdir) as checkpoints:
-        progress, trained_on = checkpoints.restore_trained(config), checkpoints.environment()
-    if not progress.finished:
-        print(f"this run is unfinished: {progress.fraction:.0%} of its budget is spent")
+    run, config = flags.trained_nerf(values)
+    if not run.progress.finished:
+        print(f"this run is unfinished: {run.progress.fraction:.0%} of its budget is spent")
     split = load_evaluation(config.scene, values.eval_split, values.eval_views)
-    result = evaluate_into(workdir, progress.state, split, config=config, background=values.background)
-    print(write_summary(workdir, config.scene.name, result, training_summary(progress), trained_on))
+    result = evaluate_into(
+        run.workdir, run.field, run.occupancy, split, sampler=config.sampler, background=values.background
+    )
+    print(write_summary(run.workdir, config.scene.name, result, run.progress, run.trained_on))
 
 
 if __name__ == "__main__":

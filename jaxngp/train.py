@@ -1,7 +1,7 @@
 """Learn a scene from its images, then evaluate it and write novel views.
 
-The same command goes on where an interrupted run stopped. A finished run is only evaluated again; --restart trains
-it anew.
+The same command goes on where an interrupted run stopped. A finished run is only evaluated again; --extend with a
+larger budget trains it on, --restart trains it anew.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import concurrent.futures
 from dataclasses import replace
 from pathlib import Path
 
-from jaxngp import flags
-from jaxngp.config import InputError, NerfConfig
+from jaxngp import flags, runs
+from jaxngp.config import InputError, NerfConfig, to_json
+from jaxngp.console import warn
 from jaxngp.data import RayTable, Split, load_evaluation, load_training
 from jaxngp.data.checks import dataset_warnings
-from jaxngp.training.progress import warn
-from jaxngp.training.summary import evaluate_into, training_summary, write_summary
-from jaxngp.training.workdir import fit
+from jaxngp.evaluation import evaluate_into, write_summary
+from jaxngp.training.loop import train
 
 
 def main(values: flags.Flags) -> None:
@@ -27,19 +27,34 @@ def main(values: flags.Flags) -> None:
     # Evaluation views are read in the background, since reading images and compiling keep different cores busy.
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
         reading = reader.submit(evaluation_split, config, values, training)
-        doubting = reader.submit(lambda: dataset_warnings(training, reading.result()))
+        checking = reader.submit(lambda: dataset_warnings(training, reading.result()))
         if values.restart:
             reading.result()  # only when all input has been read: a typing error must not cost a run
-        with flags.training_in(workdir, config, restart=values.restart):
-            progress, trained_on = fit(
-                config, lambda: training.images, workdir, before_step_0=lambda: warn(*doubting.result())
-            )
-            evaluation = reading.result()
+        with runs.training_in(workdir, config, restart=values.restart, extend=values.extend) as run:
+            print(to_json(config), end="")
+            runs.note_data(workdir, training)
+            progress = run.resume
+            if not run.finished:
+                for progress in train(config, training.images, resume=run.resume):
+                    if progress.metrics is None:  # compiled, before the first step
+                        warn(*checking.result())
+                    run.record(progress)
+                    if run.interrupted:
+                        break
+            run.exit_if_interrupted()
+            assert progress is not None
             print(f"trained for {progress.step} steps in {progress.seconds:.1f} s")
-            if evaluation is None:
+            if (evaluation := reading.result()) is None:
                 return
-            result = evaluate_into(workdir, progress.state, evaluation, config=config, background=values.background)
-            print(write_summary(workdir, config.scene.name, result, training_summary(progress), trained_on))
+            result = evaluate_into(
+                workdir,
+                progress.field,
+                progress.state.occupancy,
+                evaluation,
+                sampler=config.sampler,
+                background=values.background,
+            )
+            print(write_summary(workdir, config.scene.name, result, progress, run.trained_on()))
             print(f"novel views: {workdir / 'novel_views'}   next: python -m jaxngp.render --workdir={workdir}")
 
 
@@ -58,7 +73,7 @@ def with_known_background(config: NerfConfig, training: Split) -> NerfConfig:
     """White instead of random where no image has alpha: what lies behind the scene is then part of the pictures."""
     if training.has_alpha or config.train.background != "random":
         return config
-    print("the images have no alpha: training before white instead of random backgrounds")
+    print("the images have no alpha: training with a white background instead of random ones")
     return replace(config, train=replace(config.train, background="white"))
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags as absl_flags
 from tqdm import tqdm
 
-from jaxngp import flags
+from jaxngp import flags, runs
 from jaxngp.config import (
     CosineDecay,
     HashGridConfig,
@@ -39,30 +39,21 @@ from jaxngp.config import (
     OptimizerConfig,
     PointFieldConfig,
     apply_overrides,
+    to_json,
 )
 from jaxngp.data import expand
 from jaxngp.data.atlas import builtin_image
 from jaxngp.data.image import StoredImage, read_image, tiles
-from jaxngp.device import compiler_options
-from jaxngp.fields import Params, evaluate_points
+from jaxngp.device import compiler_options, default_placement, device_memory, on_cpu
+from jaxngp.fields import ImageField
 from jaxngp.hashing import level_offsets
 from jaxngp.images import blend_taps, pixel_taps, tile_centres
 from jaxngp.metrics import psnr
-from jaxngp.training.loop import Progress
-from jaxngp.training.points import ImagePixels
-from jaxngp.training.progress import bar_interval
-from jaxngp.training.report import (
-    append_jsonl,
-    contact_sheet,
-    environment,
-    error_image,
-    keep_lines,
-    table,
-    to_uint8,
-    write_json,
-    write_png,
-)
-from jaxngp.training.workdir import fit, remove_pictures
+from jaxngp.training.loop import Progress, train
+from jaxngp.training.image import ImagePixels
+from jaxngp.console import bar_interval
+from jaxngp.pictures import contact_sheet, error_image, to_uint8, write_png
+from jaxngp.records import append_jsonl, environment, keep_lines, table, write_json
 
 TABLE_SIZES = range(14, 25)  # log2 T
 LARGEST_ON_CPU = 19  # log2 T, by default: Adam would take most of a step's time for a larger table, and 2 GB
@@ -136,25 +127,23 @@ def load(picture: ImageSourceConfig) -> StoredImage:
 def hold(image: StoredImage, where: str) -> ImagePixels | StoredImage:
     """The image on the device, or as it is where it stays on the host: --hold."""
     limit = {"device": math.inf, "host": 0}.get(where, HELD_BYTES)
-    if where == "auto" and jax.default_backend() != "cpu":
-        limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**32) / 4
-    return image if image.pixels.nbytes > limit else ImagePixels(jnp.asarray(image.pixels))
+    if where == "auto" and not on_cpu():
+        limit = (device_memory() or 2**32) / 4
+    return image if image.pixels.nbytes > limit else ImagePixels(default_placement().put(np.asarray(image.pixels)))
 
 
 # How good it is. Values are sRGB, clipped to [0, 1] as a screen does: of an HDR image, too, the PSNR is of that.
 
 
-@functools.partial(jax.jit, static_argnames=("width", "height", "config"))
-def predict_tile(
-    params: Params, left: jax.Array, top: jax.Array, *, width: int, height: int, config: PointFieldConfig
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("width", "height"))
+def predict_tile(field: ImageField, left: jax.Array, top: jax.Array, *, width: int, height: int) -> jax.Array:
     """The square of TILE pixels whose first is at (left, top): (TILE, TILE, 3) in [0, 1]."""
     position = tile_centres(left, top, size=TILE, width=width, height=height)
-    return jnp.clip(evaluate_points(params, position, config=config), 0, 1).reshape(TILE, TILE, 3)
+    return jnp.clip(field(position), 0, 1).reshape(TILE, TILE, 3)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def mean_error(params: Params, position: jax.Array, truth: jax.Array, *, config: PointFieldConfig) -> jax.Array:
+@jax.jit
+def mean_error(field: ImageField, position: jax.Array, truth: jax.Array) -> jax.Array:
     """The mean squared error at positions (N, 2) of colours (N, 3), in parts that fit a cache."""
     size = min(PART, len(position))
     missing = -len(position) % size
@@ -163,8 +152,7 @@ def mean_error(params: Params, position: jax.Array, truth: jax.Array, *, config:
         return jnp.pad(array, ((0, missing), (0, 0)), mode="edge").reshape(-1, size, array.shape[1])
 
     def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        found = evaluate_points(params, part[0], config=config)
-        return jnp.mean((jnp.clip(found, 0, 1) - jnp.clip(part[1], 0, 1)) ** 2, axis=1)
+        return jnp.mean((jnp.clip(field(part[0]), 0, 1) - jnp.clip(part[1], 0, 1)) ** 2, axis=1)
 
     return jnp.mean(jax.lax.map(one, (parts(position), parts(truth))).reshape(-1)[: len(position)])
 
@@ -172,8 +160,8 @@ def mean_error(params: Params, position: jax.Array, truth: jax.Array, *, config:
 class Curve:
     """The PSNR as training goes on, on all pixels of a small image and on a fixed lattice of those of a large one."""
 
-    def __init__(self, image: StoredImage, config: ImageConfig, path: Path) -> None:
-        self._config, self._path, self._last = config, path, 0.0
+    def __init__(self, image: StoredImage, path: Path) -> None:
+        self._path, self._last = path, 0.0
         count = min(CURVE_PIXELS, image.width * image.height)
         columns = max(1, min(image.width, round(math.sqrt(count * image.width / image.height))))
         rows = max(1, count // columns)
@@ -191,7 +179,7 @@ class Curve:
             self._last = progress.seconds
             return
         if progress.finished or any(self._last < mark <= progress.seconds for mark in MARKS):
-            error = mean_error(progress.state.eval_params, *self._data, config=self._config.field)
+            error = mean_error(progress.field, *self._data)
             entry = {"step": progress.step, "seconds": progress.seconds, "psnr": psnr(error)}
             append_jsonl(self._path, entry)
             self._last = progress.seconds
@@ -215,7 +203,7 @@ class Comparison:
     crop: tuple[np.ndarray, np.ndarray]  # (h, w, 3) of truth and prediction: a part of the tile of strongest contrast
 
 
-def compare(params: Params, image: StoredImage, config: ImageConfig) -> Comparison:
+def compare(field: ImageField, image: StoredImage) -> Comparison:
     """Walk over all pixels, tile by tile."""
     reduction = -(-max(image.width, image.height) // PANEL)
     side = TILE // reduction * reduction
@@ -225,13 +213,13 @@ def compare(params: Params, image: StoredImage, config: ImageConfig) -> Comparis
     full = np.zeros((image.height, image.width, 3), np.uint8) if small_enough else None
     total, best, crop = 0.0, -1.0, (truth, truth)
     predict = jax.jit(
-        functools.partial(predict_tile, width=image.width, height=image.height, config=config.field),
+        functools.partial(predict_tile, width=image.width, height=image.height),
         compiler_options=compiler_options(),
     )
     every = [*tiles(image.height, image.width, side)]
     for rows, columns in tqdm(every, desc="evaluating", unit="tile", mininterval=bar_interval()):
         true = image.read(rows, columns).clip(0, 1)
-        found = np.asarray(predict(params, jnp.int32(columns.start), jnp.int32(rows.start)))
+        found = np.asarray(predict(field, np.int32(columns.start), np.int32(rows.start)))
         found = found[: true.shape[0], : true.shape[1]]
         total += float(np.sum(np.square(found - true), dtype=np.float64))
         if full is not None:
@@ -317,29 +305,36 @@ def main(values: flags.Flags) -> None:
     image = load(picture)
     for note in image.notes:
         print(note)
-    config = image_config(values, picture, image, jax.default_backend() == "cpu")
+    config = image_config(values, picture, image, on_cpu())
     workdir = Path(values.workdir or f"runs/{Path(image.name).stem}")
-    with flags.training_in(workdir, config, restart=values.restart):
-        curve = Curve(image, config, workdir / "curve.jsonl")
-        progress, trained_on = fit(config, lambda: hold(image, values.hold), workdir, at_each=curve.add)
-        report(workdir, image, config, progress, trained_on, curve)
+    with runs.training_in(workdir, config, restart=values.restart, extend=values.extend) as run:
+        print(to_json(config), end="")
+        curve, progress = Curve(image, workdir / "curve.jsonl"), run.resume
+        if not run.finished:
+            for progress in train(config, hold(image, values.hold), resume=run.resume):
+                run.record(progress)
+                curve.add(progress)
+                if run.interrupted:
+                    break
+        run.exit_if_interrupted()
+        assert progress is not None
+        report(workdir, image, progress, run.trained_on(), curve)
 
 
 def report(
     workdir: Path,
     image: StoredImage,
-    config: ImageConfig,
     progress: Progress,
     trained_on: dict[str, Any],
     curve: Curve,
 ) -> None:
     """Evaluate, write the pictures and summary.json, and print the tables."""
-    params = progress.state.eval_params
-    found = compare(params, image, config)
-    remove_pictures(workdir)
+    field = progress.field
+    found = compare(field, image)
+    runs.remove_pictures(workdir)
     write_pictures(workdir / "pictures", found)
     num_pixels = image.width * image.height
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(field.params))
     summary = {
         "image": image.name,
         "width": image.width,

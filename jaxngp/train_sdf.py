@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags as absl_flags
 
-from jaxngp import flags
-from jaxngp.cameras import Camera, Rays, look_at, point_to_pixel, view_rays
+from jaxngp import flags, runs
+from jaxngp.cameras import Cameras, Rays, look_at, make_cameras, project, view_rays
 from jaxngp.config import (
     CosineDecay,
     HashGridConfig,
@@ -37,18 +37,19 @@ from jaxngp.config import (
     SdfTrainConfig,
     StepDecay,
     apply_overrides,
+    to_json,
 )
 from jaxngp.data import expand
 from jaxngp.data.meshes import Frame, Mesh, read_mesh
 from jaxngp.data.shapes import SHAPES
 from jaxngp.data.solids import Solid, distance_samples, surface_samples
-from jaxngp.fields import Params, evaluate_points
+from jaxngp.device import default_placement
 from jaxngp.meshing import extract_surface
-from jaxngp.tracing import DistanceFn, MakeDistance, Picture, draw_surface, surface_normals
-from jaxngp.training.loop import Progress
-from jaxngp.training.points import DistanceSamples
-from jaxngp.training.report import contact_sheet, depth_image, environment, table, to_uint8, write_json, write_png
-from jaxngp.training.workdir import fit, remove_pictures
+from jaxngp.pictures import contact_sheet, depth_image, to_uint8, write_png
+from jaxngp.records import environment, table, write_json
+from jaxngp.tracing import Distance, SurfaceView, draw_surface, surface_normals
+from jaxngp.training.loop import Progress, train
+from jaxngp.training.sdf import DistanceSamples
 
 NUM_VOLUME_POINTS = 2**22  # uniform in the solid's box, for the IoU
 NUM_SURFACE_POINTS = 2**17  # for Chamfer distance and normals
@@ -105,16 +106,6 @@ def draw_samples(solid: Solid, config: SdfConfig) -> DistanceSamples:
     return DistanceSamples(*map(jnp.asarray, (surface, position, distance)))
 
 
-@functools.cache
-def distance_maker(config: PointFieldConfig) -> Callable[[Params], DistanceFn]:
-    """params -> the distance as a function of position; one function object for equal configs."""
-
-    def make_distance(params: Params) -> DistanceFn:
-        return lambda position: evaluate_points(params, position, config=config)[:, 0]
-
-    return make_distance
-
-
 # How good it is.
 
 
@@ -129,18 +120,18 @@ class Quality:
     chamfer: float | None  # mean of both mean distances between the surfaces; needs the extracted mesh
 
 
-def evaluate(params: Params, solid: Solid, learned: Mesh | None, *, make_distance: MakeDistance) -> Quality:
+def evaluate(distance: Distance, solid: Solid, learned: Mesh | None) -> Quality:
     """Compare on points that training has not seen."""
     rng = np.random.default_rng([1, 2, 3])  # from no seed of training, which is one number
     low, high = solid.box
     points = rng.uniform(low, high, (NUM_VOLUME_POINTS, 3)).astype(np.float32)
-    found = in_batches(functools.partial(distances, make_distance=make_distance), params, points)
+    found = in_batches(distances, distance, points)
     true = np.asarray(solid.inside(points.astype(np.float64)))
     some = slice(0, NUM_VOLUME_POINTS // 16)  # a distance takes much longer than a side
     mean_error = np.abs(found[some] - solid.distance(points[some].astype(np.float64))).mean()
     iou = float(np.sum(true & (found < 0)) / max(int(np.sum(true | (found < 0))), 1))
     surface, normals = solid.surface(rng, NUM_SURFACE_POINTS)
-    turned = in_batches(functools.partial(normals_at, make_distance=make_distance), params, surface.astype(np.float32))
+    turned = in_batches(normals_at, distance, surface.astype(np.float32))
     cosine = np.sum(turned * normals, axis=1).clip(-1, 1)
     chamfer = None
     if learned is not None:
@@ -155,23 +146,25 @@ def evaluate(params: Params, solid: Solid, learned: Mesh | None, *, make_distanc
     )
 
 
-@functools.partial(jax.jit, static_argnames="make_distance")
-def distances(params: Params, points: jax.Array, *, make_distance: MakeDistance) -> jax.Array:
-    return make_distance(params)(points)
+@jax.jit
+def distances(distance: Distance, points: jax.Array) -> jax.Array:
+    return distance(points)
 
 
-@functools.partial(jax.jit, static_argnames="make_distance")
-def normals_at(params: Params, points: jax.Array, *, make_distance: MakeDistance) -> jax.Array:
-    return surface_normals(make_distance(params), points, width=NORMAL_WIDTH)
+@jax.jit
+def normals_at(distance: Distance, points: jax.Array) -> jax.Array:
+    return surface_normals(distance, points, width=NORMAL_WIDTH)
 
 
-def in_batches(function: Callable[[Params, np.ndarray], jax.Array], params: Params, points: np.ndarray) -> np.ndarray:
-    """function(params, part) over parts of BATCH points, the last one filled up, as one array."""
+def in_batches(
+    function: Callable[[Distance, np.ndarray], jax.Array], distance: Distance, points: np.ndarray
+) -> np.ndarray:
+    """function(distance, part) over parts of BATCH points, the last one filled up, as one array."""
     parts = []
     for start in range(0, len(points), BATCH):
         part = points[start : start + BATCH]
         padded = np.pad(part, ((0, min(BATCH, len(points)) - len(part)), (0, 0)), mode="edge")
-        parts.append(np.asarray(function(params, padded))[: len(part)])
+        parts.append(np.asarray(function(distance, padded))[: len(part)])
     return np.concatenate(parts)
 
 
@@ -179,14 +172,14 @@ def in_batches(function: Callable[[Params, np.ndarray], jax.Array], params: Para
 
 
 def extract(
-    params: Params, solid: Solid, resolution: int, folder: Path, suffix: str, config: SdfConfig
+    distance: Distance, solid: Solid, resolution: int, folder: Path, suffix: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """The learned surface as vertices and faces, written in the solid's own coordinates. Raises InputError."""
     try:
         import trimesh
     except ImportError:
         raise InputError("trimesh, which writes meshes, is not installed: pip install .[mesh]") from None
-    vertices, faces = extract_surface(params, solid.box, resolution, make_distance=distance_maker(config.field))
+    vertices, faces = extract_surface(distance, solid.box, resolution)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"surface.{suffix}"
     trimesh.Trimesh(solid.to_world(vertices), faces, process=False).export(path)
@@ -207,54 +200,42 @@ def view(solid: Solid, size: int, up: str, azimuth: float, elevation: float) -> 
     middle = solid.box.mean(axis=0)
     c2w = look_at(middle + EYE * direction(around, above), middle, upwards)
     camera = framing(solid, size, c2w)
-    rays = jax.tree.map(lambda a: a.reshape(-1, 3), jax.jit(view_rays)(camera, jnp.asarray(c2w)))
+    rays = jax.tree.map(lambda a: a.reshape(-1, 3), view_rays(camera))
     return rays, direction(around - np.radians(50), np.radians(40)), upwards
 
 
-def framing(solid: Solid, size: int, c2w: np.ndarray) -> Camera:
+def framing(solid: Solid, size: int, c2w: np.ndarray) -> Cameras:
     """The camera at a pose whose picture the solid fills, but for a margin."""
     points, _ = solid.surface(np.random.default_rng(0), 2**13)
-    unit = Camera(jnp.ones(2), jnp.zeros(2), width=size, height=size)
-    xy, _ = jax.jit(point_to_pixel)(unit, jnp.asarray(c2w), jnp.asarray(points, jnp.float32))
+    unit = make_cameras(c2w, focal_xy=1.0, centre_xy=0.0, width=size, height=size)
+    xy, _ = jax.jit(project)(unit, points.astype(np.float32))
     low, high = np.asarray(xy).min(axis=0), np.asarray(xy).max(axis=0)
     focal = 0.94 * size / float((high - low).max())
-    return replace(unit, focal_xy=jnp.full(2, focal), centre_xy=jnp.asarray(0.5 * size - 0.5 * focal * (low + high)))
+    centre = 0.5 * size - 0.5 * focal * (low + high)
+    return make_cameras(c2w, focal_xy=focal, centre_xy=centre, width=size, height=size)
 
 
-def draw(params: Params, solid: Solid, size: int, up: str, folder: Path, config: SdfConfig) -> float:
+def draw(distance: Distance, solid: Solid, size: int, up: str, folder: Path) -> float:
     """Write the sheet and the first picture; returns the seconds that a picture takes, compilation excluded."""
     rows, seconds = [], []
-    make_distance = distance_maker(config.field)
     for azimuth, elevation in VIEWS:
         rays, lamp, sky = view(solid, size, up, azimuth, elevation)
-        # By name, as the trained parameters are: jax would compile for what is not bound to a device once more.
-        rays, box, light, upwards = jax.device_put(
-            (rays, *(a.astype(np.float32) for a in (solid.box, lamp, sky))), jax.devices()[0]
-        )
-        show = functools.partial(
-            draw_surface,
-            params,
-            rays,
-            box,
-            light,
-            upwards,
-            make_distance=make_distance,
-            normal_width=NORMAL_WIDTH,
-        )
+        arguments = default_placement().put((rays, *(a.astype(np.float32) for a in (solid.box, lamp, sky))))
+        show = functools.partial(draw_surface, distance, *arguments, normal_width=NORMAL_WIDTH)
         jax.block_until_ready(show())  # compiles, the first time
         started = time.perf_counter()
         picture = jax.block_until_ready(show())
         seconds.append(time.perf_counter() - started)
         rows.append(panels(picture, rays, solid, size))
         if int(picture.unfinished):
-            print(f"{int(picture.unfinished)} of {size * size} rays ended nowhere, and are drawn as misses")
+            print(f"{int(picture.unfinished)} of {size * size} rays reached no surface, and are drawn as misses")
     labels = ["surface", "normals", "depth", f"distance from the true surface x {ERROR_GAIN:g}"]
     write_png(folder / "sheet.png", contact_sheet(rows, labels))
     write_png(folder / "surface.png", rows[0][0])
     return float(np.median(seconds))
 
 
-def panels(picture: Picture, rays: Rays, solid: Solid, size: int) -> list[np.ndarray]:
+def panels(picture: SurfaceView, rays: Rays, solid: Solid, size: int) -> list[np.ndarray]:
     """The pictures of one row of the sheet, (size, size, 3) u8 each."""
     seen = np.asarray(picture.opacity) > 0
     position = np.asarray(rays.origin + picture.depth[:, None] * rays.direction, np.float64)
@@ -306,28 +287,36 @@ def main(values: flags.Flags) -> None:
     for note in solid.notes:
         print(note)
     workdir = Path(values.workdir or f"runs/{solid.name}")
-    with flags.training_in(workdir, config, restart=values.restart):
-        progress, trained_on = fit(config, lambda: draw_samples(solid, config), workdir)
-        report(workdir, solid, config, progress, trained_on, values)
+    with runs.training_in(workdir, config, restart=values.restart, extend=values.extend) as run:
+        print(to_json(config), end="")
+        progress = run.resume
+        if not run.finished:
+            for progress in train(config, draw_samples(solid, config), resume=run.resume):
+                run.record(progress)
+                if run.interrupted:
+                    break
+        run.exit_if_interrupted()
+        assert progress is not None
+        report(workdir, solid, progress, run.trained_on(), values)
 
 
 def report(
-    workdir: Path, solid: Solid, config: SdfConfig, progress: Progress, about: dict[str, Any], values: flags.Flags
+    workdir: Path, solid: Solid, progress: Progress, about: dict[str, Any], values: flags.Flags
 ) -> None:
     """Extract, draw, evaluate, write summary.json, and print the table."""
-    params, pictures = progress.state.eval_params, workdir / "pictures"
-    remove_pictures(workdir)
+    distance, pictures = progress.field, workdir / "pictures"
+    runs.remove_pictures(workdir)
     learned = surface = None
     if values.mesh_resolution:
         try:
-            surface = extract(params, solid, values.mesh_resolution, pictures, values.mesh_format, config)
+            surface = extract(distance, solid, values.mesh_resolution, pictures, values.mesh_format)
             learned = Mesh("learned", *surface, Frame(np.full(3, 0.5), 1.0), ())
         except InputError as error:
             print(f"no {'Chamfer distance' if surface else 'mesh extracted'}: {error}")
     up = values.up if values.up != "auto" else "y" if isinstance(solid, Mesh) else "z"
-    picture_seconds = draw(params, solid, values.image_size, up, pictures, config)
-    quality = evaluate(params, solid, learned, make_distance=distance_maker(config.field))
-    num_params = sum(leaf.size for leaf in jax.tree.leaves(params))
+    picture_seconds = draw(distance, solid, values.image_size, up, pictures)
+    quality = evaluate(distance, solid, learned)
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(distance.params))
     summary = {
         "solid": solid.name,
         **asdict(quality),

@@ -1,19 +1,18 @@
-"""A running training as a person sees it: the progress bar, the log, and Ctrl-C."""
+"""A running training as a person sees it: the progress bar, warnings, and Ctrl-C."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
 
-from jaxngp.config import MarchConfig, NerfConfig, RunConfig
-from jaxngp.training.loop import Progress
-from jaxngp.training.steps import Metrics
-from jaxngp.training.updates import StepMetrics
+from jaxngp.config import RunConfig
+from jaxngp.training.loop import Progress, task_of
 
 
 def bar_interval() -> float:
@@ -37,41 +36,19 @@ class TrainingWarnings:
 
     def about(self, progress: Progress) -> list[str]:
         """Warnings that are new, of the steps since the last call."""
-        metrics, config = progress.metrics, self._config
+        metrics, step = progress.metrics, progress.step
         assert metrics is not None
-        found = {}
-        if isinstance(metrics, Metrics) and float(metrics.occupied_fraction) == 0:
-            found["empty"] = (
-                f"step {progress.step}: the occupancy grid is empty, so nothing is sampled and nothing learned any "
-                "more. Train anew with a lower optimizer.learning_rate or sampler.occupancy.threshold, by --override"
-            )
-        if skipped := round(float(metrics.skipped) * (progress.step - self._last_step)):
+        task, config = task_of(self._config), self._config
+        found = task.training_warnings(metrics, step=step, finished=progress.finished, config=config)
+        if skipped := round(float(metrics.skipped) * (step - self._last_step)):
             found["skipped"] = (
-                f"step {progress.step}: {skipped} updates were left out, since the loss or its gradient was no finite "
-                "number; metrics.jsonl says which share of later ones"
+                f"step {step}: {skipped} updates were skipped, since the loss or its gradient was non-finite; "
+                "metrics.jsonl says which share of later ones"
             )
-        used = _share_of_rays(metrics, config)
-        if progress.finished and used < _FEW_RAYS:
-            found["dropped"] = (
-                f"only {used:.0%} of the rays that were drawn fitted the buffer of samples in the last steps, and the "
-                "others were marched for nothing: raise sampler.num_samples or lower train.num_rays, by --override"
-            )
-        self._last_step = progress.step
+        self._last_step = step
         new = [text for name, text in found.items() if name not in self._said]
         self._said |= set(found)
         return new
-
-
-def _share_of_rays(metrics: StepMetrics, config: RunConfig) -> float:
-    """Of the rays that were drawn, how many fitted the buffer; 1 where there is none."""
-    if not isinstance(config, NerfConfig) or not isinstance(config.sampler, MarchConfig):
-        return 1.0
-    assert isinstance(metrics, Metrics)
-    return float(metrics.rays) / config.train.num_rays
-
-
-_FEW_RAYS = 0.15
-"""Of those drawn; a run that is used well ends far above it."""
 
 
 class ProgressBar:
@@ -108,7 +85,7 @@ class ProgressBar:
     def _text(self, progress: Progress) -> str:
         metrics = progress.metrics
         assert metrics is not None
-        skipped = "  some updates left out" if float(metrics.skipped) else ""
+        skipped = "  some updates skipped" if float(metrics.skipped) else ""
         return (
             f"step {progress.step}  loss {float(metrics.loss):.5f}  {metrics.headline()}  "
             f"{self._rate / 1e6:.2f}M samples/s{skipped}"
@@ -139,8 +116,14 @@ class Interruption:
 
 @contextlib.contextmanager
 def interruption() -> Iterator[Interruption]:
-    """Within the block the first SIGINT or SIGTERM is only noted; a second SIGINT stops at once."""
+    """Within the block the first SIGINT or SIGTERM is only noted; a second SIGINT stops at once.
+
+    Outside the main thread, where Python delivers no signals, nothing is noted: whoever runs the thread stops it.
+    """
     state = Interruption()
+    if threading.current_thread() is not threading.main_thread():
+        yield state
+        return
 
     def note(number: int, _: object) -> None:
         if state.signal:

@@ -11,12 +11,13 @@ import jax
 import numpy as np
 
 from jaxngp.config import InputError, RunConfig
-from jaxngp.training.loop import Progress, budget_fraction
-from jaxngp.training.progress import warn
-from jaxngp.training.report import environment
-from jaxngp.training.state import TrainState, init_state
+from jaxngp.console import warn
+from jaxngp.device import default_placement
+from jaxngp.records import environment
+from jaxngp.training.loop import Progress, init_state
+from jaxngp.training.state import TrainState
 
-SCHEMA = 1
+SCHEMA = 2
 """Changes whenever a checkpoint of before can no longer be read."""
 
 _KEEP = 2
@@ -51,12 +52,12 @@ class Checkpoints:
     def save(self, progress: Progress) -> None:
         """Save a run, unless this step is saved already. Raises InputError where it cannot be written.
 
-        Nor are parameters that are no finite numbers: the checkpoint before them then stays the newest.
+        Non-finite parameters are not saved either: the checkpoint before them stays the newest.
         """
         if self.latest_step() == progress.step:
             return
         if not all(np.isfinite(np.asarray(array)).all() for array in jax.tree.leaves(progress.state.params)):
-            raise InputError(f"step {progress.step} is not saved: its parameters are no finite numbers")
+            raise InputError(f"step {progress.step} is not saved: its parameters are non-finite")
         noted = {name: getattr(progress, name) for name in _NOTED}
         note = {"schema": SCHEMA, "environment": environment(), **noted}
         args = self._ocp.args.Composite(
@@ -108,7 +109,7 @@ class Checkpoints:
                     f"{self._path / str(step)}: checkpoint schema {note.get('schema')}, this version reads {SCHEMA}; "
                     "use the version that wrote it, or another --workdir"
                 )
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(_on_this_device(template)))
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(default_placement().shapes(template)))
             state = manager.restore(step, args=args).state
         except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
             if isinstance(error, InputError):
@@ -118,8 +119,7 @@ class Checkpoints:
                 f"{self._path / str(step)}: not a usable checkpoint ({reason}); remove this folder to go on from the "
                 "one before it, or give --restart"
             ) from error
-        fraction = budget_fraction(note["step"], note["seconds"], config)
-        return Progress(state=state, metrics=None, fraction=fraction, **{name: note[name] for name in _NOTED})
+        return Progress(config=config, state=state, metrics=None, **{name: note[name] for name in _NOTED})
 
     def _note(self, step: int) -> dict[str, Any]:
         args = self._ocp.args.Composite(progress=self._ocp.args.JsonRestore())
@@ -136,9 +136,3 @@ class Checkpoints:
         if progress is None:
             raise InputError(f"{self._path}: no checkpoint; train first, with python -m jaxngp.train --workdir=...")
         return progress
-
-
-def _on_this_device(template: TrainState) -> TrainState:
-    """Shapes that ask for the default device, so that a checkpoint of another machine can be read here."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), template)

@@ -1,4 +1,4 @@
-"""Views of a trained scene beside the truth: how good they are, and what they look like."""
+"""Views of a trained scene beside the truth: how good they are, what they look like, and summary.json."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
-from jaxngp.cameras import Rays, view_rays
+from jaxngp.cameras import PosedImages, Rays, view_rays
 from jaxngp.compositing import RenderOutput
-from jaxngp.config import InputError, NerfConfig
+from jaxngp.config import InputError
+from jaxngp.console import bar_interval
 from jaxngp.data import Split
 from jaxngp.data.rays import RayTable
-from jaxngp.fields import field_maker
+from jaxngp.device import default_batching
 from jaxngp.metrics import mean_squared_error, psnr, ssim
-from jaxngp.rendering import default_batching, render_ray_grid
-from jaxngp.training.report import contact_sheet, depth_image, error_image, to_uint8, write_png
-from jaxngp.training.state import TrainState
+from jaxngp.occupancy import OccupancyGrid
+from jaxngp.pictures import contact_sheet, depth_image, error_image, to_uint8, write_png
+from jaxngp.records import environment, table, write_json
+from jaxngp.rendering import Field, Sampler, render_ray_grid
+from jaxngp.training.loop import Progress
 
 EvalBackground = Literal["white", "black"]
-_COLOURS = {"white": 1.0, "black": 0.0}  # sRGB, of all three channels
+COLOURS = {"white": 1.0, "black": 0.0}  # sRGB, of all three channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,28 +76,31 @@ class Evaluation:
 
 
 def evaluate_views(
-    state: TrainState, split: Split, *, config: NerfConfig, background: EvalBackground = "white"
+    field: Field,
+    grid: OccupancyGrid | None,
+    split: Split,
+    *,
+    sampler: Sampler,
+    background: EvalBackground = "white",
 ) -> Iterator[tuple[ViewScore, ViewPicture]]:
     """Render every view of a split and compare; each is yielded, with its share of the time, as its batch is ready."""
-    width, height = split.resolution
     if not split.views:
         raise InputError(f"the {split.name} rays have no image size, so there is no view to evaluate")
     if background == "black" and not split.has_alpha:
         raise InputError("a black background needs images with alpha: in these the background is part of the picture")
-    # Several small views at once: rays that end late then hold up the lanes once, and not once a view.
-    num_batches = -(-split.num_views // max(1, default_batching().rays // (width * height)))
-    size = -(-split.num_views // num_batches)
+    colour = COLOURS[background]
+    size = _views_at_once(split)
     for first in range(0, split.num_views, size):
         # Every batch has one size, for one compiled program serves all; what fills up the last one is not yielded.
         index = np.minimum(np.arange(first, first + size), split.num_views - 1)
-        rays, truths = zip(*(_view(split, i, _COLOURS[background]) for i in index), strict=True)
+        rays, truths = zip(*(_view(split, i, colour) for i in index), strict=True)
         together = jax.tree.map(lambda *a: jnp.stack(a), *rays)
         started = time.perf_counter()
-        out = render_view(state, together, config=config, background=background)
+        out = render_ray_grid(field, together, grid, jnp.full(3, colour, jnp.float32), sampler=sampler)
         seconds = (time.perf_counter() - started) / size
         for name, truth, *view in zip(split.views[first:], truths, out.rgb, out.depth, out.opacity, strict=False):
             prediction = np.clip(np.asarray(view[0]), 0, 1)
-            similarity = float(ssim(prediction, truth)) if min(width, height) >= 11 else float("nan")
+            similarity = float(ssim(prediction, truth)) if min(truth.shape[:2]) >= 11 else float("nan")
             error = float(psnr(mean_squared_error(prediction, truth)))
             yield (
                 ViewScore(name, error, similarity, seconds),
@@ -101,18 +108,13 @@ def evaluate_views(
             )
 
 
-def render_view(
-    state: TrainState, rays: Rays, *, config: NerfConfig, background: EvalBackground = "white"
-) -> RenderOutput:
-    """What a trained state shows along rays of any shape: `rendering.render_ray_grid` with all it needs."""
-    return render_ray_grid(
-        state.eval_params,
-        rays,
-        state.occupancy,
-        jnp.full(3, _COLOURS[background]),
-        make_field=field_maker(config.field),
-        sampler=config.sampler,
-    )
+def _views_at_once(split: Split) -> int:
+    """Several small views of one size: rays that end late then hold up the lanes once, and not once a view."""
+    if isinstance(split.images, PosedImages) and len(np.unique(np.asarray(split.images.cameras.size), axis=0)) > 1:
+        return 1
+    width, height = split.resolution
+    num_batches = -(-split.num_views // max(1, default_batching().rays // (width * height)))
+    return -(-split.num_views // num_batches)
 
 
 def summarise(scores: Sequence[ViewScore], split: Split, background: EvalBackground) -> Evaluation:
@@ -139,12 +141,11 @@ def _view(split: Split, index: int, background: float) -> tuple[Rays, np.ndarray
     if isinstance(data, RayTable):
         shape = (data.height, data.width, 3)
         rows = slice(index * data.height * data.width, (index + 1) * data.height * data.width)
-        return jax.tree.map(lambda a: jnp.asarray(a[rows]).reshape(shape), data.rays), np.asarray(
-            data.rgb[rows]
-        ).reshape(shape)
-    rgba = np.asarray(data.rgba[index], np.float32) / 255
+        rays = jax.tree.map(lambda a: jnp.asarray(a).reshape(shape), data.rays[rows])
+        return rays, np.asarray(data.rgb[rows]).reshape(shape)
+    rgba = data.image(index).astype(np.float32) / 255
     truth = rgba[..., :3] * rgba[..., 3:] + background * (1 - rgba[..., 3:])
-    return jax.jit(view_rays)(data.camera, data.c2w[index]), truth
+    return view_rays(data.cameras[index]), truth
 
 
 _SHEET_ROWS = 8
@@ -170,3 +171,64 @@ def write_pictures(pictures: Iterable[ViewPicture], folder: Path, *, num_views: 
     write_png(unfinished / "contact_sheet.png", sheet)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
+
+
+# summary.json: what a run is, what it cost and how good it is, in one file and one short table.
+
+
+def training_summary(progress: Progress) -> dict[str, Any]:
+    """What training took."""
+    return {
+        "steps": progress.step,
+        "train_seconds": progress.seconds,
+        "compile_seconds": progress.compile_seconds,
+        "samples_per_second": progress.num_samples / progress.seconds if progress.seconds else 0.0,
+    }
+
+
+def evaluate_into(
+    workdir: Path,
+    field: Field,
+    grid: OccupancyGrid | None,
+    split: Split,
+    *,
+    sampler: Sampler,
+    background: EvalBackground,
+) -> Evaluation:
+    """Evaluate a split and write its pictures into workdir/novel_views, with a progress bar."""
+    scores: list[ViewScore] = []
+
+    def pictures() -> Iterator[ViewPicture]:  # one at a time: a hundred of them may not fit the memory
+        views = evaluate_views(field, grid, split, sampler=sampler, background=background)
+        bar = tqdm(views, desc="evaluating", total=split.num_views, unit="view", mininterval=bar_interval())
+        for score, picture in bar:
+            scores.append(score)
+            yield picture
+
+    write_pictures(pictures(), workdir / "novel_views", num_views=split.num_views)
+    return summarise(scores, split, background)
+
+
+def write_summary(
+    workdir: Path, scene: str, evaluation: Evaluation, progress: Progress, trained_on: dict[str, Any]
+) -> str:
+    """Write summary.json, and return it as a short table to print.
+
+    `trained_on` is the environment in the checkpoint: its device and memory belong to training, wherever the run is
+    evaluated.
+    """
+    training, here = training_summary(progress), {"evaluated_on": environment()}
+    summary = {"scene": scene, **dataclasses.asdict(evaluation), **training, **trained_on, **here}
+    write_json(workdir / "summary.json", summary)
+    row = {
+        "scene": scene,
+        "PSNR": evaluation.psnr,
+        "SSIM": evaluation.ssim,
+        "steps": training["steps"],
+        "train s": round(training["train_seconds"], 1),
+        "compile s": round(training["compile_seconds"], 1),
+        "Msamples/s": training["samples_per_second"] / 1e6,
+        "s/view": evaluation.seconds_per_view,
+        "device": summary["device"],
+    }
+    return f"{table([row])}\n{evaluation}"

@@ -1,0 +1,298 @@
+"""Training runs in their folders: create, resume, extend, log and save one; open a trained one.
+
+A workdir holds config.json (the resolved config), scene.json (the views that a NeRF was trained on: names, cameras, and
+a fingerprint of the data), metrics.jsonl, checkpoints/ and what the commands write beside them.
+
+    with runs.training_in("runs/lego", config) as run:
+        for progress in train(config, images, resume=run.resume):
+            run.record(progress)
+
+    run = runs.load("runs/lego")
+    picture = run.render(run.cameras[0]).rgb  # (H, W, 3)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxngp.cameras import Cameras, PosedImages
+from jaxngp.checkpoints import Checkpoints
+from jaxngp.compositing import RenderOutput
+from jaxngp.config import (
+    ImageConfig,
+    InputError,
+    NerfConfig,
+    RunConfig,
+    SdfConfig,
+    from_json,
+    run_differences,
+    to_plain,
+)
+from jaxngp.console import ProgressBar, TrainingWarnings, interruption, warn
+from jaxngp.data import Split, changed, fingerprint
+from jaxngp.evaluation import COLOURS, EvalBackground
+from jaxngp.occupancy import OccupancyGrid
+from jaxngp.records import append_jsonl, keep_lines, write_json
+from jaxngp.rendering import render_view
+from jaxngp.training.loop import Progress
+
+KINDS: dict[str, tuple[type, str]] = {
+    "scene": (NerfConfig, "jaxngp.train"),
+    "image": (ImageConfig, "jaxngp.train_image"),
+    "sdf": (SdfConfig, "jaxngp.train_sdf"),
+}
+"""The kinds of runs, by the group of the config that says what is learned: its type, and the command that learns it."""
+
+PICTURES = ("comparison.png", "reconstruction.png", "sheet.png", "surface.png", "surface.ply", "surface.obj")
+"""What `train_image` and `train_sdf` write into workdir/pictures."""
+
+# Training.
+
+
+class TrainingRun:
+    """A run that is being trained: where it starts, and what to do with each `Progress` that `train` yields."""
+
+    def __init__(self, workdir: Path, config: RunConfig, checkpoints: Checkpoints, bar: ProgressBar, stop: Any) -> None:
+        self.workdir, self.config = workdir, config
+        self.resume: Progress | None = checkpoints.restore(config)
+        self._checkpoints, self._bar, self._interrupted = checkpoints, bar, stop
+        self._log, self._warnings = workdir / "metrics.jsonl", TrainingWarnings(config)
+        self._logged = self.resume.step if self.resume else 0
+        self._saved: float | None = None
+        keep_lines(self._log, lambda entry: entry["step"] <= self._logged and self.resume is not None)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is spent already."""
+        return self.resume is not None and self.resume.finished
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether SIGINT or SIGTERM has asked the run to stop: it was saved when the last progress was recorded."""
+        return self._interrupted()
+
+    def record(self, progress: Progress) -> None:
+        """Show, log and save where the run stands, and warn of what looks wrong."""
+        config = self.config
+        self._bar.show(progress)
+        ends = progress.finished or self.interrupted
+        if progress.metrics is not None:
+            if ends or progress.step >= self._logged + config.train.log_every:
+                append_jsonl(self._log, self._bar.log_entry(progress))
+                self._logged = progress.step
+            warn(*self._warnings.about(progress))
+        self._saved = self._saved or time.monotonic()  # compiling does not count
+        if ends:
+            self._checkpoints.save(progress)
+        elif time.monotonic() - self._saved > config.train.checkpoint_seconds:
+            self._checkpoints.try_to_save(progress)
+            self._saved = time.monotonic()
+
+    def trained_on(self) -> dict[str, Any]:
+        """Device, versions and memory of the process that wrote the newest checkpoint."""
+        return self._checkpoints.environment()
+
+    def exit_if_interrupted(self) -> None:
+        """Leave with the exit code that shells expect: 130 after SIGINT, 143 after SIGTERM."""
+        self._interrupted.exit_if_set()
+
+
+@contextlib.contextmanager
+def training_in(
+    workdir: Path | str, config: RunConfig, *, restart: bool = False, extend: bool = False
+) -> Iterator[TrainingRun]:
+    """Within the block this process alone trains in the workdir, whose config.json is `config`.
+
+    restart: remove what a run left there. extend: a run that is there may get a larger budget; its schedule is then
+    that of the new budget, entered where the run stands, so a rate that had decayed rises again. Raises InputError
+    where the workdir holds a run with another config, and where another process trains in it.
+    """
+    workdir = Path(workdir).expanduser()
+    with _sole_training(workdir):
+        if restart:
+            clear(workdir)
+        check_same_config(workdir, config, extend=extend)
+        write_json(workdir / "config.json", to_plain(config))
+        with Checkpoints(workdir) as checkpoints, interruption() as stop, ProgressBar() as bar:
+            yield TrainingRun(workdir, config, checkpoints, bar, stop)
+
+
+def check_same_config(workdir: Path, config: RunConfig, *, extend: bool = False) -> None:
+    """Raises InputError if a workdir holds a run with another config, or another budget that does not extend it."""
+    if not (workdir / "config.json").exists():
+        return
+    old = read_config(workdir, type(config))
+    changes, budget = run_differences(old, config)
+    if changes:
+        raise InputError(
+            f"{workdir} holds a run with another config ({'; '.join(changes)}): give another --workdir, "
+            "or --restart to throw that run away"
+        )
+    if budget and not extend:
+        raise InputError(
+            f"{workdir} holds a run with another budget ({'; '.join(budget)}): give --extend to train it on with the "
+            "learning rates of the new budget, another --workdir, or --restart to throw that run away"
+        )
+
+
+def note_data(workdir: Path, split: Split) -> None:
+    """Write scene.json, and warn where the run that is there was trained on other data."""
+    path = workdir / "scene.json"
+    new = {"fingerprint": fingerprint(split), "transform": split.transform.to_plain()}
+    if isinstance(split.images, PosedImages):
+        cameras = {name: np.asarray(array).tolist() for name, array in vars(split.images.cameras).items()}
+        new |= {"views": list(split.views), "cameras": cameras}
+    if path.exists() and (difference := changed(_read_json(path)["fingerprint"], new["fingerprint"])):
+        warn(f"{workdir} holds a run that was trained on other data: {difference}. It goes on with what is there now")
+    write_json(path, new)
+
+
+def remove_pictures(workdir: Path) -> None:
+    """Remove PICTURES, and their folder where nothing else is in it: by such a name a user may have one of his own."""
+    folder = workdir / "pictures"
+    for name in PICTURES:
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def clear(workdir: Path) -> None:
+    """Remove what a run writes, and nothing else that may lie there."""
+    remove_pictures(workdir)
+    for name in ("config.json", "scene.json", "metrics.jsonl", "curve.jsonl", "summary.json"):
+        (workdir / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "novel_views", "renders"):
+        shutil.rmtree(workdir / name, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _sole_training(workdir: Path) -> Iterator[None]:
+    """Within the block no other process gets into one of its own. Raises InputError where another is in it already.
+
+    By a lock on the file `.lock`, which the system gives back however the process ends. Where the system or the file
+    system has no such locks, nothing is refused.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("a+", encoding="utf-8") as file:
+        if not _lock(file.fileno()):
+            file.seek(0)
+            raise InputError(
+                f"{workdir}: another training is running in it (process {file.read().strip() or 'unknown'}); wait for "
+                "it, end it, or give another --workdir"
+            )
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the lock was free; it ends with the file."""
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+# Opening.
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run, as `load` opens it."""
+
+    workdir: Path
+    config: RunConfig
+    progress: Progress  # where training stands
+    trained_on: dict[str, Any]  # device, versions and memory
+    cameras: Cameras | None  # of the training views, scene units; None where the run has none
+
+    @property
+    def field(self) -> Any:
+        """What was learned: a `RadianceField`, an `ImageField` or a `DistanceField`."""
+        return self.progress.field
+
+    @property
+    def occupancy(self) -> OccupancyGrid | None:
+        """The occupancy grid of a NeRF."""
+        return self.progress.state.occupancy
+
+    def render(
+        self, camera: Cameras, pose: jax.Array | np.ndarray | None = None, *, background: EvalBackground = "white"
+    ) -> RenderOutput:
+        """A view of the scene as numpy arrays: rgb (H, W, 3), opacity (H, W), depth (H, W).
+
+        camera: a single one, such as `run.cameras[0]`. pose (3, 4): c2w in scene units, instead of the camera's own.
+        """
+        if not isinstance(self.config, NerfConfig):
+            raise InputError(f"{self.workdir} holds no radiance field: call its field(position) instead")
+        camera = camera if pose is None else camera.replace(c2w=jnp.asarray(pose, jnp.float32))  # type: ignore[attr-defined]
+        colour = jnp.full(3, COLOURS[background], jnp.float32)
+        return render_view(self.field, camera, self.occupancy, colour, sampler=self.config.sampler)
+
+
+def load(workdir: Path | str) -> Run:
+    """Open a trained run. Raises InputError where there is none, or where it cannot be used."""
+    workdir = Path(workdir).expanduser()
+    config = read_config(workdir)
+    with Checkpoints(workdir) as checkpoints:
+        progress, trained_on = checkpoints.restore_trained(config), checkpoints.environment()
+    return Run(workdir, config, progress, trained_on, _read_cameras(workdir / "scene.json"))
+
+
+def _read_cameras(path: Path) -> Cameras | None:
+    plain = _read_json(path).get("cameras") if path.exists() else None
+    if plain is None:
+        return None
+    dtypes = {"size": np.int32}
+    try:
+        return Cameras(**{name: np.asarray(plain[name], dtypes.get(name, np.float32)) for name in Cameras.__annotations__})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}; it was edited: train anew, or restore it") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); restore it, or train anew with --restart") from None
+    if not isinstance(plain, dict):
+        raise InputError(f"{path}: expected a JSON object; restore it, or train anew with --restart")
+    return plain
+
+
+def read_config(workdir: Path, kind: type | None = None) -> Any:
+    """The config of the run in a workdir, which must be of the type `kind` where one is given."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise InputError(f"{path}: not found; give the --workdir of a run of python -m jaxngp.train")
+    plain = _read_json(path)
+    found, command = next((KINDS[group] for group in KINDS if group in plain), (kind or NerfConfig, ""))
+    if kind and found is not kind:
+        raise InputError(f"{path}: holds a run of python -m {command}; give another --workdir")
+    try:
+        return from_json(path.read_text(encoding="utf-8"), found)
+    except (InputError, OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: {error}; it was written by another version or edited: give another --workdir, or train anew "
+            "with --restart"
+        ) from None
