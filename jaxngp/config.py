@@ -38,6 +38,15 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
+def _spelled(value: Any) -> str:
+    """The value of a field as an override has it, large powers of two as 2**19."""
+    if type(value) is int and value >= 2**12 and value & (value - 1) == 0:
+        return f"2**{value.bit_length() - 1}"
+    if type(value) is float and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 # What an annotation says of a field, beside its type: bounds, a role, and its meaning as a string.
 
 
@@ -58,20 +67,11 @@ class Bounds:
         return inside and multiple and (not self.power_of_two or x & (x - 1) == 0)
 
     def __str__(self) -> str:
-        ends = {"at least": self.low, "above": self.above, "at most": self.high, "below": self.below}
-        parts = [f"{words} {_number(end)}" for words, end in ends.items() if math.isfinite(end)]
-        if self.multiple_of:
-            parts.append(f"a multiple of {self.multiple_of}")
-        if self.power_of_two:
-            parts.append("a power of two")
+        ends = {">=": self.low, ">": self.above, "<=": self.high, "<": self.below}
+        parts = [f"{sign} {_spelled(end)}" for sign, end in ends.items() if math.isfinite(end)]
+        parts += [f"a multiple of {self.multiple_of}"] if self.multiple_of else []
+        parts += ["a power of two"] if self.power_of_two else []
         return ", ".join(parts)
-
-
-def _number(value: float) -> str:
-    """A number as people write it, large powers of two as 2**19."""
-    if isinstance(value, int):
-        return f"2**{value.bit_length() - 1}" if value >= 2**12 and value & (value - 1) == 0 else str(value)
-    return f"{value:g}"
 
 
 class Role(enum.Enum):
@@ -84,8 +84,8 @@ class Role(enum.Enum):
     FREE = "nothing that a run computes: it may change whenever a run goes on"
 
 
-ADDED_LATER = object()
-"""Marks a field that a config.json may lack, since runs were written before it existed."""
+IDENTITY = (Role.PROGRAM, Role.RESULT, Role.LOCATION)
+"""Two configs that differ in a field of these roles are those of two runs."""
 
 
 @dataclass(frozen=True)
@@ -94,34 +94,34 @@ class Declared:
 
     name: str
     annotation: Any
+    kind: Any  # the type in it
     groups: tuple[type[Config], ...]  # the configs, one of which it holds; empty where it holds a value
     default: Any
     doc: str
     role: Role | None
-    may_be_missing: bool
 
 
-def _declared_fields(kind: type) -> tuple[Declared, ...]:
+def _declared(kind: type) -> tuple[Declared, ...]:
     annotations = typing.get_type_hints(kind, include_extras=True)
-    return tuple(_declared(field, annotations[field.name]) for field in dataclasses.fields(kind))
+    return tuple(_declared_field(annotations[field.name], field) for field in dataclasses.fields(kind))
 
 
-declared: Callable[[type], tuple[Declared, ...]] = functools.cache(_declared_fields)
-"""The fields of a config, those of its base class first."""
-
-
-def _declared(field: dataclasses.Field, annotation: Any) -> Declared:
+def _declared_field(annotation: Any, field: dataclasses.Field) -> Declared:
     kind, extras = _parts(annotation)
     members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     return Declared(
         name=field.name,
         annotation=annotation,
+        kind=kind,
         groups=tuple(member for member in members if isinstance(member, type) and issubclass(member, Config)),
         default=field.default,
         doc=next((extra for extra in extras if isinstance(extra, str)), ""),
         role=next((extra for extra in extras if isinstance(extra, Role)), None),
-        may_be_missing=ADDED_LATER in extras,
     )
+
+
+declared: Callable[[type], tuple[Declared, ...]] = functools.cache(_declared)
+"""The fields of a config, those of its base class first."""
 
 
 def _parts(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -191,7 +191,7 @@ def _expected(annotation: Any) -> str:
         words = f"one of {', '.join(getattr(arg, '__name__', repr(arg)) for arg in args)}"
     else:
         words = kind.__name__
-    return ", ".join([words, *(str(bounds) for bounds in extras if isinstance(bounds, Bounds))])
+    return " ".join([words, *(str(bounds) for bounds in extras if isinstance(bounds, Bounds))])
 
 
 # The configs.
@@ -200,6 +200,7 @@ Count = Annotated[int, Bounds(1)]
 Whole = Annotated[int, Bounds(0)]
 NonNegative = Annotated[float, Bounds(0)]
 Positive = Annotated[float, Bounds(above=0)]
+Seconds = Annotated[float, Bounds(0, below=1e9)]
 Fraction = Annotated[float, Bounds(0, below=1)]
 
 DirectionEncoding = Literal["spherical_harmonics", "frequency"]
@@ -303,10 +304,8 @@ class MarchConfig(Config):
     num_steps: Annotated[int, Bounds(32, 4096, multiple_of=32), "march steps along the cube's diagonal"] = 1024
     num_samples: Annotated[Count, "size of a training step's packed sample buffer, at least num_steps"] = 2**18
     min_transmittance: Annotated[Fraction, "in rendering, a ray ends where less light than this gets through"] = 1e-4
-    opaque_thickness: Annotated[Positive, "optical thickness of one step in a cell that counts as opaque"] = 2.0
-    opaque_cells: Annotated[
-        float, Bounds(0, 1e3), "in training, a ray ends after this many widths of opaque cells; 0 never ends it"
-    ] = 3.5
+    opaque_thickness: Annotated[Positive, "optical thickness of one step in a cell that is called opaque"] = 2.0
+    opaque_cells: Annotated[float, Bounds(0, 1e3), "a training ray ends after so many of these; 0 never ends it"] = 3.5
     occupancy: OccupancyConfig = OccupancyConfig()
 
     def check(self) -> None:
@@ -381,9 +380,7 @@ class LoopConfig(Config):
     """The training loop, whatever is learned in it."""
 
     max_steps: Annotated[Count, Role.BUDGET, "training steps"] = 35_000
-    max_seconds: Annotated[
-        float, Bounds(0, below=1e9), Role.BUDGET, "seconds of training, compilation excluded; 0 is no limit"
-    ] = 0.0
+    max_seconds: Annotated[Seconds, Role.BUDGET, "seconds of training without compilation; 0 is no limit"] = 0.0
     steps_per_dispatch: Annotated[Count, "training steps in one call of the compiled program"] = 16
     calls_in_flight: Annotated[Count, Role.FREE, "calls given to the device before the host looks at their results"] = 1
     checkpoint_seconds: Annotated[Positive, Role.FREE, "between checkpoints; one is always written at the end"] = 60.0
@@ -409,9 +406,7 @@ class SceneConfig(Config):
     data_dir: Annotated[str, Role.FREE, "folder that holds the scene, looked at first"] = ""
     downscale: Annotated[Count, "shrink the images by this factor with a box filter"] = 1
     image_size: Annotated[int, Bounds(16, 4096), "pixels per side at which the built-in scene is rendered"] = 200
-    hold_out_every: Annotated[
-        Whole, ADDED_LATER, "without test or val views, evaluate on every n-th view; 0 trains on all"
-    ] = 8
+    hold_out_every: Annotated[Whole, "without test or val views, hold out each n-th; 0 holds out none"] = 8
     box_centre: Annotated[tuple[Coordinate, Coordinate, Coordinate], "centre of the box, world units"] = (0.0, 0.0, 0.0)
     box_side: Annotated[float, Bounds(1 / MAX_LENGTH, MAX_LENGTH), "side of the box, world units"] = 3.0
 
@@ -489,12 +484,10 @@ class SdfSourceConfig(Config):
     """Whose signed distance is learned, and the points that it is learned from."""
 
     name: Annotated[str, Role.LOCATION, "a built-in solid, or the path of a mesh"] = "shapes"
-    num_samples: Annotated[int, Bounds(2**10, 2**28), "points drawn before training, and as many on the surface"] = (
-        2**21
+    num_samples: Annotated[int, Bounds(2**10, 2**28), "points in space, and as many on the surface"] = 2**21
+    offset: Annotated[float, Bounds(above=0, high=1), "deviation of points from the surface, in half diagonals"] = (
+        2**-10
     )
-    offset: Annotated[
-        float, Bounds(above=0, high=1), "standard deviation of points near the surface, in halves of the box's diagonal"
-    ] = 1 / 1024
 
     def check(self) -> None:
         _require(bool(self.name), "name", self.name, "a name or a path")
@@ -549,7 +542,10 @@ def to_plain(config: Config) -> dict[str, Any]:
 
 
 def from_json(text: str, kind: type = NerfConfig) -> Any:
-    """The config of type `kind` that `text` holds. Raises InputError where the text does not fit the type."""
+    """The config of type `kind` that `text` holds. Raises InputError where the text does not fit the type.
+
+    A value that is missing is its default, so a field that is added has as default what was done before it existed.
+    """
     try:
         plain = json.loads(text)
     except (ValueError, RecursionError) as error:  # not JSON, a number without end, nesting without end
@@ -584,7 +580,7 @@ def _from_plain(plain: Any, groups: tuple[type[Config], ...], path: str) -> Any:
             inner = _field(kind, name, place).groups
             values[name] = _from_plain(value, inner, _joined(path, name)) if inner else value
     for field in declared(kind):
-        if field.name not in values and not field.may_be_missing:
+        if field.groups and field.name not in values:
             raise InputError(f"{place}: {field.name!r} is missing")
     try:
         return kind(**values)
@@ -604,7 +600,7 @@ def _set(plain: dict[str, Any], kind: type[Config], path: str, text: str) -> Non
         kind = _member(plain.get("type"), groups, name)
     field = _field(kind, last, place)
     if not field.groups:
-        plain[last] = _parsed(text, field.annotation)
+        plain[last] = _parsed(text, field.kind)
     elif len(field.groups) > 1:
         plain[last] = {"type": text} | to_plain(_member(text, field.groups, path)())
     else:
@@ -631,9 +627,8 @@ def _field(kind: type[Config], name: str, place: str) -> Declared:
     return fields[name]
 
 
-def _parsed(text: str, annotation: Any) -> Any:
+def _parsed(text: str, kind: Any) -> Any:
     """The value that `text` spells; the text itself where it spells none, for the check to refuse."""
-    kind, _ = _parts(annotation)
     if kind is str or typing.get_origin(kind) is Literal:
         return text
     if kind is bool:
@@ -647,37 +642,21 @@ def _parsed(text: str, annotation: Any) -> Any:
         return text
 
 
-def _spelled(value: Any) -> str:
-    """The text that an override has for the value of a field."""
-    if isinstance(value, str):
-        return value
-    return _number(value) if type(value) is int else json.dumps(value)
-
-
 # Comparing, and describing.
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """The dotted paths at which two configs differ, each with both values."""
-    return [line for _, line in _changes(old, new)]
-
-
-def run_differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
-    """Where `new` is another run than `old`, and where it has another budget; lines as `differences` has them."""
-    changes = list(_changes(old, new))
-    another = [line for role, line in changes if role in (Role.PROGRAM, Role.RESULT, Role.LOCATION)]
-    return another, [line for role, line in changes if role is Role.BUDGET]
-
-
-def _changes(old: Config, new: Config) -> Iterator[tuple[Role, str]]:
-    """The role, path and values of every leaf in which two configs differ."""
+def differences(old: Config, new: Config, roles: Iterable[Role] = tuple(Role)) -> list[str]:
+    """The dotted paths at which two configs differ, each with both values; only of fields of the roles given."""
     a, b = dict(_leaves(old)), dict(_leaves(new))
+    lines = []
     for path in sorted(a | b):
         role, _ = a.get(path) or b[path]
         before, after = (leaves[path][1] if path in leaves else None for leaves in (a, b))
-        if before != after:
-            moved = role is Role.LOCATION and PurePath(str(before)).name == PurePath(str(after)).name
-            yield Role.FREE if moved else role, f"{path}: {before!r} -> {after!r}"
+        if role is Role.LOCATION and PurePath(str(before)).name == PurePath(str(after)).name:
+            role = Role.FREE
+        if before != after and role in roles:
+            lines.append(f"{path}: {before!r} -> {after!r}")
+    return lines
 
 
 def _leaves(config: Config, path: str = "", inherited: Role = Role.PROGRAM) -> Iterator[tuple[str, tuple[Role, Any]]]:
