@@ -1,20 +1,24 @@
 """Every choice a run can make, as small frozen dataclasses.
 
-A config is a *static* choice: it is hashable, so it is the jit cache key, and each function takes only the
-small config that it needs. Defaults are the paper's (Mueller et al. 2022); `PRESETS` and `SCENES` name the
-combinations people use. The order of precedence is: dataclass defaults < preset < flags < overrides.
+A config is a *static* choice: it is hashable, and each function takes only the small config that it needs. Defaults
+are the paper's (Mueller et al. 2022). A field declares everything about itself in its annotation: its type, its bounds,
+what it means, and its `Role`; checks, JSON, overrides, comparisons of runs and `--help` all read that.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
+import functools
 import json
 import math
 import reprlib
 import types
 import typing
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import PurePath
+from typing import Annotated, Any, Literal, TypeVar
 
 
 class InputError(ValueError):
@@ -34,170 +38,279 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
-def _check(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise InputError(f"{name} = {shown(value)}: expected {expected}")
+def _spelled(value: Any) -> str:
+    """The value of a field as an override has it, large powers of two as 2**19."""
+    if type(value) is int and value >= 2**12 and value & (value - 1) == 0:
+        return f"2**{value.bit_length() - 1}"
+    if type(value) is float and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
-def _is_power_of_two(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0
+# What an annotation says of a field, beside its type: bounds, a role, and its meaning as a string.
 
 
 @dataclass(frozen=True)
-class HashGridConfig:
-    """Multiresolution hash encoding (paper section 3, Table 1)."""
+class Bounds:
+    """The numbers x of a field: low <= x <= high, above < x < below."""
 
-    num_dims: int = 3  # D
-    num_levels: int = 16  # L
-    num_features: int = 2  # F, features per table entry
-    table_size: int = 2**19  # T, entries per level at most
-    min_resolution: int = 16  # N_min, cells per axis of the coarsest level
-    max_resolution: int = 2048  # N_max, cells per axis of the finest level
-    dense_levels: bool = True  # store a level that fits the table 1:1 instead of hashing it
-    half_voxel_offset: bool = False  # shift every level by half a cell, as tiny-cuda-nn does
-    smoothstep: bool = False  # smoothstep instead of linear interpolation (paper appendix A)
-    init_scale: float = 1e-4  # table entries start uniform in [-init_scale, init_scale]
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    multiple_of: int = 0
+    power_of_two: bool = False
+
+    def hold(self, x: Any) -> bool:
+        inside = self.low <= x <= self.high and self.above < x < self.below
+        multiple = not self.multiple_of or x % self.multiple_of == 0
+        return inside and multiple and (not self.power_of_two or x & (x - 1) == 0)
+
+    def __str__(self) -> str:
+        ends = {">=": self.low, ">": self.above, "<=": self.high, "<": self.below}
+        parts = [f"{sign} {_spelled(end)}" for sign, end in ends.items() if math.isfinite(end)]
+        parts += [f"a multiple of {self.multiple_of}"] if self.multiple_of else []
+        parts += ["a power of two"] if self.power_of_two else []
+        return ", ".join(parts)
+
+
+class Role(enum.Enum):
+    """What a field decides. A field without a role has that of the group it is in; the outermost is PROGRAM."""
+
+    PROGRAM = "the compiled programs of a run, and by them its results"
+    RESULT = "the results of a run but no program: it is data, or the host's alone"
+    LOCATION = "the same, but of a path only the last name counts: where data lies is no part of a run"
+    BUDGET = "for how long a run trains: with a larger one it is the same run, extended"
+    FREE = "nothing that a run computes: it may change whenever a run goes on"
+
+
+IDENTITY = (Role.PROGRAM, Role.RESULT, Role.LOCATION)
+"""Two configs that differ in a field of these roles are those of two runs."""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A field as its annotation declares it."""
+
+    name: str
+    annotation: Any
+    kind: Any  # the type in it
+    groups: tuple[type[Config], ...]  # the configs, one of which it holds; empty where it holds a value
+    default: Any
+    doc: str
+    role: Role | None
+
+
+def _declared(kind: type) -> tuple[Declared, ...]:
+    annotations = typing.get_type_hints(kind, include_extras=True)
+    return tuple(_declared_field(annotations[field.name], field) for field in dataclasses.fields(kind))
+
+
+def _declared_field(annotation: Any, field: dataclasses.Field) -> Declared:
+    kind, extras = _parts(annotation)
+    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return Declared(
+        name=field.name,
+        annotation=annotation,
+        kind=kind,
+        groups=tuple(member for member in members if isinstance(member, type) and issubclass(member, Config)),
+        default=field.default,
+        doc=next((extra for extra in extras if isinstance(extra, str)), ""),
+        role=next((extra for extra in extras if isinstance(extra, Role)), None),
+    )
+
+
+declared: Callable[[type], tuple[Declared, ...]] = functools.cache(_declared)
+"""The fields of a config, those of its base class first."""
+
+
+def _parts(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The type in an annotation, and what else it says."""
+    if typing.get_origin(annotation) is Annotated:
+        kind, *extras = typing.get_args(annotation)
+        return kind, tuple(extras)
+    return annotation, ()
+
+
+# Checks.
+
+
+class Config:
+    """The base of all configs: making one checks its fields against their annotations.
+
+    Raises InputError with the dotted path of the field, from the outermost config that is read or made.
+    """
 
     def __post_init__(self) -> None:
-        _check(self.num_dims in (2, 3), "encoding.num_dims", self.num_dims, "2 or 3")
-        _check(1 <= self.num_levels <= 64, "encoding.num_levels", self.num_levels, "from 1 to 64")
-        _check(self.num_features in (1, 2, 4, 8), "encoding.num_features", self.num_features, "1, 2, 4 or 8")
-        _check(
-            _is_power_of_two(self.table_size) and self.table_size <= 2**28,
-            "encoding.table_size",
-            self.table_size,
-            "a power of two up to 2**28",
-        )
-        _check(
-            self.num_levels * self.table_size * self.num_features <= 2**31,
-            "encoding.num_levels, table_size, num_features",
-            (self.num_levels, self.table_size, self.num_features),
-            "a product of at most 2**31",
-        )
-        _check(self.min_resolution >= 1, "encoding.min_resolution", self.min_resolution, "at least 1")
-        _check(
-            self.min_resolution <= self.max_resolution <= 2**20,
-            "encoding.max_resolution",
-            self.max_resolution,
-            f"at least min_resolution = {self.min_resolution} and at most 2**20",
-        )
+        for field in declared(type(self)):
+            value = _checked(getattr(self, field.name), field.annotation, field.name)
+            object.__setattr__(self, field.name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Check rules about several fields. Raises InputError, with a path that starts at this config."""
+
+
+def _require(condition: bool, path: str, value: object, expected: str) -> None:
+    if not condition:
+        raise InputError(f"{path} = {shown(value)}: expected {expected}")
+
+
+def _checked(value: Any, annotation: Any, path: str) -> Any:
+    """`value` as the annotation has it: an int as a float, a list as a tuple. Raises InputError if it does not fit."""
+    kind, extras = _parts(annotation)
+    if kind is float and type(value) is int and abs(value) < 2**63:
+        value = float(value)
+    if not _has_type(value, kind) or not all(bounds.hold(value) for bounds in extras if isinstance(bounds, Bounds)):
+        _require(False, path, value, _expected(annotation))
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        return tuple(_checked(value[i], kinds[i], f"{path}[{i}]") for i in range(len(kinds)))
+    return value
+
+
+def _has_type(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type, elements apart; large numbers and NaN are of none."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        return isinstance(value, list | tuple) and len(value) == len(args)
+    if kind in (int, float):
+        return type(value) is kind and abs(value) < (2**63 if kind is int else 1e300)
+    return isinstance(value, kind)
+
+
+def _expected(annotation: Any) -> str:
+    """The type and the bounds of a field, in words."""
+    kind, extras = _parts(annotation)
+    args = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        words = f"a list of {len(args)} values, each {_expected(args[0])}"
+    elif args:  # a Literal, or a union
+        words = f"one of {', '.join(getattr(arg, '__name__', repr(arg)) for arg in args)}"
+    else:
+        words = kind.__name__
+    return " ".join([words, *(str(bounds) for bounds in extras if isinstance(bounds, Bounds))])
+
+
+# The configs.
+
+Count = Annotated[int, Bounds(1)]
+Whole = Annotated[int, Bounds(0)]
+NonNegative = Annotated[float, Bounds(0)]
+Positive = Annotated[float, Bounds(above=0)]
+Seconds = Annotated[float, Bounds(0, below=1e9)]
+Fraction = Annotated[float, Bounds(0, below=1)]
+
+DirectionEncoding = Literal["spherical_harmonics", "frequency"]
+MlpInit = Literal["glorot", "torch"]
+Precision = Literal["float32", "bfloat16"]
+Loss = Literal["huber", "l2"]
+Background = Literal["random", "white", "black"]
+
+MAX_LENGTH = 1e9
+"""World units; what is farther away, or larger, is a mistake."""
+
+Coordinate = Annotated[float, Bounds(-MAX_LENGTH, MAX_LENGTH)]
+
+
+@dataclass(frozen=True)
+class HashGridConfig(Config):
+    """Multiresolution hash encoding (paper section 3, Table 1)."""
+
+    num_dims: Annotated[int, Bounds(2, 3), "D, dimensions of a position"] = 3
+    num_levels: Annotated[int, Bounds(1, 64), "L, levels"] = 16
+    num_features: Annotated[int, Bounds(1, 8, power_of_two=True), "F, features per table entry"] = 2
+    table_size: Annotated[int, Bounds(1, 2**28, power_of_two=True), "T, entries per level at most"] = 2**19
+    min_resolution: Annotated[Count, "N_min, cells per axis of the coarsest level"] = 16
+    max_resolution: Annotated[int, Bounds(1, 2**20), "N_max, cells per axis of the finest level"] = 2048
+    dense_levels: Annotated[bool, "store a level that fits the table 1:1 instead of hashing it"] = True
+    half_voxel_offset: Annotated[bool, "shift every level by half a cell, as tiny-cuda-nn does"] = False
+    smoothstep: Annotated[bool, "smoothstep instead of linear interpolation (paper appendix A)"] = False
+    init_scale: Annotated[NonNegative, "table entries start uniform in [-init_scale, init_scale]"] = 1e-4
+
+    def check(self) -> None:
+        sizes = (self.num_levels, self.table_size, self.num_features)
+        _require(math.prod(sizes) <= 2**31, "num_levels, table_size, num_features", sizes, "a product of at most 2**31")
+        low = self.min_resolution
+        _require(low <= self.max_resolution, "max_resolution", self.max_resolution, f"at least min_resolution = {low}")
 
     @property
     def num_outputs(self) -> int:
         return self.num_levels * self.num_features
 
 
-def _check_precision(precision: Precision, encoding: HashGridConfig) -> None:
-    known = typing.get_args(Precision)
-    _check(precision in known, "field.precision", precision, f"one of {known}")
-    low = 1e-6 if precision == "bfloat16" else 0.0  # in float16, which the table is then read in, 6e-8 is 0
-    _check(encoding.init_scale >= low, "field.encoding.init_scale", encoding.init_scale, f"at least {low:g}")
-
-
-DirectionEncoding = Literal["spherical_harmonics", "frequency"]
-MlpInit = Literal["glorot", "torch"]
-Precision = Literal["float32", "bfloat16"]
+def _check_init_scale(precision: Precision, init_scale: float) -> None:
+    fits = precision == "float32" or init_scale >= 1e-6  # in float16, which the table is then read in, 6e-8 is 0
+    _require(fits, "encoding.init_scale", init_scale, f"at least 1e-06 where precision is {precision}")
 
 
 @dataclass(frozen=True)
-class FieldConfig:
+class FieldConfig(Config):
     """The radiance field: hash encoding, density MLP, colour MLP (paper section 5.4)."""
 
     encoding: HashGridConfig = HashGridConfig()
-    hidden_width: int = 64
-    density_layers: int = 1  # hidden layers of the density MLP
-    colour_layers: int = 2  # hidden layers of the colour MLP
-    num_geometry_features: int = 16  # outputs of the density MLP; the first is log density
-    direction_encoding: DirectionEncoding = "spherical_harmonics"
-    direction_degree: int = 4  # harmonic degree, or number of frequencies
-    use_bias: bool = False
-    mlp_init: MlpInit = "glorot"  # "torch" draws weights and biases as torch.nn.Linear does
-    mask_outside_box: bool = False  # zero density and colour outside the unit cube
-    precision: Precision = "float32"  # of features and hidden layers; parameters and densities are always float32
+    hidden_width: Annotated[Count, "neurons per hidden layer"] = 64
+    density_layers: Annotated[Count, "hidden layers of the density MLP"] = 1
+    colour_layers: Annotated[Whole, "hidden layers of the colour MLP"] = 2
+    num_geometry_features: Annotated[Count, "outputs of the density MLP; the first is log density"] = 16
+    direction_encoding: Annotated[DirectionEncoding, "encoding of the viewing direction"] = "spherical_harmonics"
+    direction_degree: Annotated[int, Bounds(1, 16), "degree of the harmonics, up to 8, or number of frequencies"] = 4
+    use_bias: Annotated[bool, "biases in the MLPs"] = False
+    mlp_init: Annotated[MlpInit, "torch draws weights and biases as torch.nn.Linear does"] = "glorot"
+    mask_outside_box: Annotated[bool, "zero density and colour outside the unit cube"] = False
+    precision: Annotated[Precision, "of features and hidden layers; parameters and densities are float32"] = "float32"
 
-    def __post_init__(self) -> None:
-        _check(self.encoding.num_dims == 3, "field.encoding.num_dims", self.encoding.num_dims, "3 for a NeRF")
-        for name in ("hidden_width", "density_layers", "num_geometry_features", "direction_degree"):
-            _check(getattr(self, name) >= 1, f"field.{name}", getattr(self, name), "at least 1")
-        _check(self.colour_layers >= 0, "field.colour_layers", self.colour_layers, "at least 0")
-        known = typing.get_args(DirectionEncoding)
-        _check(self.direction_encoding in known, "field.direction_encoding", self.direction_encoding, f"one of {known}")
-        known = typing.get_args(MlpInit)
-        _check(self.mlp_init in known, "field.mlp_init", self.mlp_init, f"one of {known}")
-        _check_precision(self.precision, self.encoding)
+    def check(self) -> None:
+        _require(self.encoding.num_dims == 3, "encoding.num_dims", self.encoding.num_dims, "3 for a NeRF")
+        _check_init_scale(self.precision, self.encoding.init_scale)
         limit = 8 if self.direction_encoding == "spherical_harmonics" else 16
-        _check(self.direction_degree <= limit, "field.direction_degree", self.direction_degree, f"at most {limit}")
+        _require(self.direction_degree <= limit, "direction_degree", self.direction_degree, f"at most {limit}")
 
 
 @dataclass(frozen=True)
-class PointFieldConfig:
+class PointFieldConfig(Config):
     """A function of position alone: hash encoding, one MLP, linear output (paper sections 5.1 and 5.2)."""
 
     encoding: HashGridConfig = HashGridConfig()
-    hidden_width: int = 64
-    hidden_layers: int = 2
-    num_outputs: int = 1
-    use_bias: bool = False
-    precision: Precision = "float32"  # of features and hidden layers; parameters and results are always float32
+    hidden_width: Annotated[Count, "neurons per hidden layer"] = 64
+    hidden_layers: Annotated[Count, "hidden layers of the MLP"] = 2
+    num_outputs: Annotated[Count, "3 for an image, 1 for a signed distance"] = 1
+    use_bias: Annotated[bool, "biases in the MLP"] = False
+    precision: Annotated[Precision, "of features and hidden layers; parameters and results are float32"] = "float32"
 
-    def __post_init__(self) -> None:
-        for name in ("hidden_width", "hidden_layers", "num_outputs"):
-            _check(getattr(self, name) >= 1, f"field.{name}", getattr(self, name), "at least 1")
-        _check_precision(self.precision, self.encoding)
+    def check(self) -> None:
+        _check_init_scale(self.precision, self.encoding.init_scale)
 
 
 @dataclass(frozen=True)
-class OccupancyConfig:
+class OccupancyConfig(Config):
     """Occupancy grid over the unit cube (paper appendix E.2)."""
 
-    resolution: int = 128  # G, cells per axis
-    decay: float = 0.95  # of the stored density at every refresh
-    threshold: float = 0.01  # optical thickness of one march step above which a cell is occupied
-    refresh_every: int = 16  # training steps between refreshes
-    warmup_steps: int = 256  # until then a refresh evaluates every cell, later a quarter of them
-    num_cascades: int = 1
-    carve: bool = True  # cells outside the silhouette of any view with alpha stay empty
-
-    def __post_init__(self) -> None:
-        _check(
-            self.resolution % 32 == 0 and 32 <= self.resolution <= 512,
-            "occupancy.resolution",
-            self.resolution,
-            "a multiple of 32 from 32 to 512",
-        )
-        _check(0 < self.decay <= 1, "occupancy.decay", self.decay, "in (0, 1]")
-        _check(self.threshold > 0, "occupancy.threshold", self.threshold, "positive")
-        _check(self.refresh_every >= 1, "occupancy.refresh_every", self.refresh_every, "at least 1")
-        _check(self.warmup_steps >= 0, "occupancy.warmup_steps", self.warmup_steps, "at least 0")
+    resolution: Annotated[int, Bounds(32, 512, multiple_of=32), "G, cells per axis"] = 128
+    decay: Annotated[float, Bounds(above=0, high=1), "factor on the stored density at every refresh"] = 0.95
+    threshold: Annotated[Positive, "optical thickness of one march step above which a cell is occupied"] = 0.01
+    refresh_every: Annotated[Count, Role.RESULT, "training steps between refreshes"] = 16
+    warmup_steps: Annotated[Whole, "until then a refresh evaluates every cell, later a quarter of them"] = 256
+    num_cascades: Annotated[int, Bounds(1, 16), "K, nested grids, each twice as large as the one inside it"] = 1
+    carve: Annotated[bool, "keep cells empty that lie outside the silhouette of any view with alpha"] = True
 
 
 @dataclass(frozen=True)
-class MarchConfig:
+class MarchConfig(Config):
     """Sampling by marching through the occupied cells of the unit cube (paper appendix E.1)."""
 
-    num_steps: int = 1024  # candidate steps along the cube's diagonal; dt = sqrt(3) / num_steps
-    num_samples: int = 2**18  # size of the packed sample buffer of one training step
-    min_transmittance: float = 1e-4  # in rendering, a ray ends where less light than this gets through
-    opaque_thickness: float = 2.0  # in training, a cell is opaque if one step in it has this optical thickness, ...
-    opaque_cells: float = 3.5  # ... and a ray ends after this many widths of opaque cells; 0 never ends it
+    num_steps: Annotated[int, Bounds(32, 4096, multiple_of=32), "march steps along the cube's diagonal"] = 1024
+    num_samples: Annotated[Count, "size of a training step's packed sample buffer, at least num_steps"] = 2**18
+    min_transmittance: Annotated[Fraction, "in rendering, a ray ends where less light than this gets through"] = 1e-4
+    opaque_thickness: Annotated[Positive, "optical thickness of one step in a cell that is called opaque"] = 2.0
+    opaque_cells: Annotated[float, Bounds(0, 1e3), "a training ray ends after so many of these; 0 never ends it"] = 3.5
     occupancy: OccupancyConfig = OccupancyConfig()
 
-    def __post_init__(self) -> None:
-        _check(
-            self.num_steps % 32 == 0 and 32 <= self.num_steps <= 4096,
-            "sampler.num_steps",
-            self.num_steps,
-            "a multiple of 32 from 32 to 4096",
-        )
-        _check(
-            self.num_samples >= self.num_steps,
-            "sampler.num_samples",
-            self.num_samples,
-            f"at least num_steps = {self.num_steps}, so that any one ray fits the buffer",
-        )
-        _check(0 <= self.min_transmittance < 1, "sampler.min_transmittance", self.min_transmittance, "in [0, 1)")
-        _check(self.opaque_thickness > 0, "sampler.opaque_thickness", self.opaque_thickness, "positive")
-        _check(0 <= self.opaque_cells <= 1e3, "sampler.opaque_cells", self.opaque_cells, "from 0 to 1000")
+    def check(self) -> None:
+        expected = f"at least num_steps = {self.num_steps}, so that any one ray fits the buffer"
+        _require(self.num_samples >= self.num_steps, "num_samples", self.num_samples, expected)
 
     @property
     def step_size(self) -> float:
@@ -209,379 +322,313 @@ class MarchConfig:
         """Steps in opaque cells after which a training ray ends; 0 never ends it."""
         return math.ceil(self.opaque_cells / self.occupancy.resolution / self.step_size - 0.5)
 
+    @property
+    def jitters_per_ray(self) -> int:
+        return 1
+
 
 @dataclass(frozen=True)
-class StratifiedConfig:
+class StratifiedConfig(Config):
     """Sampling by one jittered sample per bin between near and far; lengths in scene units."""
 
-    num_bins: int = 192
-    near: float = 2 / 3
-    far: float = 2.0
-    last_interval: float = 1e10 / 3  # the last sample stands for everything behind it
+    num_bins: Annotated[int, Bounds(2, below=2**16), "samples per ray"] = 192
+    near: Annotated[NonNegative, "t at which the first bin starts"] = 2 / 3
+    far: Annotated[Positive, "t at which the last bin ends"] = 2.0
+    last_interval: Annotated[Positive, "length of the last sample, which stands for everything behind it"] = 1e10 / 3
 
-    def __post_init__(self) -> None:
-        _check(2 <= self.num_bins < 2**16, "sampler.num_bins", self.num_bins, "from 2 to 65535")
-        _check(0 <= self.near < self.far, "sampler.near, far", (self.near, self.far), "0 <= near < far")
-        _check(self.last_interval > 0, "sampler.last_interval", self.last_interval, "positive")
+    def check(self) -> None:
+        _require(self.near < self.far, "near, far", (self.near, self.far), "near < far")
 
-
-@dataclass(frozen=True)
-class StepDecay:
-    """The learning rate is multiplied by `factor` at `start` and every `interval` after; fractions of the budget.
-
-    The paper's x 0.33 at 20k and every 10k of 50k steps (section 4).
-    """
-
-    factor: float = 0.33
-    start: float = 0.4
-    interval: float = 0.2
-
-    def __post_init__(self) -> None:
-        _check(0 < self.factor <= 1, "decay.factor", self.factor, "in (0, 1]")
-        _check(self.start >= 0, "decay.start", self.start, "at least 0")
-        _check(self.interval > 0, "decay.interval", self.interval, "positive")
+    @property
+    def jitters_per_ray(self) -> int:
+        return self.num_bins
 
 
 @dataclass(frozen=True)
-class CosineDecay:
-    """From `start`, a fraction of the budget, the learning rate falls to `final` of itself along half a cosine."""
+class StepDecay(Config):
+    """The learning rate falls in steps: the paper's x 0.33 at 20k and every 10k of 50k steps (section 4)."""
 
-    start: float = 0.3
-    final: float = 0.02
-
-    def __post_init__(self) -> None:
-        _check(0 <= self.start < 1, "decay.start", self.start, "in [0, 1)")
-        _check(0 <= self.final <= 1, "decay.final", self.final, "in [0, 1]")
+    factor: Annotated[float, Bounds(above=0, high=1), "on the learning rate, at every step of the decay"] = 0.33
+    start: Annotated[NonNegative, "fraction of the budget at which the first step is"] = 0.4
+    interval: Annotated[Positive, "fraction of the budget from one step to the next"] = 0.2
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class CosineDecay(Config):
+    """The learning rate falls along half a cosine."""
+
+    start: Annotated[Fraction, "fraction of the budget at which the fall starts"] = 0.3
+    final: Annotated[float, Bounds(0, 1), "part of the learning rate that is left at the end"] = 0.02
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(Config):
     """Adam with the paper's constants (section 4), a decay, and an average of the weights."""
 
-    learning_rate: float = 1e-2
-    beta1: float = 0.9
-    beta2: float = 0.99
-    epsilon: float = 1e-15
-    weight_decay: float = 1e-6  # L2 on the MLP weights, inside the gradient; never on the tables
-    decay: StepDecay | CosineDecay = StepDecay()
-    warmup_steps: int = 0  # linear rise of the learning rate over the first steps
-    ema_decay: float = 0.95  # of the weight average that is evaluated; 0 evaluates the weights themselves
-
-    def __post_init__(self) -> None:
-        _check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "positive")
-        for name in ("beta1", "beta2", "ema_decay"):
-            _check(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "in [0, 1)")
-        _check(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "positive")
-        _check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
-        _check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "at least 0")
-
-
-Loss = Literal["huber", "l2"]
-Background = Literal["random", "white", "black"]
+    learning_rate: Annotated[Positive, Role.RESULT, "before any decay"] = 1e-2
+    beta1: Annotated[Fraction, "Adam's decay of the mean gradient"] = 0.9
+    beta2: Annotated[Fraction, "Adam's decay of the mean squared gradient"] = 0.99
+    epsilon: Annotated[Positive, "Adam's, added to the root of the mean squared gradient"] = 1e-15
+    weight_decay: Annotated[NonNegative, "L2 on the MLP weights, inside the gradient; never on the tables"] = 1e-6
+    decay: Annotated[StepDecay | CosineDecay, Role.RESULT] = StepDecay()
+    warmup_steps: Annotated[Whole, Role.RESULT, "steps in which the learning rate rises linearly"] = 0
+    ema_decay: Annotated[Fraction, "of the weight average that is evaluated; 0 evaluates the weights"] = 0.95
 
 
 @dataclass(frozen=True)
-class LoopConfig:
+class LoopConfig(Config):
     """The training loop, whatever is learned in it."""
 
-    max_steps: int = 35_000
-    max_seconds: float = 0.0  # of training, compilation excluded; 0 means no limit
-    steps_per_dispatch: int = 16  # steps in one call of the compiled program
-    # Calls given to the device before the host looks at the clock, an interruption and what the calls did.
-    calls_in_flight: int = 1
-    checkpoint_seconds: float = 60.0  # between checkpoints; one is always written at the end
-    log_every: int = 0  # steps from one line of the log to the next, at least; 0 is whenever there is news
-    deterministic: bool = False  # on a GPU, equal bits in every run at about ten times the cost; a CPU has them anyway
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "steps_per_dispatch", "calls_in_flight"):
-            _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
-        _check(0 <= self.max_seconds < 1e9, "train.max_seconds", self.max_seconds, "at least 0 and below 1e9")
-        _check(self.log_every >= 0, "train.log_every", self.log_every, "at least 0")
-        _check(self.checkpoint_seconds > 0, "train.checkpoint_seconds", self.checkpoint_seconds, "positive")
-        _check(0 <= self.seed < 2**32, "train.seed", self.seed, "in [0, 2**32)")
+    max_steps: Annotated[Count, Role.BUDGET, "training steps"] = 35_000
+    max_seconds: Annotated[Seconds, Role.BUDGET, "seconds of training without compilation; 0 is no limit"] = 0.0
+    steps_per_dispatch: Annotated[Count, "training steps in one call of the compiled program"] = 16
+    calls_in_flight: Annotated[Count, Role.FREE, "calls given to the device before the host looks at their results"] = 1
+    checkpoint_seconds: Annotated[Positive, Role.FREE, "between checkpoints; one is always written at the end"] = 60.0
+    log_every: Annotated[Whole, Role.FREE, "least number of steps between lines of the log; 0 logs all news"] = 0
+    deterministic: Annotated[bool, "on a GPU, equal bits in every run, ten times slower; on a CPU always so"] = False
+    seed: Annotated[int, Bounds(0, below=2**32), Role.RESULT, "of all randomness"] = 0
 
 
 @dataclass(frozen=True)
 class TrainConfig(LoopConfig):
     """The training loop of a NeRF."""
 
-    num_rays: int = 2**16  # rays drawn per step; those whose samples fill the buffer are used
-    loss: Loss = "huber"
-    background: Background = "random"  # behind transparent pixels; random per ray
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self.num_rays >= 1, "train.num_rays", self.num_rays, "at least 1")
-        _check(self.loss in typing.get_args(Loss), "train.loss", self.loss, f"one of {typing.get_args(Loss)}")
-        known = typing.get_args(Background)
-        _check(self.background in known, "train.background", self.background, f"one of {known}")
-
-
-MAX_LENGTH = 1e9
-"""World units; what is farther away, or larger, is a mistake."""
+    num_rays: Annotated[Count, "rays drawn per step; those whose samples fit the buffer are used"] = 2**16
+    loss: Annotated[Loss, "of a ray's colour"] = "huber"
+    background: Annotated[Background, "behind transparent pixels; random is one colour per ray"] = "random"
 
 
 @dataclass(frozen=True)
-class SceneConfig:
+class SceneConfig(Config):
     """Which images, and the box of the world that becomes the unit cube of scene units."""
 
-    name: str = "bricks"  # a scene of SCENES, or a path to a folder of views or a ray table
-    data_dir: str = ""  # where to look first; see jaxngp.data.locate
-    downscale: int = 1  # box filter over downscale x downscale pixels
-    image_size: int = 200  # pixels per side at which the built-in scene is rendered
-    box_centre: tuple[float, float, float] = (0.0, 0.0, 0.0)  # world units
-    box_side: float = 3.0  # world units
+    name: Annotated[str, Role.LOCATION, "a known scene, or the path of a folder of views or a ray table"] = "bricks"
+    data_dir: Annotated[str, Role.FREE, "folder that holds the scene, looked at first"] = ""
+    downscale: Annotated[Count, "shrink the images by this factor with a box filter"] = 1
+    image_size: Annotated[int, Bounds(16, 4096), "pixels per side at which the built-in scene is rendered"] = 200
+    hold_out_every: Annotated[Whole, "without test or val views, hold out each n-th; 0 holds out none"] = 8
+    box_centre: Annotated[tuple[Coordinate, Coordinate, Coordinate], "centre of the box, world units"] = (0.0, 0.0, 0.0)
+    box_side: Annotated[float, Bounds(1 / MAX_LENGTH, MAX_LENGTH), "side of the box, world units"] = 3.0
 
-    def __post_init__(self) -> None:
-        _check(bool(self.name), "scene.name", self.name, "a name or a path")
-        _check(self.downscale >= 1, "scene.downscale", self.downscale, "at least 1")
-        _check(16 <= self.image_size <= 4096, "scene.image_size", self.image_size, "from 16 to 4096")
-        _check(len(self.box_centre) == 3, "scene.box_centre", self.box_centre, "three numbers")
-        within = all(abs(c) <= MAX_LENGTH for c in self.box_centre)
-        _check(within, "scene.box_centre", self.box_centre, f"numbers up to {MAX_LENGTH:g}")
-        sound = 1 / MAX_LENGTH <= self.box_side <= MAX_LENGTH  # so that float32 holds what is divided by it
-        _check(sound, "scene.box_side", self.box_side, f"from {1 / MAX_LENGTH:g} to {MAX_LENGTH:g}")
+    def check(self) -> None:
+        _require(bool(self.name), "name", self.name, "a name or a path")
+        _require(self.hold_out_every != 1, "hold_out_every", 1, "0, or at least 2, so that views to train on are left")
+
+
+def _check_draw(train: LoopConfig, numbers_per_step: int, what: str) -> None:
+    """A call of the training program draws its random numbers at once."""
+    fits = train.steps_per_dispatch * numbers_per_step <= 2**28
+    _require(fits, "train.steps_per_dispatch", train.steps_per_dispatch, f"fewer, with as many {what}")
 
 
 @dataclass(frozen=True)
-class NerfConfig:
+class NerfConfig(Config):
     """All of one NeRF run: what `config.json` in a workdir holds."""
 
-    scene: SceneConfig = SceneConfig()
+    scene: Annotated[SceneConfig, Role.RESULT] = SceneConfig()
     field: FieldConfig = FieldConfig()
     sampler: MarchConfig | StratifiedConfig = MarchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
 
-    def __post_init__(self) -> None:
-        noise = self.sampler.num_bins if isinstance(self.sampler, StratifiedConfig) else 1
-        drawn = self.train.steps_per_dispatch * self.train.num_rays * (noise + 14)  # numbers, for a dispatch at once
-        _check(drawn <= 2**28, "train.steps_per_dispatch", self.train.steps_per_dispatch, "fewer, with as many rays")
+    def check(self) -> None:
+        _check_draw(self.train, self.train.num_rays * (self.sampler.jitters_per_ray + 14), "rays")
 
 
 # The other primitives: an image, and the signed distance to a solid.
 
-
-def _check_points(train: ImageTrainConfig | SdfTrainConfig) -> None:
-    _check(8 <= train.num_points <= 2**24, "train.num_points", train.num_points, "from 8 to 2**24")
-    drawn = train.steps_per_dispatch * train.num_points * 3  # numbers, for a dispatch at once
-    _check(drawn <= 2**28, "train.steps_per_dispatch", train.steps_per_dispatch, "fewer, with as many points")
+NumPoints = Annotated[int, Bounds(8, 2**24)]
+Pixels = Annotated[int, Bounds(2, 2**16)]
 
 
 def _check_shape(field: PointFieldConfig, *, num_dims: int, num_outputs: int) -> None:
-    _check(field.encoding.num_dims == num_dims, "field.encoding.num_dims", field.encoding.num_dims, str(num_dims))
-    _check(field.num_outputs == num_outputs, "field.num_outputs", field.num_outputs, str(num_outputs))
+    found = field.encoding.num_dims
+    _require(found == num_dims, "field.encoding.num_dims", found, str(num_dims))
+    _require(field.num_outputs == num_outputs, "field.num_outputs", field.num_outputs, str(num_outputs))
 
 
 @dataclass(frozen=True)
-class ImageSourceConfig:
+class ImageSourceConfig(Config):
     """Which image is learned."""
 
-    path: str = ""  # empty is the built-in one, of the size below
-    width: int = 2048  # px
-    height: int = 2048  # px
-    background: Literal["white", "black"] = "white"  # behind transparent pixels
-
-    def __post_init__(self) -> None:
-        for name in ("width", "height"):
-            _check(2 <= getattr(self, name) <= 2**16, f"image.{name}", getattr(self, name), "from 2 to 65536")
-        known = ("white", "black")
-        _check(self.background in known, "image.background", self.background, f"one of {known}")
+    path: Annotated[str, Role.LOCATION, "of an image; empty is the built-in one, of the size below"] = ""
+    width: Annotated[Pixels, "of the built-in image, px"] = 2048
+    height: Annotated[Pixels, "of the built-in image, px"] = 2048
+    background: Annotated[Literal["white", "black"], "behind transparent pixels"] = "white"
 
 
 @dataclass(frozen=True)
 class ImageTrainConfig(LoopConfig):
     """The training loop of an image."""
 
-    num_points: int = 2**18  # drawn per step, one in each rectangle of a grid over the image
-    snap: bool = True  # to the centre of a pixel; else the image is interpolated between them
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_points(self)
+    num_points: Annotated[NumPoints, "drawn per step, one in each rectangle of a grid over the image"] = 2**18
+    snap: Annotated[bool, "points lie at the centres of pixels; else the image is interpolated between them"] = True
 
 
 @dataclass(frozen=True)
-class ImageConfig:
+class ImageConfig(Config):
     """All of one run that learns an image (paper section 5.1)."""
 
-    image: ImageSourceConfig = ImageSourceConfig()
+    image: Annotated[ImageSourceConfig, Role.RESULT] = ImageSourceConfig()
     field: PointFieldConfig = PointFieldConfig(encoding=HashGridConfig(num_dims=2), num_outputs=3)
     optimizer: OptimizerConfig = OptimizerConfig(ema_decay=0.0)
     train: ImageTrainConfig = ImageTrainConfig()
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         _check_shape(self.field, num_dims=2, num_outputs=3)
+        _check_draw(self.train, self.train.num_points * 3, "points")
 
 
 @dataclass(frozen=True)
-class SdfSourceConfig:
+class SdfSourceConfig(Config):
     """Whose signed distance is learned, and the points that it is learned from."""
 
-    name: str = "shapes"  # of the analytic solids, or the path of a mesh
-    num_samples: int = 2**21  # points whose distance is computed before training, and so many on the surface
-    offset: float = 1 / 1024  # standard deviation of points near the surface, in halves of the box's diagonal
+    name: Annotated[str, Role.LOCATION, "a built-in solid, or the path of a mesh"] = "shapes"
+    num_samples: Annotated[int, Bounds(2**10, 2**28), "points in space, and as many on the surface"] = 2**21
+    offset: Annotated[float, Bounds(above=0, high=1), "deviation of points from the surface, in half diagonals"] = (
+        2**-10
+    )
 
-    def __post_init__(self) -> None:
-        _check(bool(self.name), "sdf.name", self.name, "a name or a path")
-        _check(2**10 <= self.num_samples <= 2**28, "sdf.num_samples", self.num_samples, "from 2**10 to 2**28")
-        _check(0 < self.offset <= 1, "sdf.offset", self.offset, "in (0, 1]")
+    def check(self) -> None:
+        _require(bool(self.name), "name", self.name, "a name or a path")
 
 
 @dataclass(frozen=True)
 class SdfTrainConfig(LoopConfig):
     """The training loop of a signed distance."""
 
-    num_points: int = 2**18  # drawn per step: a half on the surface, three eighths near it, an eighth anywhere
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_points(self)
+    num_points: Annotated[NumPoints, "drawn per step: 1/2 on the surface, 3/8 near it, 1/8 anywhere"] = 2**18
 
 
 @dataclass(frozen=True)
-class SdfConfig:
+class SdfConfig(Config):
     """All of one run that learns a signed distance function (paper section 5.2)."""
 
-    sdf: SdfSourceConfig = SdfSourceConfig()
+    sdf: Annotated[SdfSourceConfig, Role.RESULT] = SdfSourceConfig()
     field: PointFieldConfig = PointFieldConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4)
     train: SdfTrainConfig = SdfTrainConfig()
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         _check_shape(self.field, num_dims=3, num_outputs=1)
+        _check_draw(self.train, self.train.num_points * 3, "points")
 
 
 PointConfig = ImageConfig | SdfConfig
 RunConfig = NerfConfig | ImageConfig | SdfConfig
 """What a workdir may hold a run of."""
 
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
 
 # Reading and writing.
 
 
-_CHOICES = (MarchConfig, StratifiedConfig, StepDecay, CosineDecay)
-"""The members of tagged unions: in JSON they name their type."""
-
-
-def to_json(config: Any) -> str:
+def to_json(config: Config) -> str:
     """A config as JSON text; `from_json` gives the equal config back."""
     return json.dumps(to_plain(config), indent=2) + "\n"
 
 
+def to_plain(config: Config) -> dict[str, Any]:
+    """A config as nested dicts, as JSON has them; where a field may hold one of several configs, "type" says which."""
+    plain: dict[str, Any] = {}
+    for field in declared(type(config)):
+        value = getattr(config, field.name)
+        if field.groups:
+            tag = {"type": type(value).__name__} if len(field.groups) > 1 else {}
+            value = tag | to_plain(value)
+        plain[field.name] = value
+    return plain
+
+
 def from_json(text: str, kind: type = NerfConfig) -> Any:
-    """The config of type `kind` that `text` holds. Raises InputError where the text does not fit the type."""
+    """The config of type `kind` that `text` holds. Raises InputError where the text does not fit the type.
+
+    A value that is missing is its default, so a field that is added has as default what was done before it existed.
+    """
     try:
         plain = json.loads(text)
     except (ValueError, RecursionError) as error:  # not JSON, a number without end, nesting without end
         raise InputError(f"config is not JSON: {error}") from None
-    return _from_plain(plain, kind, "config")
+    return _from_plain(plain, (kind,), "")
 
 
-def apply_overrides(config: Any, overrides: typing.Iterable[str]) -> Any:
-    """`config` with each `dotted.path=value` set; a value keeps the type of the field it replaces.
+def apply_overrides(config: AnyConfig, overrides: Iterable[str]) -> AnyConfig:
+    """`config` with each `dotted.path=value` set, in order; only the result must be valid.
 
-    Where a field may hold one of several groups, the value is a group's name: `optimizer.decay=CosineDecay`.
+    A value keeps the type of its field; powers may be written 2**19. Where a field may hold one of several configs, the
+    value is the name of one: `optimizer.decay=CosineDecay`.
     """
+    plain = to_plain(config)
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals:
             raise InputError(f"override {shown(override)}: expected dotted.path=value")
-        config = _set(config, path.strip().split("."), text.strip(), path.strip())
-    return config
+        _set(plain, type(config), path.strip(), text.strip())
+    return _from_plain(plain, (type(config),), "")
 
 
-def differences(old: Any, new: Any) -> list[str]:
-    """The dotted paths at which two configs differ, each with both values."""
-    a, b = (dict(_leaves(to_plain(config))) for config in (old, new))
-    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]
+def _from_plain(plain: Any, groups: tuple[type[Config], ...], path: str) -> Any:
+    """The config of one of the types `groups` that nested dicts hold; `path` is where they lie in what is read."""
+    place = path or "config"
+    if not isinstance(plain, dict):
+        raise InputError(f"{place}: expected an object with the fields of {groups[0].__name__}")
+    kind = _member(plain.get("type"), groups, path)
+    values = {}
+    for name, value in plain.items():
+        if name != "type" or len(groups) == 1:
+            inner = _field(kind, name, place).groups
+            values[name] = _from_plain(value, inner, _joined(path, name)) if inner else value
+    for field in declared(kind):
+        if field.groups and field.name not in values:
+            raise InputError(f"{place}: {field.name!r} is missing")
+    try:
+        return kind(**values)
+    except InputError as error:
+        raise InputError(_joined(path, str(error))) from None
 
 
-def to_plain(value: Any) -> Any:
-    """A config as nested dicts, as JSON has them."""
-    if not dataclasses.is_dataclass(value):
-        return value
-    plain = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return {"type": type(value).__name__, **plain} if isinstance(value, _CHOICES) else plain
-
-
-def _leaves(plain: Any, path: str = "") -> typing.Iterator[tuple[str, Any]]:
-    if isinstance(plain, dict):
-        for key, value in plain.items():
-            yield from _leaves(value, f"{path}.{key}" if path else key)
+def _set(plain: dict[str, Any], kind: type[Config], path: str, text: str) -> None:
+    """Set what lies at `path` of nested dicts, which hold a config of type `kind`, to what `text` spells."""
+    place = f"override {shown(path)}"
+    *parents, last = path.split(".")
+    for name in parents:
+        groups = _field(kind, name, place).groups
+        if not groups:
+            raise InputError(f"{place}: {name!r} is a value and has no fields")
+        plain = plain[name]
+        kind = _member(plain.get("type"), groups, name)
+    field = _field(kind, last, place)
+    if not field.groups:
+        plain[last] = _parsed(text, field.kind)
+    elif len(field.groups) > 1:
+        plain[last] = {"type": text} | to_plain(_member(text, field.groups, path)())
     else:
-        yield path, list(plain) if isinstance(plain, tuple) else plain
+        names = ", ".join(sorted(field.name for field in declared(field.groups[0])))
+        raise InputError(f"{place}: names a group; its fields are {names}")
 
 
-def _from_plain(plain: Any, kind: Any, path: str) -> Any:
-    if isinstance(kind, types.UnionType):  # a tagged union of dataclasses
-        names = {k.__name__: k for k in typing.get_args(kind)}
-        tag = plain.get("type") if isinstance(plain, dict) else None
-        if not isinstance(tag, str) or tag not in names:
-            raise InputError(f"{path}.type = {shown(tag)}: expected one of {', '.join(names)}")
-        return _from_plain({k: v for k, v in plain.items() if k != "type"}, names[tag], path)
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(plain, dict):
-            raise InputError(f"{path}: expected an object with the fields of {kind.__name__}")  # type: ignore[union-attr]
-        hints = typing.get_type_hints(kind)
-        _check_names(set(plain), set(hints), path)
-        if missing := sorted(set(hints) - set(plain)):
-            raise InputError(f"{path}: {missing[0]!r} is missing")
-        return kind(**{name: _from_plain(value, hints[name], f"{path}.{name}") for name, value in plain.items()})  # type: ignore[operator]
-    return _coerce(plain, kind, path)
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
-def _coerce(value: Any, kind: Any, path: str) -> Any:
-    """`value` as the field type `kind`, or InputError; the only conversions are int -> float and list -> tuple."""
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        choices = typing.get_args(kind)
-        if value in choices:
-            return value
-        raise InputError(f"{path} = {shown(value)}: expected one of {', '.join(map(repr, choices))}")
-    if origin is tuple:
-        kinds = typing.get_args(kind)
-        if isinstance(value, list | tuple) and len(value) == len(kinds):
-            return tuple(_coerce(v, k, path) for v, k in zip(value, kinds, strict=True))
-        raise InputError(f"{path} = {shown(value)}: expected a list of {len(kinds)} values")
-    if kind is float and type(value) is int:
-        value = float(value) if abs(value) < 2**63 else value
-    bound = {float: 1e300, int: 2**63}.get(kind)
-    if type(value) is not kind or (bound and not -bound < value < bound):
-        raise InputError(f"{path} = {shown(value)}: expected {kind.__name__}")
-    return value
+def _member(tag: Any, groups: tuple[type[Config], ...], path: str) -> type[Config]:
+    """The one of several configs that has the name `tag`; where there is but one, that."""
+    names = {group.__name__: group for group in groups}
+    if len(groups) > 1 and (not isinstance(tag, str) or tag not in names):
+        raise InputError(f"{_joined(path, 'type')} = {shown(tag)}: expected one of {', '.join(names)}")
+    return names[tag] if len(groups) > 1 else groups[0]
 
 
-def _check_names(given: set[str], known: set[str], path: str) -> None:
-    if unknown := sorted(given - known):
-        raise InputError(f"{path}: no field {shown(unknown[0])}; its fields are {', '.join(sorted(known))}")
+def _field(kind: type[Config], name: str, place: str) -> Declared:
+    fields = {field.name: field for field in declared(kind)}
+    if name not in fields:
+        raise InputError(f"{place}: no field {shown(name)}; its fields are {', '.join(sorted(fields))}")
+    return fields[name]
 
 
-def _set(config: Any, names: list[str], text: str, path: str) -> Any:
-    if not dataclasses.is_dataclass(config):
-        raise InputError(f"override {shown(path)}: {shown(names[0])} goes below a value; its parent holds no fields")
-    hints = typing.get_type_hints(type(config))
-    _check_names({names[0]}, set(hints), f"override {shown(path)}")
-    old = getattr(config, names[0])
-    if len(names) > 1:
-        new = _set(old, names[1:], text, path)
-    elif isinstance(hints[names[0]], types.UnionType):
-        kinds = {kind.__name__: kind for kind in typing.get_args(hints[names[0]])}
-        if text not in kinds:
-            raise InputError(f"override {shown(path)}: {shown(text)} is none of {', '.join(kinds)}")
-        new = kinds[text]()
-    elif dataclasses.is_dataclass(old):
-        fields = ", ".join(f.name for f in dataclasses.fields(old))
-        raise InputError(f"override {path!r}: names a group; its fields are {fields}")
-    else:
-        new = _coerce(_parse(text, hints[names[0]]), hints[names[0]], path)
-    return replace(config, **{names[0]: new})  # type: ignore[type-var]
-
-
-def _parse(text: str, kind: Any) -> Any:
-    """The value that `text` spells; powers may be written 2**19."""
+def _parsed(text: str, kind: Any) -> Any:
+    """The value that `text` spells; the text itself where it spells none, for the check to refuse."""
     if kind is str or typing.get_origin(kind) is Literal:
         return text
     if kind is bool:
@@ -595,11 +642,66 @@ def _parse(text: str, kind: Any) -> Any:
         return text
 
 
-def program_config(config: Any) -> Any:
-    """`config` with all that shapes no compiled program at its default: the static argument of the training programs."""
-    train = dataclasses.replace(
-        config.train, seed=0, max_steps=1, max_seconds=0.0, log_every=0, checkpoint_seconds=60.0, calls_in_flight=1
-    )
-    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-2, decay=StepDecay(), warmup_steps=0)
-    source = {f.name: f.default for f in dataclasses.fields(config) if f.name in ("scene", "image", "sdf")}
-    return dataclasses.replace(config, train=train, optimizer=optimizer, **source)
+# Comparing, and describing.
+
+
+def differences(old: Config, new: Config, roles: Iterable[Role] = tuple(Role)) -> list[str]:
+    """The dotted paths at which two configs differ, each with both values; only of fields of the roles given."""
+    a, b = dict(_leaves(old)), dict(_leaves(new))
+    lines = []
+    for path in sorted(a | b):
+        role, _ = a.get(path) or b[path]
+        before, after = (leaves[path][1] if path in leaves else None for leaves in (a, b))
+        if role is Role.LOCATION and PurePath(str(before)).name == PurePath(str(after)).name:
+            role = Role.FREE
+        if before != after and role in roles:
+            lines.append(f"{path}: {before!r} -> {after!r}")
+    return lines
+
+
+def _leaves(config: Config, path: str = "", inherited: Role = Role.PROGRAM) -> Iterator[tuple[str, tuple[Role, Any]]]:
+    """Dotted path, role and value of every field that is no group, and the type of a group that may have several."""
+    for field in declared(type(config)):
+        value, name, role = getattr(config, field.name), _joined(path, field.name), field.role or inherited
+        if len(field.groups) > 1:
+            yield f"{name}.type", (role, type(value).__name__)
+        if field.groups:
+            yield from _leaves(value, name, role)
+        else:
+            yield name, (role, value)
+
+
+def program_config(config: AnyConfig) -> AnyConfig:
+    """`config` with the default of every field that shapes no program: runs with equal ones share their programs."""
+    changes = {}
+    for field in declared(type(config)):
+        if field.role not in (None, Role.PROGRAM):
+            changes[field.name] = field.default
+        elif field.groups:
+            changes[field.name] = program_config(getattr(config, field.name))
+    return replace(config, **changes)  # type: ignore[type-var]
+
+
+def field_help(config: Config, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every field that an override can set, as the override that gives it the value it has, and its description.
+
+    A group starts with its dotted path and what it is. Where it may be of several types, the fields of the others
+    follow with their defaults.
+    """
+    for field in sorted(declared(type(config)), key=lambda field: bool(field.groups)):  # values before groups
+        value, name = getattr(config, field.name), _joined(path, field.name)
+        if not field.groups:
+            yield f"{name}={_spelled(value)}", f"{field.doc} ({_expected(field.annotation)})"
+            continue
+        yield name, _first_line(type(value))
+        if len(field.groups) > 1:
+            yield f"{name}={type(value).__name__}", _expected(field.annotation)
+        yield from field_help(value, name)
+        for other in field.groups:
+            if other is not type(value):
+                yield f"{name}, where it is {other.__name__}", _first_line(other)
+                yield from field_help(other(), name)
+
+
+def _first_line(kind: type) -> str:
+    return (kind.__doc__ or "").partition("\n")[0]

@@ -21,21 +21,26 @@ import jax
 from absl import flags, logging
 
 from jaxngp.config import (
+    IDENTITY,
+    Config,
     ImageConfig,
     InputError,
     LoopConfig,
     NerfConfig,
+    Role,
     RunConfig,
     SceneConfig,
     SdfConfig,
     apply_overrides,
+    declared,
     differences,
+    field_help,
     from_json,
     to_json,
     to_plain,
 )
 from jaxngp.data import cache_dir, expand
-from jaxngp.presets import PRESETS, SCENES, scene_config
+from jaxngp.presets import PRESET_HELP, PRESETS, SCENES, scene_config
 from jaxngp.training.lock import sole_training
 from jaxngp.training.report import write_json
 from jaxngp.training.workdir import clear
@@ -43,8 +48,11 @@ from jaxngp.training.workdir import clear
 Flags = flags.FlagValues
 Group = TypeVar("Group", bound=SceneConfig | LoopConfig)
 Loop = TypeVar("Loop", bound=LoopConfig)
-Config = TypeVar("Config", bound=RunConfig)
+Run = TypeVar("Run", bound=RunConfig)
 
+
+WIDTH, COLUMN = 120, 42
+"""Of a line of --help, and of where its second column starts."""
 
 COMMANDS = {
     NerfConfig: ("scene", "jaxngp.train"),
@@ -97,15 +105,27 @@ def _fail(message: str) -> None:
 
 
 def _help(values: Flags) -> str:
-    lines = []
-    for name in sorted(values):
+    """Every flag, and every field that --override can set."""
+    lines, fields = ["flags:"], []
+    for name in sorted(name for name in values if values[name].short_name != name):
         flag = values[name]
-        if flag.short_name == name:
-            continue
         default = "" if flag.default in (None, "", []) else f" (default: {str(flag.default_as_str).strip(chr(39))})"
-        text = textwrap.fill(f"{flag.help}{default}", 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
-        lines.append(f"  --{name}\n{text}")
-    return "\n".join(lines)
+        lines += _row(f"--{name}", f"{flag.help}{default}")
+        if isinstance(flag, _PresetFlag):
+            lines += [line for preset, text in flag.presets.items() for line in _row(f"  {preset}", text)]
+        if isinstance(flag, _OverrideFlag):
+            fields = ["", "fields of the config, each as the --override that sets it to what it is without any flag:"]
+            for left, text in field_help(flag.config(values)):
+                fields += _row(left, text) if "=" in left else ["", *textwrap.wrap(f"{left}: {text}", WIDTH)]
+    return "\n".join(lines + fields)
+
+
+def _row(left: str, text: str) -> list[str]:
+    """Lines with `left` in the first column and the text in the second."""
+    lines = [f"{'':<{COLUMN}}{line}" for line in textwrap.wrap(text, WIDTH - COLUMN)]
+    if len(left) > COLUMN - 4:
+        return [f"  {left}", *lines]
+    return [f"  {left:<{COLUMN - 2}}{lines[0].lstrip()}", *lines[1:]]
 
 
 def _prepare_jax() -> None:
@@ -116,64 +136,104 @@ def _prepare_jax() -> None:
     logging.set_verbosity(logging.FATAL)  # orbax logs every step of a save, and the traceback of what it raises
 
 
+# Kinds of flags.
+
+
+class _PathParser(flags.ArgumentParser):
+    """A path, as text, with its ~ replaced: a shell leaves that of --flag=~/path as it is."""
+
+    def parse(self, argument: str) -> str:
+        return str(expand(argument)) if argument.startswith("~") else argument
+
+
+class _OverrideFlag(flags.MultiFlag):
+    """--override. `config(values)` has the values with which --help lists the fields of the config."""
+
+    def __init__(self, config: Callable[[Flags], Config]) -> None:
+        text = "Set a field of the config, one of those below"
+        super().__init__(flags.ArgumentParser(), flags.ArgumentSerializer(), "override", [], text)
+        self.config = config
+
+
+class _PresetFlag(flags.EnumFlag):
+    """--preset. `presets` says in a line what each is; `gpu` is the one for a GPU."""
+
+    def __init__(self, presets: dict[str, str], gpu: str) -> None:
+        text = f"auto is small on a CPU and {gpu} on a GPU."
+        super().__init__("preset", "auto", text, ["auto", *presets])
+        self.presets, self.gpu = presets, gpu
+
+
+def define_path(values: Flags, name: str, default: str | None, text: str) -> None:
+    """A flag whose value is a path, as text."""
+    flags.DEFINE(_PathParser(), name, default, text, values, flags.ArgumentSerializer())
+
+
+def define_preset(values: Flags, presets: dict[str, str], *, gpu: str) -> None:
+    """--preset, which `chosen_preset` reads. presets: what each is, by name. gpu: which is for a GPU; small is for a CPU."""
+    flags.DEFINE_flag(_PresetFlag(presets, gpu), values)
+
+
+def chosen_preset(values: Flags) -> str:
+    """The preset that --preset names, or the one for the device."""
+    if values.preset != "auto":
+        return values.preset
+    flag: Any = values["preset"]
+    backend = jax.default_backend()
+    preset = "small" if backend == "cpu" else flag.gpu
+    print(f"preset {preset}, since jax runs on {backend}; --preset chooses another")
+    return preset
+
+
+def _define_fields(values: Flags, group: type[Config], names: Sequence[str]) -> None:
+    """Flags that set fields of a group of the config; None where they are not given."""
+    define: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
+    for field in declared(group):
+        if field.name in names:
+            define[field.kind](field.name, None, f"{field.doc[0].upper()}{field.doc[1:]}.", flag_values=values)
+
+
 # What each command takes.
+
+_SCENE_FLAGS = ("downscale", "image_size", "hold_out_every")
+_LOOP_FLAGS = ("seed", "max_steps", "max_seconds", "log_every", "deterministic")
 
 
 def define_train_flags(values: Flags) -> None:
     """The flags of `python -m jaxngp.train`."""
     scenes = ", ".join(SCENES)
-    flags.DEFINE_string(
-        "scene", "bricks", f"One of {scenes}; or the path of a folder of views or a ray table.", flag_values=values
+    define_path(values, "scene", "bricks", f"One of {scenes}; or the path of a folder of views or a ray table.")
+    define_preset(values, PRESET_HELP, gpu="base")
+    define_path(values, "data_dir", None, "Folder that holds the scene, looked at first.")
+    _define_fields(values, SceneConfig, _SCENE_FLAGS)
+    define_loop_flags(
+        values, workdir="runs/<scene>", config=lambda values: PRESETS.get(values.preset, PRESETS["small"])
     )
-    flags.DEFINE_enum(
-        "preset", "auto", ["auto", *PRESETS], "auto is small on a CPU and base on a GPU.", flag_values=values
-    )
-    flags.DEFINE_string("data_dir", None, "Folder that holds the scene, looked at first.", flag_values=values)
-    flags.DEFINE_integer("downscale", None, "Shrink the images by this factor.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("image_size", None, "Pixels per side of the built-in scene.", flag_values=values)
-    define_loop_flags(values, workdir="runs/<scene>", example="sampler.num_samples=2**16")
     define_evaluation_flags(values)
 
 
-def define_loop_flags(values: Flags, *, workdir: str, example: str) -> None:
+def define_loop_flags(values: Flags, *, workdir: str, config: Callable[[Flags], Config]) -> None:
     """The flags of everything that trains; `loop_config` reads them.
 
-    workdir: the default, in words. example: of an override.
+    workdir: the default, in words. config: gives the config before any flag but --preset, whose fields --help lists.
     """
-    flags.DEFINE_string("workdir", None, f"Where everything is written; {workdir} if not given.", flag_values=values)
-    flags.DEFINE_integer("seed", None, "Of all randomness.", flag_values=values)
-    flags.DEFINE_integer("max_steps", None, "Training steps.", flag_values=values)
-    flags.DEFINE_float(
-        "max_seconds", None, "Seconds of training, compilation excluded; 0 is no limit.", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "log_every", None, "Steps from one line of metrics.jsonl to the next, at least.", flag_values=values
-    )
-    flags.DEFINE_bool(
-        "deterministic",
-        None,
-        "On a GPU: equal bits in every run with one seed, about ten times slower. A CPU gives them anyway.",
-        flag_values=values,
-    )
-    flags.DEFINE_multi_string(
-        "override",
-        [],
-        f"Set any field of the config: --override={example}. May be repeated.",
-        flag_values=values,
-    )
+    define_path(values, "workdir", None, f"Where everything is written; {workdir} if not given.")
+    _define_fields(values, LoopConfig, _LOOP_FLAGS)
+    flags.DEFINE_flag(_OverrideFlag(config), values)
     flags.DEFINE_bool("restart", False, "Throw away what the workdir holds and train anew.", flag_values=values)
 
 
 def define_workdir_flags(values: Flags) -> None:
     """The flags of the commands that read a trained workdir."""
-    flags.DEFINE_string("workdir", None, "Of the training run.", required=False, flag_values=values)
-    flags.DEFINE_string("data_dir", None, "Folder that holds the scene, if it has moved.", flag_values=values)
+    define_path(values, "workdir", None, "Of the training run.")
+    define_path(values, "data_dir", None, "Folder that holds the scene, if it has moved.")
 
 
 def define_evaluation_flags(values: Flags) -> None:
     """The flags of everything that evaluates."""
     splits = ["auto", "test", "val", "train", "held-out"]
-    flags.DEFINE_enum("eval_split", "auto", splits, "auto is test, else val, else every 8th view.", flag_values=values)
+    text = "auto is test, else val, else the views that are held out."
+    flags.DEFINE_enum("eval_split", "auto", splits, text, flag_values=values)
     flags.DEFINE_integer(
         "eval_views", 0, "Evaluate this many evenly spaced views; 0 is all.", lower_bound=0, flag_values=values
     )
@@ -199,19 +259,14 @@ def define_render_flags(values: Flags) -> None:
 
 def train_config(values: Flags) -> NerfConfig:
     """Dataclass defaults < preset < flags that were given < overrides."""
-    preset = values.preset
-    if preset == "auto":
-        backend = jax.default_backend()
-        preset = "small" if backend == "cpu" else "base"
-        print(f"preset {preset}, since jax runs on {backend}; --preset chooses another")
-    config = PRESETS[preset]
-    scene = _given(scene_config(values.scene), values, ("data_dir", "downscale", "image_size"))
+    config = PRESETS[chosen_preset(values)]
+    scene = _given(scene_config(values.scene), values, _SCENE_FLAGS)
     if values.image_size is not None and scene.name != "bricks":
         raise InputError("--image_size is the size of the built-in scene; use --downscale for any other")
-    if scene.data_dir:
-        scene = replace(scene, data_dir=os.path.realpath(expand(scene.data_dir)))
     if scene.name not in SCENES:  # a path: evaluation and rendering may start from another folder
-        scene = replace(scene, name=os.path.realpath(expand(scene.name)))
+        scene = replace(scene, name=os.path.realpath(scene.name))
+    if values.data_dir:
+        scene = replace(scene, data_dir=os.path.realpath(values.data_dir))
     config = replace(config, scene=scene, train=loop_config(config.train, values))
     return apply_overrides(config, values.override)
 
@@ -222,7 +277,7 @@ def loop_config(train: Loop, values: Flags) -> Loop:
         train = replace(train, max_seconds=0.0)  # who asks for steps means to get them
     if values.max_seconds and values.max_steps is None:
         train = replace(train, max_steps=10**7)  # and who asks for seconds, those
-    return _given(train, values, ("seed", "max_steps", "max_seconds", "log_every", "deterministic"))
+    return _given(train, values, _LOOP_FLAGS)
 
 
 def _given(config: Group, values: Flags, names: Sequence[str]) -> Group:
@@ -231,7 +286,7 @@ def _given(config: Group, values: Flags, names: Sequence[str]) -> Group:
     return replace(config, **given)
 
 
-def read_config(workdir: Path, kind: type[Config]) -> Config:
+def read_config(workdir: Path, kind: type[Run]) -> Run:
     """The config, of type `kind`, that a training run left in its workdir."""
     path = workdir / "config.json"
     if not path.is_file():
@@ -293,8 +348,7 @@ def check_same_config(workdir: Path, config: RunConfig) -> None:
     """Raises InputError if a workdir holds a run with another config; where the data lies is no part of a run."""
     if not (workdir / "config.json").exists():
         return
-    free = ("scene.data_dir:", "train.checkpoint_seconds:", "train.log_every:", "train.calls_in_flight:")
-    changes = [line for line in differences(read_config(workdir, type(config)), config) if not line.startswith(free)]
+    changes = differences(read_config(workdir, type(config)), config, (*IDENTITY, Role.BUDGET))
     if changes:
         raise InputError(
             f"{workdir} holds a run with another config ({'; '.join(changes)}): give another --workdir, "

@@ -52,8 +52,12 @@ _HUNDRED_LINES = NerfConfig(
 )
 
 PRESETS: dict[str, NerfConfig] = {"paper": _PAPER, "base": _BASE, "small": _SMALL, "hundred_lines": _HUNDRED_LINES}
-"""`paper`: as published. `base`: for a GPU, half the table reads. `small`: a minute on a CPU. `hundred_lines`: the
-100-line PyTorch recipe, with no grid and 192 bins a ray."""
+PRESET_HELP = {
+    "paper": "as published",
+    "base": "for a GPU: half the table reads, bfloat16",
+    "small": "a minute of training on a CPU",
+    "hundred_lines": "the 100-line PyTorch recipe: no occupancy grid, 192 bins a ray",
+}
 
 _BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
 SCENES: dict[str, SceneConfig] = {

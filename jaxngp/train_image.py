@@ -41,7 +41,6 @@ from jaxngp.config import (
     apply_overrides,
     to_json,
 )
-from jaxngp.data import expand
 from jaxngp.data.atlas import builtin_image
 from jaxngp.data.image import StoredImage, read_image, tiles
 from jaxngp.device import compiler_options, default_placement, device_memory, on_cpu
@@ -107,7 +106,7 @@ def fitting_grid(grid: HashGridConfig, budget: int, largest: int) -> HashGridCon
 def picture_config(values: flags.Flags) -> ImageSourceConfig:
     """Which image the flags and overrides name. Raises InputError."""
     if values.image:
-        picture = ImageSourceConfig(path=os.path.realpath(expand(values.image)), background=values.background)
+        picture = ImageSourceConfig(path=os.path.realpath(values.image), background=values.background)
     else:
         width, x, height = values.size.lower().partition("x")
         if not (width.isdecimal() and (height if x else width).isdecimal()):
@@ -271,7 +270,7 @@ def write_pictures(folder: Path, found: Comparison) -> None:
 
 
 def define_flags(values: flags.Flags) -> None:
-    absl_flags.DEFINE_string("image", None, "Path of an image; the built-in one if not given.", flag_values=values)
+    flags.define_path(values, "image", None, "Path of an image; the built-in one if not given.")
     absl_flags.DEFINE_string(
         "size", "2048", "Width x height of the built-in image, or one number for both.", flag_values=values
     )
@@ -293,7 +292,11 @@ def define_flags(values: flags.Flags) -> None:
         "on the device what takes up to 256 MB on a CPU and a quarter of a GPU's memory. What is learned is the same.",
         flag_values=values,
     )
-    flags.define_loop_flags(values, workdir="runs/<image>", example="train.num_points=2**16")
+    flags.define_loop_flags(
+        values,
+        workdir="runs/<image>",
+        config=lambda _: default_config(HashGridConfig(num_dims=2), on_cpu=True),
+    )
 
 
 def main(values: flags.Flags) -> None:

@@ -39,7 +39,6 @@ from jaxngp.config import (
     apply_overrides,
     to_json,
 )
-from jaxngp.data import expand
 from jaxngp.data.meshes import Frame, Mesh, read_mesh
 from jaxngp.data.shapes import SHAPES
 from jaxngp.data.solids import Solid, distance_samples, surface_samples
@@ -73,6 +72,7 @@ _PAPER = SdfConfig(
     train=SdfTrainConfig(max_steps=20_000),
 )
 PRESETS = {"paper": _PAPER, "small": _SMALL}
+PRESET_HELP = {"paper": "as published", "small": "a minute of training on a CPU"}
 
 
 # What is learned.
@@ -80,13 +80,8 @@ PRESETS = {"paper": _PAPER, "small": _SMALL}
 
 def sdf_config(values: flags.Flags) -> SdfConfig:
     """The config that the flags ask for. Raises InputError."""
-    preset = values.preset
-    if preset == "auto":
-        backend = jax.default_backend()
-        preset = "small" if backend == "cpu" else "paper"
-        print(f"preset {preset}, since jax runs on {backend}; --preset chooses another")
-    config = PRESETS[preset]
-    name = os.path.realpath(expand(values.mesh)) if values.mesh else values.shape
+    config = PRESETS[flags.chosen_preset(values)]
+    name = os.path.realpath(values.mesh) if values.mesh else values.shape
     config = replace(config, sdf=replace(config.sdf, name=name), train=flags.loop_config(config.train, values))
     return apply_overrides(config, values.override)
 
@@ -256,11 +251,9 @@ def panels(picture: SurfaceView, rays: Rays, solid: Solid, size: int) -> list[np
 
 
 def define_flags(values: flags.Flags) -> None:
-    absl_flags.DEFINE_string("mesh", None, "Path of an OBJ, OFF, PLY or STL file.", flag_values=values)
+    flags.define_path(values, "mesh", None, "Path of an OBJ, OFF, PLY or STL file.")
     absl_flags.DEFINE_enum("shape", "shapes", [*SHAPES], "Built-in, where no mesh is given.", flag_values=values)
-    absl_flags.DEFINE_enum(
-        "preset", "auto", ["auto", *PRESETS], "auto is small on a CPU and paper on a GPU.", flag_values=values
-    )
+    flags.define_preset(values, PRESET_HELP, gpu="paper")
     absl_flags.DEFINE_integer("image_size", 512, "Pixels per side of a picture.", 16, 4096, flag_values=values)
     absl_flags.DEFINE_enum(
         "up", "auto", ["auto", "x", "y", "z"], "Axis that is up in pictures; auto is y for a mesh.", flag_values=values
@@ -274,7 +267,11 @@ def define_flags(values: flags.Flags) -> None:
         flag_values=values,
     )
     absl_flags.DEFINE_enum("mesh_format", "ply", ["ply", "obj"], "Of the extracted mesh.", flag_values=values)
-    flags.define_loop_flags(values, workdir="runs/<solid>", example="train.num_points=2**16")
+    flags.define_loop_flags(
+        values,
+        workdir="runs/<solid>",
+        config=lambda values: PRESETS.get(values.preset, PRESETS["small"]),
+    )
 
 
 def main(values: flags.Flags) -> None:

@@ -145,8 +145,8 @@ def test_the_last_override_wins_and_spaces_do_not_matter() -> None:
     [
         ("train.sed=1", "no field 'sed'; its fields are background, .*seed, steps_per_dispatch"),
         ("tran.seed=1", "no field 'tran'; its fields are field, optimizer, sampler, scene, train"),
-        ("train=1", "names a group; its fields are max_steps"),
-        ("train.seed.low=1", "goes below a value"),
+        ("train=1", "names a group; its fields are background, "),
+        ("train.seed.low=1", "'seed' is a value and has no fields"),
         ("train.seed", "expected dotted.path=value"),
         ("train.seed=1.5", "train.seed = 1.5: expected int"),
         ("train.seed=true", "expected int"),
@@ -214,7 +214,7 @@ def test_json_names_what_is_missing_or_unknown() -> None:
         from_json(json.dumps({k: v for k, v in plain.items() if k != "train"}))
     with pytest.raises(InputError, match=r"config: no field 'extra'; its fields are field, "):
         from_json(json.dumps(plain | {"extra": 1}))
-    with pytest.raises(InputError, match=r"config.sampler.type = 'Dense': expected one of MarchConfig, Strat"):
+    with pytest.raises(InputError, match=r"^sampler.type = 'Dense': expected one of MarchConfig, Strat"):
         from_json(json.dumps(plain | {"sampler": plain["sampler"] | {"type": "Dense"}}))
 
 
