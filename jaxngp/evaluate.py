@@ -5,8 +5,7 @@ Writes novel_views/ and summary.json of its workdir anew.
 
 from __future__ import annotations
 
-from jaxngp import flags, runs
-from jaxngp.config import InputError
+from jaxngp import flags
 from jaxngp.data import load_evaluation
 from jaxngp.evaluation import evaluate_into, write_summary
 

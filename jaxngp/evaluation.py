@@ -15,7 +15,6 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxngp.cameras import PosedImages, Rays, view_rays
-from jaxngp.compositing import RenderOutput
 from jaxngp.config import InputError
 from jaxngp.console import bar_interval
 from jaxngp.data import Split

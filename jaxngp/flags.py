@@ -6,44 +6,31 @@ code 2, never in a traceback.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 from absl import flags, logging
 
+from jaxngp import runs
 from jaxngp.config import (
-    IDENTITY,
     Config,
-    ImageConfig,
     InputError,
     LoopConfig,
     NerfConfig,
-    Role,
     RunConfig,
     SceneConfig,
-    SdfConfig,
     apply_overrides,
     declared,
-    differences,
     field_help,
-    from_json,
-    to_json,
-    to_plain,
 )
 from jaxngp.data import cache_dir, expand
 from jaxngp.presets import PRESET_HELP, PRESETS, SCENES, scene_config
-from jaxngp.training.lock import sole_training
-from jaxngp.training.report import write_json
-from jaxngp.training.workdir import clear
 
 Flags = flags.FlagValues
 Group = TypeVar("Group", bound=SceneConfig | LoopConfig)
@@ -53,13 +40,6 @@ Run = TypeVar("Run", bound=RunConfig)
 
 WIDTH, COLUMN = 120, 42
 """Of a line of --help, and of where its second column starts."""
-
-COMMANDS = {
-    NerfConfig: ("scene", "jaxngp.train"),
-    ImageConfig: ("image", "jaxngp.train_image"),
-    SdfConfig: ("sdf", "jaxngp.train_sdf"),
-}
-"""The kinds of runs: the group of the config that says what is learned, and the command that learns it."""
 
 
 def run(
@@ -170,7 +150,7 @@ def define_path(values: Flags, name: str, default: str | None, text: str) -> Non
 
 
 def define_preset(values: Flags, presets: dict[str, str], *, gpu: str) -> None:
-    """--preset, which `chosen_preset` reads. presets: what each is, by name. gpu: which is for a GPU; small is for a CPU."""
+    """--preset, which `chosen_preset` reads. presets: what each is, by name. gpu: that for a GPU; small is for a CPU."""
     flags.DEFINE_flag(_PresetFlag(presets, gpu), values)
 
 
@@ -221,6 +201,11 @@ def define_loop_flags(values: Flags, *, workdir: str, config: Callable[[Flags], 
     _define_fields(values, LoopConfig, _LOOP_FLAGS)
     flags.DEFINE_flag(_OverrideFlag(config), values)
     flags.DEFINE_bool("restart", False, "Throw away what the workdir holds and train anew.", flag_values=values)
+    text = (
+        "Train a run on with a larger budget. Its learning rates are then those of the new budget from where the run "
+        "stands, so a rate that had decayed rises again."
+    )
+    flags.DEFINE_bool("extend", False, text, flag_values=values)
 
 
 def define_workdir_flags(values: Flags) -> None:
@@ -286,71 +271,12 @@ def _given(config: Group, values: Flags, names: Sequence[str]) -> Group:
     return replace(config, **given)
 
 
-def read_config(workdir: Path, kind: type[Run]) -> Run:
-    """The config, of type `kind`, that a training run left in its workdir."""
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise InputError(f"{path}: not found; give the --workdir of a run of python -m jaxngp.train")
-    try:
-        text = path.read_text(encoding="utf-8")
-        _check_kind(text, kind)
-        return from_json(text, kind)
-    except _OtherKindError as error:
-        raise InputError(f"{path}: {error}") from None
-    except (InputError, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: {error}; it was written by another version or edited: give another --workdir, or train anew "
-            "with --restart"
-        ) from None
-
-
-class _OtherKindError(InputError):
-    """A workdir of another command's run."""
-
-
-def _check_kind(text: str, kind: type) -> None:
-    """Raises InputError where a config is clearly that of another command, by the group that says what is learned."""
-    try:
-        held = json.loads(text)
-    except (ValueError, RecursionError):  # whoever reads it will say so
-        return
-    for other, (group, command) in COMMANDS.items():
-        if isinstance(held, dict) and group in held and other is not kind:
-            raise _OtherKindError(f"holds a run of python -m {command}; give another --workdir")
-
-
-def trained_config(values: Flags) -> tuple[Path, NerfConfig]:
-    """The workdir of a command that reads one, and its config with the flags that were given."""
+def trained_nerf(values: Flags) -> tuple[runs.Run, NerfConfig]:
+    """The run of a command that reads a trained NeRF, and its config with the flags that were given."""
     if not values.workdir:
         raise InputError("--workdir is missing: give the folder of a run of python -m jaxngp.train")
-    workdir = Path(values.workdir)
-    config = read_config(workdir, NerfConfig)
-    return workdir, replace(config, scene=_given(config.scene, values, ("data_dir",)))
-
-
-@contextlib.contextmanager
-def training_in(workdir: Path, config: RunConfig, *, restart: bool) -> Iterator[None]:
-    """Within the block this process alone trains in the workdir, whose config.json is `config`; it is printed too.
-
-    restart: throw away what a run left there. Raises InputError where the workdir holds a run with another config, and
-    where another process trains in it.
-    """
-    with sole_training(workdir):
-        if restart:
-            clear(workdir)
-        check_same_config(workdir, config)
-        write_json(workdir / "config.json", to_plain(config))
-        print(to_json(config), end="")
-        yield
-
-
-def check_same_config(workdir: Path, config: RunConfig) -> None:
-    """Raises InputError if a workdir holds a run with another config; where the data lies is no part of a run."""
-    if not (workdir / "config.json").exists():
-        return
-    changes = differences(read_config(workdir, type(config)), config, (*IDENTITY, Role.BUDGET))
-    if changes:
-        raise InputError(
-            f"{workdir} holds a run with another config ({'; '.join(changes)}): give another --workdir, "
-            "or --restart to throw that run away"
-        )
+    run = runs.load(values.workdir, NerfConfig)
+    scene = run.config.scene
+    if values.data_dir:
+        scene = replace(scene, data_dir=os.path.realpath(values.data_dir))
+    return run, replace(run.config, scene=scene)

@@ -20,6 +20,7 @@ import numpy as np
 
 import jaxngp
 
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to that becomes `path` when the block ends, and vanishes if it raises."""

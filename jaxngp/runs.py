@@ -31,13 +31,15 @@ from jaxngp.cameras import Cameras, PosedImages
 from jaxngp.checkpoints import Checkpoints
 from jaxngp.compositing import RenderOutput
 from jaxngp.config import (
+    IDENTITY,
     ImageConfig,
     InputError,
     NerfConfig,
+    Role,
     RunConfig,
     SdfConfig,
+    differences,
     from_json,
-    run_differences,
     to_plain,
 )
 from jaxngp.console import ProgressBar, TrainingWarnings, interruption, warn
@@ -134,7 +136,7 @@ def check_same_config(workdir: Path, config: RunConfig, *, extend: bool = False)
     if not (workdir / "config.json").exists():
         return
     old = read_config(workdir, type(config))
-    changes, budget = run_differences(old, config)
+    changes, budget = differences(old, config, IDENTITY), differences(old, config, (Role.BUDGET,))
     if changes:
         raise InputError(
             f"{workdir} holds a run with another config ({'; '.join(changes)}): give another --workdir, "
@@ -250,10 +252,10 @@ class Run:
         return render_view(self.field, camera, self.occupancy, colour, sampler=self.config.sampler)
 
 
-def load(workdir: Path | str) -> Run:
-    """Open a trained run. Raises InputError where there is none, or where it cannot be used."""
+def load(workdir: Path | str, kind: type | None = None) -> Run:
+    """Open a trained run, of the config type `kind` if one is given. Raises InputError where it cannot be used."""
     workdir = Path(workdir).expanduser()
-    config = read_config(workdir)
+    config = read_config(workdir, kind)
     with Checkpoints(workdir) as checkpoints:
         progress, trained_on = checkpoints.restore_trained(config), checkpoints.environment()
     return Run(workdir, config, progress, trained_on, _read_cameras(workdir / "scene.json"))
@@ -265,7 +267,9 @@ def _read_cameras(path: Path) -> Cameras | None:
         return None
     dtypes = {"size": np.int32}
     try:
-        return Cameras(**{name: np.asarray(plain[name], dtypes.get(name, np.float32)) for name in Cameras.__annotations__})
+        return Cameras(
+            **{name: np.asarray(plain[name], dtypes.get(name, np.float32)) for name in Cameras.__annotations__}
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}; it was edited: train anew, or restore it") from None
 

@@ -41,6 +41,7 @@ from jaxngp.config import (
     apply_overrides,
     to_json,
 )
+from jaxngp.console import bar_interval
 from jaxngp.data.atlas import builtin_image
 from jaxngp.data.image import StoredImage, read_image, tiles
 from jaxngp.device import compiler_options, default_placement, device_memory, on_cpu
@@ -48,11 +49,10 @@ from jaxngp.fields import ImageField
 from jaxngp.hashing import level_offsets
 from jaxngp.images import blend_taps, pixel_taps, tile_centres
 from jaxngp.metrics import psnr
-from jaxngp.training.loop import Progress, train
-from jaxngp.training.image import ImagePixels
-from jaxngp.console import bar_interval
 from jaxngp.pictures import contact_sheet, error_image, to_uint8, write_png
 from jaxngp.records import append_jsonl, environment, keep_lines, table, write_json
+from jaxngp.training.image import ImagePixels
+from jaxngp.training.loop import Progress, train
 
 TABLE_SIZES = range(14, 25)  # log2 T
 LARGEST_ON_CPU = 19  # log2 T, by default: Adam would take most of a step's time for a larger table, and 2 GB

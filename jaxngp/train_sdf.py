@@ -297,9 +297,7 @@ def main(values: flags.Flags) -> None:
         report(workdir, solid, progress, run.trained_on(), values)
 
 
-def report(
-    workdir: Path, solid: Solid, progress: Progress, about: dict[str, Any], values: flags.Flags
-) -> None:
+def report(workdir: Path, solid: Solid, progress: Progress, about: dict[str, Any], values: flags.Flags) -> None:
     """Extract, draw, evaluate, write summary.json, and print the table."""
     distance, pictures = progress.field, workdir / "pictures"
     runs.remove_pictures(workdir)

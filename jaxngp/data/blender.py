@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jaxngp.cameras import Cameras, PosedImages, make_cameras, pose_images
+from jaxngp.cameras import PosedImages, make_cameras, pose_images
 from jaxngp.config import MAX_LENGTH, InputError, shown
 
 # Told by the first bytes, whatever a file is called. PIL knows many more; for one of them it runs Ghostscript.

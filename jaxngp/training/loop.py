@@ -128,8 +128,8 @@ def _nothing_left(progress: Progress) -> str:
     train = progress.config.train
     budget = f"{train.max_steps} steps" + (f" or {train.max_seconds:g} s" if train.max_seconds else "")
     return (
-        f"the run stands at step {progress.step} after {progress.seconds:.1f} s, and the budget is {budget}: nothing is "
-        "left to train; raise train.max_steps or train.max_seconds"
+        f"the run stands at step {progress.step} after {progress.seconds:.1f} s, and the budget is {budget}: nothing "
+        "is left to train; raise train.max_steps or train.max_seconds"
     )
 
 

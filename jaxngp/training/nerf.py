@@ -294,7 +294,7 @@ def training_warnings(metrics: NerfMetrics, *, step: int, finished: bool, config
     used = float(metrics.rays) / config.train.num_rays
     if finished and isinstance(config.sampler, MarchConfig) and used < FEW_RAYS:
         found["dropped"] = (
-            f"only {used:.0%} of the rays drawn in the last steps fitted the sample buffer, and the others were marched "
-            "for nothing: raise sampler.num_samples or lower train.num_rays, by --override"
+            f"only {used:.0%} of the rays drawn in the last steps fitted the sample buffer, and the others were "
+            "marched for nothing: raise sampler.num_samples or lower train.num_rays, by --override"
         )
     return found
