@@ -25,6 +25,7 @@ from jaxngp.data.photos import IMAGE_SUFFIXES, probe_images
 
 POSE_TOLERANCE = 1e-3  # of the entries of R^T R - I, of det R - 1 and of the matrix's last row
 FOCAL_RANGE = (1e-2, 1e7)  # px; beyond it float32 has no digits left for where pixels look
+MAX_NAME = 2**10  # characters of a file_path
 MAX_DISTORTION = 1e-9  # a coefficient below it moves no pixel
 DISTORTION_KEYS = ("k1", "k2", "k3", "k4", "p1", "p2")
 CAMERA_MODELS = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV")
@@ -121,7 +122,8 @@ def _read_json(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def _file_path(frame: dict[str, Any], where: str) -> Path:
     """The path of a frame's image, relative or not. Backslashes are those of a json written on Windows."""
     name = frame.get("file_path")
-    file = Path(name.replace("\\", "/")) if isinstance(name, str) and name.isprintable() else Path()
+    sound = isinstance(name, str) and name.isprintable() and len(name) <= MAX_NAME
+    file = Path(str(name).replace("\\", "/")) if sound else Path()
     if file.name in ("", ".."):
         raise InputError(f"{where} has no 'file_path' that names a file; export the json again")
     return file if file.suffix.lower() in IMAGE_SUFFIXES else Path(f"{file}.png")

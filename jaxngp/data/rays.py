@@ -265,7 +265,7 @@ def _check_opcodes(content: mmap.mmap) -> None:
     """
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):  # type: ignore[arg-type]
         memo = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
-        if count > MAX_OPCODES or (memo and argument > MAX_OPCODES):
+        if count > MAX_OPCODES or (memo and (argument or 0) > MAX_OPCODES):
             raise pickle.UnpicklingError("refused: the pickle holds more than a numpy array")
 
 

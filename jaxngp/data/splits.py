@@ -120,8 +120,6 @@ def _no_split(name: str, location: Location, scene: SceneConfig) -> InputError:
 
 def _load(scene: SceneConfig, capture: Capture, name: str, views: np.ndarray) -> Split:
     """The given views of a capture, as the split `name`."""
-    if capture.names and not len(views):
-        raise InputError(f"{capture.path}: every view is held out, none is trained on; raise scene.hold_out_every")
     transform = normalise(capture, scene)
     try:
         images = (_load_rays if capture.rays else _load_images)(scene, capture, views, transform)
