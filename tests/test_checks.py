@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from scenes import BALL, make_camera, photograph, poses_around
+from scenes import BALL, poses_around
 from strategies import TINY_MARCH
 
-from jaxngp.cameras import PosedImages
+from jaxngp.cameras import Cameras, PosedImages, Rays, make_cameras, pose_images, view_rays
 from jaxngp.config import NerfConfig
-from jaxngp.data import Split, load_evaluation, load_training
+from jaxngp.data import RayTable, Split, changed, fingerprint, load_evaluation, load_training
 from jaxngp.data.checks import dataset_warnings
 from jaxngp.training.loop import Progress
 from jaxngp.training.progress import TrainingWarnings
@@ -21,66 +22,131 @@ SIZE = 64
 
 
 def split(images: PosedImages, name: str = "train", has_alpha: bool = True) -> Split:
-    return Split(name, tuple(map(str, range(len(images.c2w)))), images, has_alpha)
+    return Split(name, tuple(map(str, range(len(images.offset)))), images, has_alpha)
+
+
+def moved(images: PosedImages, factor: float) -> PosedImages:
+    """The cameras at `factor` times the distance from the middle of the box."""
+    c2w = np.array(images.cameras.c2w)
+    c2w[..., 3] = (c2w[..., 3] - 0.5) * factor + 0.5
+    return images.replace(cameras=images.cameras.replace(c2w=c2w))
+
+
+def posed_at(images: PosedImages, c2w: np.ndarray) -> PosedImages:
+    return images.replace(cameras=images.cameras.replace(c2w=c2w))
 
 
 @pytest.fixture(scope="module")
 def views() -> PosedImages:
-    """The ball from four sides, bright, with a soft edge of straight alpha."""
-    images = photograph(BALL, make_camera(SIZE, SIZE, 80.0), poses_around(4, 1.8))
-    rgba = np.array(images.rgba)
-    rgba[..., :3] = (220, 180, 90)
-    soft = np.roll(rgba[..., 3], 4, axis=2).astype(np.int64) + rgba[..., 3]
-    rgba[..., 3] = np.minimum(soft // 2, 255)
-    assert ((rgba[..., 3] > 0) & (rgba[..., 3] < 255)).sum() > 200
-    return images.replace(rgba=rgba, c2w=np.asarray(images.c2w))
+    """The ball from four sides, bright, with a soft edge of straight alpha; the last two pictures are smaller."""
+    c2w = poses_around(4, 1.8)
+    images = []
+    for pose, size in zip(c2w, (SIZE, SIZE, SIZE // 2, SIZE // 2), strict=True):
+        camera = make_cameras(pose, focal_xy=1.25 * size, centre_xy=size / 2, width=size, height=size)
+        opacity = np.asarray(BALL.seen(*map(np.asarray, rays_of(camera)), background=0.0).opacity)
+        alpha = np.round(255 * (np.roll(opacity, size // 16, axis=1) + opacity) / 2).astype(np.uint8)
+        images.append(np.dstack([np.full((size, size, 3), (220, 180, 90), np.uint8), alpha]))
+    sizes = np.array([SIZE, SIZE, SIZE // 2, SIZE // 2])
+    focal, centre = 1.25 * sizes[:, None], sizes[:, None] / 2
+    return pose_images(make_cameras(c2w, focal_xy=focal, centre_xy=centre, width=sizes, height=sizes), images)
 
 
-def test_nothing_is_suspected_of_sound_views(views: PosedImages) -> None:
+def rays_of(camera: Cameras) -> tuple[np.ndarray, np.ndarray]:
+    rays = view_rays(camera)
+    return np.asarray(rays.origin), np.asarray(rays.direction)
+
+
+def test_nothing_is_said_of_sound_views(views: PosedImages) -> None:
     assert dataset_warnings(split(views), None) == []
-    other = views.replace(c2w=np.asarray(poses_around(4, 1.9)))
-    assert dataset_warnings(split(views), split(other, "val")) == []
+    assert dataset_warnings(split(views), split(posed_at(views, poses_around(4, 1.9)), "val")) == []
 
 
-def test_colour_multiplied_by_alpha_is_suspected_but_not_darkness(views: PosedImages) -> None:
+def test_notes_of_the_reader_are_among_the_warnings(views: PosedImages) -> None:
+    training, evaluation = replace(split(views), notes=("a",)), replace(split(views, "train"), notes=("a", "b"))
+    assert dataset_warnings(training, evaluation) == ["a", "b"]
+
+
+def test_colour_multiplied_by_alpha_is_said_but_not_darkness(views: PosedImages) -> None:
     rgba = np.array(views.rgba)
-    rgba[..., :3] = np.round(rgba[..., :3] * (rgba[..., 3:] / 255))
+    rgba[:, :3] = np.round(rgba[:, :3] * (rgba[:, 3:] / 255))
     (warning,) = dataset_warnings(split(views.replace(rgba=rgba)), None)
     assert "multiplied by alpha" in warning
     dark = np.array(views.rgba)
-    dark[..., :3] = 5
+    dark[:, :3] = 5
     assert dataset_warnings(split(views.replace(rgba=dark)), None) == []
 
 
-def test_what_lies_outside_the_box_is_suspected(views: PosedImages) -> None:
-    """As if the box were a fifth as large, or beside the scene."""
-    c2w = np.array(views.c2w)
-    c2w[..., 3] = (c2w[..., 3] - 0.5) * 5 + 0.5
-    small = views.replace(c2w=c2w, rgba=np.full_like(views.rgba, 255))
+def test_pixels_outside_the_box_are_said(views: PosedImages) -> None:
+    """As if the box were a fifth as large."""
+    small = moved(views, 5).replace(rgba=np.full_like(views.rgba, 255))
     (warning,) = dataset_warnings(split(small), None)
     assert "of the pixels that are not transparent lie on rays that miss the scene's box" in warning
     (warning,) = dataset_warnings(split(small, has_alpha=False), None)
     assert "of the pixels lie on rays that miss" in warning
 
 
-def test_cameras_very_far_away_are_suspected(views: PosedImages) -> None:
-    c2w = np.array(views.c2w)
-    c2w[..., 3] = (c2w[..., 3] - 0.5) * 30 + 0.5
-    camera = replace(views.camera, focal_xy=np.asarray(views.camera.focal_xy) * 30)
-    (warning,) = dataset_warnings(split(views.replace(c2w=c2w, camera=camera)), None)
+def test_the_share_of_pixels_outside_is_counted(views: PosedImages) -> None:
+    """Of views of two sizes: only the corner pixels of the small ones show something, and they miss the box."""
+    far, rgba = moved(views, 5), np.zeros_like(views.rgba)
+    corners = np.asarray(views.offset)[2:]
+    rgba[[*corners, SIZE * SIZE // 2 + SIZE // 2]] = 255  # and a pixel in the middle of the first
+    numbers = np.flatnonzero(rgba[:, 3])
+    (warning,) = dataset_warnings(split(far.replace(rgba=rgba)), None)
+    assert len(numbers) == 3
+    assert warning.startswith("67%")
+
+
+def test_cameras_very_far_away_are_said(views: PosedImages) -> None:
+    far = moved(views, 30)
+    cameras = far.cameras.replace(focal_xy=np.asarray(far.cameras.focal_xy) * 30)
+    (warning,) = dataset_warnings(split(far.replace(cameras=cameras)), None)
     assert "54 sides of the scene's box away" in warning
 
 
-def test_training_views_among_those_to_evaluate_on_are_suspected_unless_it_is_said(views: PosedImages) -> None:
-    mixed = views.replace(c2w=np.concatenate([views.c2w[:1], poses_around(3, 1.9)]))
+def test_shared_training_and_evaluation_views_are_said(views: PosedImages) -> None:
+    mixed = posed_at(views, np.concatenate([views.cameras.c2w[:1], poses_around(3, 1.9)]))
     (warning,) = dataset_warnings(split(views), split(mixed, "test"))
     assert warning.startswith("1 of the 4 test views have the pose of a training view")
     assert dataset_warnings(split(views), split(views, "train")) == []
 
 
-def test_the_built_in_scene_is_not_suspected() -> None:
+def test_nothing_is_said_of_the_built_in_scene() -> None:
     scene = replace(NerfConfig().scene, image_size=32)
     assert dataset_warnings(load_training(scene), load_evaluation(scene)) == []
+
+
+# Fingerprints.
+
+
+def test_an_unchanged_split_has_the_same_fingerprint(views: PosedImages) -> None:
+    first = json.loads(json.dumps(fingerprint(views)))
+    assert changed(first, fingerprint(split(views))) is None
+
+
+def test_a_changed_split_is_told_by_its_fingerprint(views: PosedImages) -> None:
+    first = fingerprint(views)
+    rgba, c2w = np.array(views.rgba), np.array(views.cameras.c2w)
+    rgba[[0, -1], 0] ^= 1
+    c2w[1, 0, 3] += 1e-6
+    focal = np.array(views.cameras.focal_xy)
+    focal[:3] *= 1.01
+    assert changed(first, fingerprint(views.replace(rgba=rgba))) == "2 of 4 views have other pixels"
+    assert changed(first, fingerprint(posed_at(views, c2w))) == "1 of 4 views have other poses"
+    cameras = views.cameras.replace(c2w=c2w, focal_xy=focal)
+    both = changed(first, fingerprint(views.replace(cameras=cameras)))
+    assert both == "1 of 4 views have other poses, 3 of 4 views have other intrinsics"
+    fewer = pose_images(views.cameras[:2], [views.image(0), views.image(1)])
+    assert changed(first, fingerprint(fewer)) == "there are 2 views where there were 4"
+
+
+def test_a_ray_table_has_a_fingerprint_of_its_views() -> None:
+    numbers = np.random.default_rng(0).uniform(size=(3, 24, 3)).astype(np.float32)
+    table = RayTable(Rays(numbers[0], numbers[1]), numbers[2], width=4, height=2)
+    other = table.replace(rgb=np.concatenate([numbers[2, :20], numbers[2, :4]]))
+    assert changed(fingerprint(table), fingerprint(table)) is None
+    assert changed(fingerprint(table), fingerprint(other)) == "1 of 3 views have other pixels"
+    whole = [fingerprint(t.replace(width=0, height=0)) for t in (table, other)]
+    assert changed(*whole) == "1 of 1 views have other pixels"
 
 
 # Of a run.

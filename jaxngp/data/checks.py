@@ -3,43 +3,42 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxngp.cameras import Camera, PosedImages, pixel_to_ray
-from jaxngp.data import Split
+from jaxngp.cameras import Cameras, PosedImages, unproject
+from jaxngp.data.splits import Split
 from jaxngp.marching import box_interval
 
-_PIXELS = 2**14  # looked at, evenly spaced among all
+_RAYS = 2**14  # cast at pixels evenly spaced among all
+_PIXELS = 2**20  # looked at, likewise
 _FAR = 10.0  # box sides; the cameras of NeRF-synthetic stand 1.3 away
 
 
 def dataset_warnings(training: Split, evaluation: Split | None) -> list[str]:
-    """Warnings about the views to train on, and to evaluate on if there are any. None about ray tables."""
-    if not isinstance(training.images, PosedImages):
-        return []
-    found = [_premultiplied(training), _outside(training), _far_away(training)]
-    if evaluation is not None and isinstance(evaluation.images, PosedImages):
-        found.append(_coinciding(training, evaluation))
+    """Warnings about the views to train on, and to evaluate on if there are any, with the notes of their readers."""
+    found: list[str | None] = [*training.notes]
+    if evaluation is not None:
+        found += [note for note in evaluation.notes if note not in training.notes]
+    if isinstance(training.images, PosedImages):
+        found += [_premultiplied(training, training.images), _outside(training, training.images)]
+        found.append(_far_away(training.images))
+        if evaluation is not None and isinstance(evaluation.images, PosedImages):
+            found.append(_coinciding(training.images, evaluation.images, evaluation.name))
     return [warning for warning in found if warning]
 
 
-def _some_pixels(images: PosedImages) -> tuple[np.ndarray, np.ndarray]:
-    """View (N,), and y and x (N, 2), of pixels evenly spaced among all views."""
-    num_views, height, width, _ = images.rgba.shape
-    count = num_views * height * width
+def _some_pixels(images: PosedImages, count: int) -> np.ndarray:
+    """The numbers of about `count` pixels, evenly spaced among those of all views."""
     # An odd stride, so that it does not always meet the same column.
-    number = np.arange(0, count, max(1, count // _PIXELS) | 1)
-    return number // (height * width), np.stack([number // width % height, number % width], axis=-1)
+    return np.arange(0, len(images.rgba), max(1, len(images.rgba) // count) | 1)
 
 
-def _premultiplied(training: Split) -> str | None:
+def _premultiplied(training: Split, images: PosedImages) -> str | None:
     """Colour that is never above alpha where alpha is partial, though the scene is not dark."""
     if not training.has_alpha:
         return None
-    rgba = np.asarray(training.images.rgba)  # type: ignore[union-attr]
-    rgba = rgba[:: max(1, len(rgba) // 16)].astype(np.int16)
-    brightest, alpha = rgba[..., :3].max(axis=-1), rgba[..., 3]
+    rgba = np.asarray(images.rgba)[_some_pixels(images, _PIXELS)].astype(np.int16)
+    brightest, alpha = rgba[:, :3].max(axis=-1), rgba[:, 3]
     partial, opaque = (alpha > 0) & (alpha < 255), alpha == 255
     if partial.sum() < 200 or not opaque.any():
         return None
@@ -52,13 +51,14 @@ def _premultiplied(training: Split) -> str | None:
     )
 
 
-def _outside(training: Split) -> str | None:
+def _outside(training: Split, images: PosedImages) -> str | None:
     """Pixels that show something, but whose ray misses the box."""
-    images = training.images
-    assert isinstance(images, PosedImages)
-    view, yx = _some_pixels(images)
-    misses = np.asarray(_miss_box(images.camera, np.asarray(images.c2w)[view], yx[:, ::-1] + 0.5))
-    shows = np.asarray(images.rgba)[view, yx[:, 0], yx[:, 1], 3] > 0
+    number = _some_pixels(images, _RAYS)
+    view = np.searchsorted(np.asarray(images.offset), number, side="right") - 1
+    cameras: Cameras = jax.tree.map(np.asarray, images.cameras)[view]
+    y, x = np.divmod(number - np.asarray(images.offset)[view], np.asarray(cameras.size)[:, 0])
+    misses = np.asarray(_miss_box(cameras, np.stack([x, y], axis=-1).astype(np.float32) + np.float32(0.5)))
+    shows = np.asarray(images.rgba)[number, 3] > 0
     share = float(np.mean(misses[shows])) if shows.any() else 0.0
     if share < (0.01 if training.has_alpha else 0.5):
         return None
@@ -70,14 +70,13 @@ def _outside(training: Split) -> str | None:
 
 
 @jax.jit
-def _miss_box(camera: Camera, c2w: jax.Array, pixel_xy: jax.Array) -> jax.Array:
-    t_near, t_far = box_interval(pixel_to_ray(camera, c2w, jnp.asarray(pixel_xy, jnp.float32)))
+def _miss_box(cameras: Cameras, pixel_xy: jax.Array) -> jax.Array:
+    t_near, t_far = box_interval(unproject(cameras, pixel_xy))
     return t_far <= t_near
 
 
-def _far_away(training: Split) -> str | None:
-    position = np.asarray(training.images.c2w)[:, :, 3]  # type: ignore[union-attr]
-    distance = float(np.median(np.linalg.norm(position - 0.5, axis=1)))
+def _far_away(images: PosedImages) -> str | None:
+    distance = float(np.median(np.linalg.norm(np.asarray(images.cameras.c2w)[:, :, 3] - 0.5, axis=1)))
     if distance < _FAR:
         return None
     return (
@@ -86,15 +85,15 @@ def _far_away(training: Split) -> str | None:
     )
 
 
-def _coinciding(training: Split, evaluation: Split) -> str | None:
+def _coinciding(training: PosedImages, evaluation: PosedImages, name: str) -> str | None:
     """Views to evaluate on that are among those to train on, without saying so."""
-    if evaluation.name == "train":
+    if name == "train":
         return None
-    ours, theirs = (np.asarray(split.images.c2w).reshape(-1, 12) for split in (training, evaluation))  # type: ignore[union-attr]
+    ours, theirs = (np.asarray(images.cameras.c2w).reshape(-1, 12) for images in (training, evaluation))
     same = [bool(np.any(np.max(np.abs(ours - pose), axis=1) < 1e-6)) for pose in theirs]
     if not any(same):
         return None
     return (
-        f"{sum(same)} of the {len(same)} {evaluation.name} views have the pose of a training view: their PSNR says how "
+        f"{sum(same)} of the {len(same)} {name} views have the pose of a training view: their PSNR says how "
         "well views are remembered, not how well new ones are predicted"
     )

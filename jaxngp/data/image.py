@@ -29,9 +29,9 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from jaxngp import data
 from jaxngp.config import InputError, shown
-from jaxngp.data.blender import IMAGE_FORMATS, PIXELS_PER_BYTE, PLAIN_PIXELS
+from jaxngp.data.photos import IMAGE_FORMATS, PIXELS_PER_BYTE, PLAIN_PIXELS
+from jaxngp.data.places import cache_dir
 
 PEAKS = {"uint8": 255, "uint16": 65535, "float32": 1}  # what stands for 1, by dtype
 MIN_SIDE, MAX_SIDE = 2, 2**17  # px
@@ -423,7 +423,7 @@ def _cache_path(path: Path, status: os.stat_result, background: Background) -> P
 
 def image_cache() -> Path:
     """The folder of decoded and drawn images."""
-    return data.cache_dir() / "images"
+    return cache_dir() / "images"
 
 
 def write_npy(path: Path, size: tuple[int, int], dtype: np.dtype, strips: Iterable[np.ndarray]) -> None:

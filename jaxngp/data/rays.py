@@ -1,18 +1,18 @@
-"""Ray tables: N rows of origin, direction and rgb in a `.npy`, `.npz` or pickled array.
+"""The format of ray tables: N rows of origin, direction and rgb in a `.npy`, `.npz` or pickled array.
 
-Nothing that a file asks for is run: a pickle is read as the description of one numpy array, by an unpickler that
-knows no other object.
+Nothing that a file asks for is run: a pickle is read as the description of one numpy array.
 """
 
 from __future__ import annotations
 
+import mmap
 import pickle
+import pickletools
 import re
 import textwrap
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,14 @@ from tqdm import tqdm
 
 from jaxngp.cameras import Rays
 from jaxngp.config import MAX_LENGTH, InputError, shown
+from jaxngp.data.capture import SPLITS, Capture, RayRows, SceneTransform
 
 SUFFIXES = (".npy", ".npz", ".pkl")
 SIZE_ADVICE = "put WIDTHxHEIGHT into the file's name (test_800x800.npy), or an entry 'size' into the .npz"
 MIN_NORM = 1e-6  # of a direction, before it is normalised
-RGB_TOLERANCE = 1e-3  # by which a colour may leave [0, 1] before it is clipped instead of refused
+RGB_TOLERANCE = 1e-3  # by which a colour may leave [0, 1] before it is refused instead of clipped
 MAX_COMPRESSION = 200  # bytes out per byte in; rays compress less than tenfold, an archive made to fill the memory more
+MAX_OPCODES = 1000  # of a pickle; an array has less than a hundred
 CHUNK = 2**18  # rows converted at a time
 
 
@@ -64,6 +66,36 @@ class RayTable:
         return self.rays[row]
 
 
+def detect(path: Path) -> tuple[str, ...]:
+    """Which of train, val and test a path has a table of."""
+    return tuple(split for split in SPLITS if split in find_tables(path))
+
+
+def read(path: Path, splits: tuple[str, ...]) -> Capture:
+    """The views of the given splits; a `.npy` is mapped, not read. Raises InputError."""
+    tables = find_tables(path)
+    blocks = {split: _views_of(tables[split]) for split in splits}
+    views = [(split, f"view_{i}") for split in splits for i, block in enumerate(blocks[split]) if any(block.size)]
+    return Capture(
+        path=path,
+        names=tuple(name for _, name in views),
+        splits=tuple(split for split, _ in views),
+        rays=tuple(block for split in splits for block in blocks[split]),
+    )
+
+
+def _views_of(path: Path) -> list[RayRows]:
+    """The rows of each view of a table, or all rows where the image size is unknown."""
+    rows, size = read_ray_table(path)
+    pixels = size[0] * size[1] or len(rows)
+    if len(rows) % pixels:
+        raise InputError(
+            f"{path}: {len(rows)} rows are no whole number of {size[0]}x{size[1]} views; "
+            "correct the size in the file's name or export the table again"
+        )
+    return [RayRows(path, rows[first : first + pixels], first, size) for first in range(0, len(rows), pixels)]
+
+
 # Which files.
 
 _TABLE_NAME = re.compile(r"(?:(train)(?:ing)?|(val)(?:id(?:ation)?)?|(test)(?:ing)?)(?![a-z])(.*)", re.IGNORECASE)
@@ -84,6 +116,8 @@ def find_tables(path: Path) -> dict[str, Path]:
         found = {_split_of(file)[0] or "": file for file in siblings + same_suffix}  # the later one counts
         return {**found, split or "train": path}
     tables: dict[str, Path] = {}
+    if not path.is_dir():
+        return {}
     for file in _table_files(path):
         if split := _split_of(file)[0]:
             if split in tables:
@@ -169,140 +203,99 @@ def _stored_size(path: Path, size: np.ndarray) -> tuple[int, int]:
 # Pickles.
 
 
-class _Named:
-    """One of the few names that the pickle of an array uses. Calling it only notes the arguments."""
+class _Dtype:
+    """What a pickle says of a dtype: its code, and in its state the byte order."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, *args: Any) -> _Call:
-        return _Call(self.name, args)
-
-    def __setstate__(self, state: object) -> NoReturn:
-        raise pickle.UnpicklingError(f"the pickle changes {self.name}")
-
-
-@dataclass
-class _Call:
-    """A call in a pickle, and the state that the pickle gives its result."""
-
-    name: str
-    args: tuple[Any, ...]
-    state: Any = None
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.code = code
 
     def __setstate__(self, state: Any) -> None:
-        self.state = state
+        self.order = state[1]
 
 
-_NAMES = {
-    ("numpy", "ndarray"): _Named("ndarray"),
-    ("numpy", "dtype"): _Named("dtype"),
-    ("_codecs", "encode"): _Named("encode"),  # protocols 0 to 2 spell bytes as latin-1 text
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _Named("_reconstruct") for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _Named("_frombuffer") for core in ("core", "_core")},  # protocol 5
+class _Array:
+    """What a pickle says of an array, as the arguments of numpy's `_frombuffer` or the state for `_reconstruct`."""
+
+    def __init__(self, data: Any, dtype: Any, shape: Any, order: Any = "C") -> None:
+        self.said = data, dtype, shape, order
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, data = state
+        self.said = data, dtype, shape, "F" if fortran else "C"
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): None,  # named for _reconstruct, never called
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): str.encode,  # protocols 0 to 2 spell bytes as latin-1 text
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _Array for core in ("core", "_core")},  # protocol 5
 }
-# What numpy's pickles of protocols 0 to 5 are made of. No lists, sets or dicts: hashing nested keys can exhaust the
-# C stack. No instances, no extension registry, no persistent ids.
-_OPCODES = (
-    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.BUILD),
-    *(pickle.MEMOIZE, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.GET, pickle.BINGET, pickle.LONG_BINGET),
-    *(pickle.MARK, pickle.TUPLE, pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
-    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.INT, pickle.LONG, pickle.LONG1),
-    *(pickle.BININT, pickle.BININT1, pickle.BININT2),
-    *(pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
-    *(pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8),
-)
+"""What the pickle of an array names, and what stands for it here. Numpy itself is not called, and what stands for it
+cannot be changed by a pickle: `BUILD` on a class calls the `__setstate__` that it has."""
 
 
-class _Handlers(dict[int, Any]):
-    def __missing__(self, code: int) -> NoReturn:
-        raise pickle.UnpicklingError(f"refused: the pickle holds something other than a numpy array (opcode {code:#x})")
-
-
-class _ArrayUnpickler(pickle._Unpickler):
-    """Reads a pickle as nested `_Call`s; nothing that it names is imported, called or changed.
-
-    It is Python's unpickler in Python, not the one in C: that one sizes its memo by the largest index in the file,
-    so five bytes can ask it for 34 GB.
-    """
-
-    dispatch = _Handlers({opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _OPCODES})
-    # The same bytes follow both; but a bytearray of the length named is cleared in memory before any of it is read.
-    dispatch[pickle.BYTEARRAY8[0]] = dispatch[pickle.BINBYTES8[0]]
-
+class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _NAMES:
+        if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"refused: the pickle asks for {f'{module}.{name}'!r}")
-        return _NAMES[module, name]
+        return _ALLOWED[module, name]
 
 
 def _read_pickle(path: Path) -> np.ndarray:
-    with path.open("rb") as file:
-        call = _ArrayUnpickler(file).load()
-    if isinstance(call, _Call) and call.name == "_reconstruct":
-        _, shape, dtype, fortran, data = call.state
-        order: Literal["C", "F"] = "F" if fortran else "C"
-    elif isinstance(call, _Call) and call.name == "_frombuffer":
-        data, dtype, shape, order = call.args
-    else:
-        raise pickle.UnpicklingError("the pickle holds something other than a numpy array")
-    if isinstance(data, _Call) and data.name == "encode" and data.args[1] == "latin1":
-        data = data.args[0].encode("latin1")
-    if not isinstance(data, bytes):  # the elements of an object array come as a list
-        raise pickle.UnpicklingError("the array holds Python objects")
-    array: np.ndarray = np.frombuffer(data, _pickled_dtype(dtype))
-    return array.reshape(shape, order=order)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        _check_opcodes(content)
+        content.seek(0)
+        array = _ArrayUnpickler(content).load()
+    if not isinstance(array, _Array):
+        raise pickle.UnpicklingError("refused: the pickle holds something other than a numpy array")
+    data, dtype, shape, order = array.said
+    if not isinstance(data, bytes | bytearray):  # the elements of an object array come as a list
+        raise pickle.UnpicklingError("refused: the array holds Python objects")
+    if not isinstance(dtype, _Dtype) or dtype.code not in ("f2", "f4", "f8") or dtype.order not in ("<", ">"):
+        raise pickle.UnpicklingError(f"the array is of dtype {shown(getattr(dtype, 'code', dtype))}")
+    return np.frombuffer(data, np.dtype(dtype.order + dtype.code)).reshape(shape, order=order)
 
 
-def _pickled_dtype(dtype: _Call) -> np.dtype[Any]:
-    code, order = dtype.args[0], dtype.state[1]
-    if dtype.name != "dtype" or code not in ("f2", "f4", "f8") or order not in ("<", ">"):
-        raise pickle.UnpicklingError(f"the array is of dtype {shown(code)}")
-    return np.dtype(order + code)
+def _check_opcodes(content: mmap.mmap) -> None:
+    """Refuses a pickle that is more than an array could be, or that would have the unpickler fill the memory.
+
+    Walking through the opcodes finds lengths beyond the end of the file. The unpickler sizes its memo by the largest
+    index in the file: five bytes could ask it for 34 GB.
+    """
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):  # type: ignore[arg-type]
+        memo = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if count > MAX_OPCODES or (memo and (argument or 0) > MAX_OPCODES):
+            raise pickle.UnpicklingError("refused: the pickle holds more than a numpy array")
 
 
 # Checking and converting.
 
 
-def count_views(path: Path, rows: np.ndarray, size: tuple[int, int]) -> int:
-    """How many views of the given (width, height) the rows make; 0 where the size is unknown."""
-    if not all(size):
-        return 0
-    if len(rows) % (size[0] * size[1]):
-        raise InputError(
-            f"{path}: {len(rows)} rows are no whole number of {size[0]}x{size[1]} views; "
-            "correct the size in the file's name or export the table again"
-        )
-    return len(rows) // (size[0] * size[1])
+def make_ray_table(blocks: Sequence[RayRows], transform: SceneTransform) -> RayTable:
+    """The rows of all blocks, in scene units, as numpy arrays.
 
-
-def make_ray_table(path: Path, rows: np.ndarray, size: tuple[int, int], views: np.ndarray) -> RayTable:
-    """The given views of a table, or all its rows where the size is unknown; origins stay in the file's units.
-
-    Raises InputError for the first row that is not finite, has no direction, or a colour outside [0, 1].
+    Directions get unit length, so that t is a distance as everywhere else. Raises InputError for the first row that
+    is not finite, has no direction, or a colour outside [0, 1].
     """
-    pixels = size[0] * size[1]
-    ranges = [(view * pixels, (view + 1) * pixels) for view in views.tolist()] if pixels else [(0, len(rows))]
-    origin, direction, rgb = (np.empty((sum(end - start for start, end in ranges), 3), np.float32) for _ in range(3))
+    origin, direction, rgb = (np.empty((sum(len(block.rows) for block in blocks), 3), np.float32) for _ in range(3))
+    chunks = [(block, at) for block in blocks for at in range(0, len(block.rows), CHUNK)]
     filled = 0
-    for start, end in tqdm([*_chunks(ranges)], path.name, delay=1.0, disable=None, leave=False):
+    for block, at in tqdm(chunks, blocks[0].path.name, delay=1.0, disable=None, leave=False):
         with np.errstate(all="ignore"):  # the cast warns of a signalling NaN, which the check then refuses
-            part = _checked(path, np.asarray(rows[start:end], np.float64), start)
-        to = slice(filled, filled + end - start)
-        origin[to] = part[:, :3]
+            part = np.asarray(block.rows[at : at + CHUNK], np.float64)
+        _check_rows(block.path, part, block.first + at)
+        to = slice(filled, filled + len(part))
+        origin[to] = transform.to_scene(part[:, :3])
         direction[to] = part[:, 3:6] / np.linalg.norm(part[:, 3:6], axis=1, keepdims=True)
         rgb[to] = part[:, 6:].clip(0, 1)
         filled = to.stop
-    return RayTable(rays=Rays(origin=origin, direction=direction), rgb=rgb, width=size[0], height=size[1])  # type: ignore[arg-type]
+    width, height = blocks[0].size
+    return RayTable(rays=Rays(origin=origin, direction=direction), rgb=rgb, width=width, height=height)  # type: ignore[arg-type]
 
 
-def _chunks(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    for first, last in ranges:
-        yield from ((start, min(start + CHUNK, last)) for start in range(first, last, CHUNK))
-
-
-def _checked(path: Path, part: np.ndarray, start: int) -> np.ndarray:
-    """`part` (M, 9) f64, rows `start` and on of a table, if all of it is sound."""
+def _check_rows(path: Path, part: np.ndarray, first: int) -> None:
+    """Raises InputError where a row of `part` (M, 9) f64 is unsound; `first` is the number of its first row."""
     faults = (
         (~(np.abs(part) <= MAX_LENGTH).all(axis=1), "is not finite"),
         (~(np.abs(part[:, 3:6]).max(axis=1) >= MIN_NORM), "has no direction (columns 3-5 are 0)"),
@@ -310,5 +303,4 @@ def _checked(path: Path, part: np.ndarray, start: int) -> np.ndarray:
     )
     for faulty, fault in faults:
         if faulty.any():
-            raise InputError(f"{path}: row {start + int(faulty.argmax())} {fault}; export the table again")
-    return part
+            raise InputError(f"{path}: row {first + int(faulty.argmax())} {fault}; export the table again")

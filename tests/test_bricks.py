@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxngp.cameras import Rays, pixel_to_ray, point_to_pixel
-from jaxngp.data import builtin
-from jaxngp.data.builtin import BRICKS_BOUNDS, bricks_cameras, cast_rays
+from jaxngp.cameras import Rays, project, unproject
+from jaxngp.data.bricks import BRICKS_BOUNDS, bricks_cameras, cast_rays, pictures, write_scene
+from jaxngp.data.bricks.harbour import build_parts
+from jaxngp.data.bricks.parts import BOX, FRUSTUM, SPHERE, corners
 
 NUM_RAYS = 1500  # of every call of cast_rays, so that it compiles once
 SIZE = 24  # of every picture, for the same reason; not a multiple of the tile
@@ -21,12 +22,12 @@ FEW_VIEWS = {"train": 3, "val": 1, "test": 2}
 
 @pytest.fixture(scope="module")
 def parts():
-    return builtin._build_parts()
+    return build_parts()
 
 
 @pytest.fixture
 def few_views(monkeypatch):
-    monkeypatch.setattr(builtin, "NUM_VIEWS", FEW_VIEWS)
+    monkeypatch.setattr(pictures, "NUM_VIEWS", FEW_VIEWS)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,8 @@ def scene(tmp_path_factory):
     """A written scene of a few small views."""
     folder = tmp_path_factory.mktemp("scene") / "deep" / "bricks"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builtin, "NUM_VIEWS", FEW_VIEWS)
-        builtin.write_scene(folder, SIZE, progress=False)
+        patch.setattr(pictures, "NUM_VIEWS", FEW_VIEWS)
+        write_scene(folder, SIZE, progress=False)
     return folder
 
 
@@ -59,9 +60,9 @@ def _crossing(part, origin, direction):
     """Where float64 rays (N, 3) enter a convex part, inf where they do not: clipped by planes, then by the quadric."""
     o, d = (origin - part.centre) @ part.axes.T, direction @ part.axes.T
     planes = []
-    if part.kind == builtin._BOX:
+    if part.kind == BOX:
         planes = [(s * np.eye(3)[i], part.size[i]) for i in range(3) for s in (-1, 1)] + [(part.cut[:3], part.cut[3])]
-    if part.kind == builtin._FRUSTUM:
+    if part.kind == FRUSTUM:
         planes = [(s * np.eye(3)[2], part.size[2]) for s in (-1, 1)]
     enter, leave = np.full(len(o), -np.inf), np.full(len(o), np.inf)
     with np.errstate(all="ignore"):
@@ -71,13 +72,13 @@ def _crossing(part, origin, direction):
                 np.where(rate < 0, np.maximum(enter, t), enter),
                 np.where(rate > 0, np.minimum(leave, t), leave),
             )
-        if part.kind == builtin._BOX:
+        if part.kind == BOX:
             return np.where(enter < leave, enter, np.inf)
         # The quadric's own roots, each kept where it enters the solid: inside just after it, and not before it.
-        low, high, half = part.size if part.kind == builtin._FRUSTUM else (*part.size[:2], 1.0)
+        low, high, half = part.size if part.kind == FRUSTUM else (*part.size[:2], 1.0)
         slope = (high - low) / (2 * half)
-        weight = np.array([1, 1, -slope * slope if part.kind == builtin._FRUSTUM else 1])
-        lean = (low + high) / 2 * slope if part.kind == builtin._FRUSTUM else 0.0
+        weight = np.array([1, 1, -slope * slope if part.kind == FRUSTUM else 1])
+        lean = (low + high) / 2 * slope if part.kind == FRUSTUM else 0.0
         a = (weight * d * d).sum(-1)
         b = (weight * o * d).sum(-1) - lean * d[:, 2]
         c = (weight * o * o).sum(-1) - 2 * lean * o[:, 2] - ((low + high) / 2) ** 2
@@ -93,9 +94,9 @@ def _crossing(part, origin, direction):
 
 def _implicit(part, local):
     """Negative inside a part, zero on its surface; positions (N, 3) in the part's frame, float64."""
-    if part.kind == builtin._SPHERE:
+    if part.kind == SPHERE:
         return np.linalg.norm(local, axis=-1) - part.size[0]
-    if part.kind == builtin._BOX:
+    if part.kind == BOX:
         return np.maximum((np.abs(local) - part.size).max(-1), local @ np.array(part.cut[:3]) - part.cut[3])
     low, high, half = part.size
     radius = (low + high) / 2 + (high - low) * local[:, 2] / (2 * half)
@@ -153,14 +154,14 @@ def test_misses_are_empty_and_hits_are_coloured(surface):
 
 
 def test_geometry_lies_within_its_bounds(parts):
-    corners = np.concatenate([builtin._corners(part) for part in parts])
-    assert (corners >= BRICKS_BOUNDS[0]).all()
-    assert (corners <= BRICKS_BOUNDS[1]).all()
+    points = np.concatenate([corners(part) for part in parts])
+    assert (points >= BRICKS_BOUNDS[0]).all()
+    assert (points <= BRICKS_BOUNDS[1]).all()
     assert np.abs(BRICKS_BOUNDS).max() <= 1.3
 
 
 def test_cameras_are_rigid_on_the_upper_shell_and_look_at_the_origin():
-    for split, count in builtin.NUM_VIEWS.items():
+    for split, count in pictures.NUM_VIEWS.items():
         c2w = bricks_cameras(split)
         assert c2w.shape == (count, 3, 4)
         assert c2w.dtype == np.float32
@@ -169,21 +170,20 @@ def test_cameras_are_rigid_on_the_upper_shell_and_look_at_the_origin():
             rotation @ rotation.transpose(0, 2, 1), np.broadcast_to(np.eye(3), (count, 3, 3)), atol=1e-6
         )
         np.testing.assert_allclose(np.linalg.det(rotation), 1, atol=1e-6)
-        np.testing.assert_allclose(np.linalg.norm(position, axis=-1), builtin.CAMERA_RADIUS, rtol=1e-6)
-        np.testing.assert_allclose(rotation[..., 2] * builtin.CAMERA_RADIUS, position, atol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(position, axis=-1), pictures.CAMERA_RADIUS, rtol=1e-6)
+        np.testing.assert_allclose(rotation[..., 2] * pictures.CAMERA_RADIUS, position, atol=1e-5)
         assert (position[:, 2] > 0).all()
         assert len(np.unique(position.round(3), axis=0)) == count
 
 
 def test_camera_at_the_zenith_is_finite():
-    assert np.isfinite(builtin._look_at_origin(np.array([0.0, 0.0, 4.0]))).all()
+    assert np.isfinite(pictures._pose(np.array([0.0, 0.0, 4.0]))).all()
 
 
 def test_toy_never_touches_the_border_of_a_view(parts):
-    corners = np.concatenate([builtin._corners(part) for part in parts]).astype(np.float32)
-    c2w = np.concatenate([bricks_cameras(split) for split in builtin.NUM_VIEWS])
-    project = jax.jit(lambda c2w, corners: point_to_pixel(builtin._camera(200), c2w, corners))
-    xy, depth = project(c2w[:, None], corners[None])
+    points = np.concatenate([corners(part) for part in parts]).astype(np.float32)
+    c2w = np.concatenate([bricks_cameras(split) for split in pictures.NUM_VIEWS])
+    xy, depth = jax.jit(project)(pictures.make_camera(c2w[:, None], 200), points[None])
     assert (np.asarray(depth) > 2).all()
     assert (np.asarray(xy) > 2).all()
     assert (np.asarray(xy) < 198).all()
@@ -194,7 +194,7 @@ def _premultiplied_view(c2w, subsamples):
     at = (np.arange(SIZE * subsamples) + 0.5) / subsamples
     xy = np.stack(np.meshgrid(at, at), axis=-1).reshape(-1, 2).astype(np.float32)
     padded = np.pad(xy, [(0, -len(xy) % NUM_RAYS), (0, 0)]).reshape(-1, NUM_RAYS, 2)
-    views = [cast_rays(pixel_to_ray(builtin._camera(SIZE), c2w, jnp.asarray(chunk))) for chunk in padded]
+    views = [cast_rays(unproject(pictures.make_camera(c2w, SIZE), jnp.asarray(chunk))) for chunk in padded]
     rgba = np.concatenate([np.concatenate([view.rgb, view.alpha[:, None]], axis=-1) for view in views])[: len(xy)]
     return rgba.reshape(SIZE, subsamples, SIZE, subsamples, 4).mean((1, 3))
 
@@ -232,7 +232,7 @@ def test_written_scene_is_in_blender_format(scene, few_views):
 
 
 def test_writing_is_deterministic_and_leaves_nothing_temporary(scene, few_views, tmp_path):
-    builtin.write_scene(tmp_path / "bricks", SIZE, progress=False)
+    write_scene(tmp_path / "bricks", SIZE, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["bricks"]
     names = sorted(path.relative_to(scene) for path in scene.rglob("*.*"))
     assert len(names) == sum(FEW_VIEWS.values()) + 3
@@ -247,9 +247,9 @@ def test_interrupted_writing_leaves_nothing(few_views, tmp_path, monkeypatch):
         written.append(path)
         raise OSError("disk full")
 
-    monkeypatch.setattr(builtin, "_write_picture", fail)
+    monkeypatch.setattr(pictures, "_write_picture", fail)
     with pytest.raises(OSError, match="disk full"):
-        builtin.write_scene(tmp_path / "bricks", SIZE, progress=False)
+        write_scene(tmp_path / "bricks", SIZE, progress=False)
     assert written
     assert list(tmp_path.iterdir()) == []
 
@@ -257,4 +257,4 @@ def test_interrupted_writing_leaves_nothing(few_views, tmp_path, monkeypatch):
 def test_existing_folder_is_not_overwritten(tmp_path):
     (tmp_path / "bricks").mkdir()
     with pytest.raises(FileExistsError, match="exists already"):
-        builtin.write_scene(tmp_path / "bricks", SIZE, progress=False)
+        write_scene(tmp_path / "bricks", SIZE, progress=False)

@@ -1,0 +1,94 @@
+"""A capture: the views of a scene as a format reads them, and the similarity that places them in the scene's box."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxngp.cameras import Cameras
+from jaxngp.config import SceneConfig
+
+SPLITS = ("train", "val", "test")
+IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+
+
+@dataclass(frozen=True, eq=False)
+class RayRows:
+    """Consecutive rows of a ray table's file as they are stored: one view, or the whole table of unknown image size."""
+
+    path: Path
+    rows: np.ndarray  # (N, 9) origin, direction, rgb; any float dtype, perhaps mapped from the file
+    first: int  # the number of the first row in the file
+    size: tuple[int, int]  # (width, height) px, or (0, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """Views in the order of their files, in world units, before any pixel is read.
+
+    A view is an image file with a camera, or the rows of a ray table. A table of unknown image size has rows but no
+    view.
+    """
+
+    path: Path  # the scene's folder or table
+    names: tuple[str, ...]  # of each view, unique within a split
+    splits: tuple[str, ...]  # of each view: train, val or test
+    files: tuple[Path, ...] = ()  # the image of each view; empty for a ray table
+    cameras: Cameras | None = None  # (V,) numpy, c2w and intrinsics f64, size that of the image file; None likewise
+    has_alpha: tuple[bool, ...] = ()  # of each image
+    rays: tuple[RayRows, ...] = ()
+    unusual: tuple[str, ...] = ()  # a sentence about each thing that the user may not expect
+
+
+@dataclass(frozen=True)
+class SceneTransform:
+    """The similarity from world to scene units, in which a cube of the world becomes [0, 1]^3.
+
+    scene = rotation (world - centre) / side + 1/2. The default changes nothing.
+    """
+
+    centre: tuple[float, float, float] = (0.5, 0.5, 0.5)  # world units
+    side: float = 1.0  # world units
+    rotation: tuple[tuple[float, float, float], ...] = field(default=IDENTITY)  # rows, world to scene axes
+
+    def to_scene(self, position: np.ndarray) -> np.ndarray:
+        """Points (..., 3) from world to scene units, f64."""
+        return self._turned(np.asarray(position, np.float64) - self.centre) / self.side + 0.5
+
+    def to_world(self, position: np.ndarray) -> np.ndarray:
+        """Points (..., 3) from scene to world units, f64: the inverse of `to_scene`."""
+        return (np.asarray(position, np.float64) - 0.5) * self.side @ np.array(self.rotation) + self.centre
+
+    def pose_to_scene(self, c2w: np.ndarray) -> np.ndarray:
+        """Poses (..., 3, 4) from camera-to-world to camera-to-scene, f64; their axes keep unit length."""
+        axes = np.swapaxes(self._turned(np.swapaxes(np.asarray(c2w[..., :3], np.float64), -1, -2)), -1, -2)
+        return np.concatenate([axes, self.to_scene(c2w[..., 3])[..., None]], axis=-1)
+
+    def pose_to_world(self, c2w: np.ndarray) -> np.ndarray:
+        """The inverse of `pose_to_scene`."""
+        axes = np.array(self.rotation).T @ np.asarray(c2w[..., :3], np.float64)
+        return np.concatenate([axes, self.to_world(c2w[..., 3])[..., None]], axis=-1)
+
+    def _turned(self, vector: np.ndarray) -> np.ndarray:
+        # The identity is left out: a product with it would turn -0 into 0, and rays would change their bits.
+        return vector if self.rotation == IDENTITY else vector @ np.array(self.rotation).T
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON has it; `from_plain` gives the equal transform back."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> SceneTransform:
+        """The transform that `to_plain` described."""
+        x, y, z = map(float, plain["centre"])
+        rows = ((float(a), float(b), float(c)) for a, b, c in plain["rotation"])
+        return cls((x, y, z), float(plain["side"]), tuple(rows))
+
+
+def normalise(capture: Capture, scene: SceneConfig) -> SceneTransform:
+    """How a capture is placed in the scene's box: today the box that `scene` names, whatever the capture is."""
+    del capture
+    return SceneTransform(scene.box_centre, scene.box_side)

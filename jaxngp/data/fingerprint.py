@@ -1,0 +1,53 @@
+"""A fingerprint of the views that a run learns from, by which it notices that they changed in place."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+
+from jaxngp.cameras import PosedImages
+from jaxngp.data.rays import RayTable
+from jaxngp.data.splits import Split
+
+_PARTS = {"pixels": "pixels", "poses": "poses", "intrinsics": "intrinsics", "rays": "rays"}
+
+
+def fingerprint(views: Split | PosedImages | RayTable) -> dict[str, list[int]]:
+    """A checksum of the pixels and of the camera of each view, in their order; JSON holds it.
+
+    A ray table has checksums of colours and rays instead: of each view, or of the whole where its image size is
+    unknown.
+    """
+    images = views.images if isinstance(views, Split) else views
+    if isinstance(images, RayTable):
+        count = len(images.rgb) // (images.width * images.height or len(images.rgb))
+        rays = np.concatenate([images.rays.origin, images.rays.direction], axis=1)
+        return {
+            "pixels": _checksums(np.split(np.asarray(images.rgb), count)),
+            "rays": _checksums(np.split(rays, count)),
+        }
+    cameras = images.cameras
+    numbers = [np.asarray(part, np.float32) for part in (cameras.focal_xy, cameras.centre_xy, cameras.size)]
+    return {
+        "pixels": _checksums(np.split(np.asarray(images.rgba), np.asarray(images.offset)[1:])),
+        "poses": _checksums([*np.asarray(cameras.c2w)]),
+        "intrinsics": _checksums([*np.concatenate(numbers, axis=-1)]),
+    }
+
+
+def changed(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """A sentence that says how the views of two fingerprints differ, or None where they do not."""
+    if old.keys() != new.keys():
+        return "the data are of another kind than before"
+    before, now = len(old["pixels"]), len(new["pixels"])
+    if before != now:
+        return f"there are {now} views where there were {before}"
+    counts = {part: sum(a != b for a, b in zip(old[part], new[part], strict=True)) for part in new}
+    found = [f"{count} of {now} views have other {_PARTS[part]}" for part, count in counts.items() if count]
+    return ", ".join(found) or None
+
+
+def _checksums(parts: list[np.ndarray]) -> list[int]:
+    return [zlib.crc32(np.ascontiguousarray(part).data) for part in parts]

@@ -1,0 +1,147 @@
+"""The image files of a capture: sizes from their headers, and pixels, decoded in parallel and reduced as they come."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from jaxngp.config import InputError
+
+# Recognised by the first bytes, whatever a file is called. Pillow knows many more; for one of them it runs Ghostscript.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+ALPHA_MODES = ("RGBA", "LA", "PA")
+PIXELS_AT_ONCE = 2**27  # that threads decode side by side; a pixel takes up to 16 bytes meanwhile
+PLAIN_PIXELS = 2**24  # with more, an image needs a byte for ...
+PIXELS_PER_BYTE = 1000  # ... so many; a header of a few bytes may promise any number, and a decoder make them up
+
+Result = TypeVar("Result")
+
+
+def probe_images(files: Sequence[Path]) -> tuple[np.ndarray, tuple[bool, ...]]:
+    """The size (V, 2) i64, width and height, of each image and whether it has alpha, from the headers.
+
+    Raises InputError where images are missing, no files, or of no supported kind.
+    """
+    _check_present(files)
+
+    def probe(view: int) -> tuple[tuple[int, int], bool]:
+        with _open(files[view]) as image:
+            return image.size, image.mode in ALPHA_MODES or "transparency" in image.info
+
+    sizes, has_alpha = zip(*_in_parallel(probe, len(files), workers=8), strict=True)
+    return np.array(sizes, np.int64), has_alpha
+
+
+def read_images(files: Sequence[Path], sizes: np.ndarray, downscale: int, label: str) -> np.ndarray:
+    """The pixels (P, 4) u8 of all images one after the other, reduced; an image without alpha gets alpha 255.
+
+    sizes: (V, 2), as `probe_images` found them. label: for the progress bar. Raises InputError where `downscale` does
+    not divide a size, or an image is broken.
+    """
+    for width, height in np.unique(sizes, axis=0).tolist():
+        _check_divides(width, height, downscale, label)
+    ends = np.cumsum([width * height // downscale**2 for width, height in sizes.tolist()])
+    rgba = np.empty((ends[-1], 4), np.uint8)
+
+    def read(view: int) -> None:
+        pixels = box_downscale(_decode(files[view], tuple(sizes[view].tolist())), downscale).reshape(-1, 4)
+        rgba[ends[view] - len(pixels) : ends[view]] = pixels
+
+    # An image is reduced as soon as it is read, so few are held at full size. Pillow and zlib release the GIL.
+    workers = min(8, os.cpu_count() or 1, max(1, PIXELS_AT_ONCE // int(sizes.prod(axis=1).max())))
+    _in_parallel(read, len(files), workers=workers, label=label)
+    return rgba
+
+
+def box_downscale(rgba: np.ndarray, downscale: int) -> np.ndarray:
+    """Means over downscale x downscale pixels, colours weighted by alpha. rgba (H, W, 4) u8 -> (H/d, W/d, 4) u8.
+
+    This is the box filter on colours that are multiplied by alpha, divided by the mean alpha; where all of a block
+    is transparent its colour is 0.
+    """
+    if downscale == 1:
+        return rgba
+    blocks = [rgba[y::downscale, x::downscale] for y in range(downscale) for x in range(downscale)]
+    # Integers: the sums are exact, whatever the factor.
+    alpha = np.zeros(blocks[0].shape[:2], np.int64)
+    colour = np.zeros((*alpha.shape, 3), np.int64)
+    for block in blocks:
+        alpha += block[..., 3]
+        colour += block[..., :3] * block[..., 3:].astype(np.int32)
+    rgb = np.rint(colour / np.maximum(alpha, 1)[..., None])
+    return np.concatenate([rgb, np.rint(alpha / downscale**2)[..., None]], axis=-1).astype(np.uint8)
+
+
+def _in_parallel(call: Callable[[int], Result], count: int, *, workers: int, label: str = "") -> list[Result]:
+    with ThreadPoolExecutor(workers) as pool:
+        done = pool.map(call, range(count))
+        return [*tqdm(done, label, count, delay=1.0, disable=None if label else True, leave=False, unit="image")]
+
+
+def _check_present(files: Sequence[Path]) -> None:
+    if missing := [file for file in files if not os.path.exists(file)]:  # noqa: PTH110 - Path's raises for a long name
+        more = f", and {len(missing) - 1} more of {len(files)} are" if len(missing) > 1 else ""
+        raise InputError(
+            f"{missing[0]}: the image is missing{more}{_sibling(missing[0])}; "
+            "put the images there, or take their frames out of the json"
+        )
+    for file in files:
+        if not file.is_file():  # reading a pipe would wait for ever
+            raise InputError(f"{file}: is not a file; put the image there, or take its frame out of the json")
+
+
+def _sibling(file: Path) -> str:
+    """A hint at a file of the same name and another extension, if there is one."""
+    names = [file.stem + suffix for suffix in IMAGE_SUFFIXES] + [
+        file.stem + suffix.upper() for suffix in IMAGE_SUFFIXES
+    ]
+    found = next((name for name in names if os.path.isfile(file.parent / name)), None)  # noqa: PTH113 - as above
+    return f" (but {found} is there: give that extension in file_path)" if found else ""
+
+
+def _check_divides(width: int, height: int, downscale: int, label: str) -> None:
+    if width % downscale or height % downscale:
+        common = math.gcd(width, height)
+        divisors = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
+        raise InputError(
+            f"scene.downscale = {downscale}: does not divide the {width}x{height} images of {label}; "
+            f"use one of {divisors}"
+        )
+
+
+def _decode(file: Path, size: tuple[int, ...]) -> np.ndarray:
+    """The pixels (H, W, 4) u8 of an image."""
+    with _open(file) as image:
+        if image.size != size:
+            raise InputError(f"{file}: changed while it was read; run again")
+        try:
+            return np.asarray(image.convert("RGBA"))
+        except Exception as error:  # a decoder met with a broken file raises whatever it likes
+            raise InputError(f"{file}: broken or truncated ({error}); render or download it again") from None
+
+
+def _open(file: Path) -> Image.Image:
+    """An image whose header is read and whose pixels are not."""
+    try:
+        image = Image.open(file, formats=IMAGE_FORMATS)
+    except Exception as error:  # as above; a decompression bomb is found here too
+        raise InputError(f"{file}: is no readable image ({error}); render or download it again") from None
+    num_bytes, num_pixels = file.stat().st_size, image.width * image.height
+    fault = ""
+    if num_pixels > min(max(PLAIN_PIXELS, PIXELS_PER_BYTE * num_bytes), Image.MAX_IMAGE_PIXELS or math.inf):
+        fault = f"{image.width}x{image.height} pixels are too many, at all or for {num_bytes} bytes; scale it down"
+    elif image.mode not in (*ALPHA_MODES, "RGB", "L", "P"):
+        fault = f"pixel format {image.mode!r} is not supported; convert it to 8-bit RGBA"
+    if fault:
+        image.close()
+        raise InputError(f"{file}: {fault}")
+    return image

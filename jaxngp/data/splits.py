@@ -1,0 +1,156 @@
+"""The views to train on and to evaluate on: chosen from a capture, placed in the scene's box, and read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from jaxngp.cameras import PosedImages, make_cameras
+from jaxngp.config import InputError, SceneConfig
+from jaxngp.data import rays
+from jaxngp.data.capture import SPLITS, Capture, SceneTransform, normalise
+from jaxngp.data.photos import read_images
+from jaxngp.data.places import Location, locate
+from jaxngp.data.rays import RayTable
+
+
+@dataclass(frozen=True)
+class Split:
+    """The views of one split, in scene units; its arrays are numpy.
+
+    `views` names them, in the order of the arrays; it is empty for a ray table whose image size is unknown.
+    `has_alpha` says that at least one image came with an alpha channel.
+    """
+
+    name: str  # train, val, test or held-out
+    views: tuple[str, ...]
+    images: PosedImages | RayTable
+    has_alpha: bool
+    transform: SceneTransform = SceneTransform()  # from the units of the files
+    notes: tuple[str, ...] = ()  # a sentence about each thing that the user may not expect
+
+    @property
+    def num_views(self) -> int:
+        return len(self.views)
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """(width, height) of the largest view in pixels, or (0, 0) where it is unknown."""
+        images = self.images
+        return images.max_size if isinstance(images, PosedImages) else (images.width, images.height)
+
+
+def load_training(scene: SceneConfig) -> Split:
+    """The training views, without those that are held out where there is neither a test nor a val split.
+
+    Raises InputError.
+    """
+    location = locate(scene)
+    if "train" not in location.splits:
+        raise _no_split("train", location, scene)
+    capture = location.read("train")
+    return _load(scene, capture, "train", _view_numbers("train", len(capture.names), _hold_out_every(scene, location)))
+
+
+def load_evaluation(scene: SceneConfig, split: str = "auto", num_views: int = 0) -> Split:
+    """The views to evaluate on: `num_views` evenly spaced ones of a split, or all of them for 0.
+
+    split: "auto" takes test, else val, else "held-out", the training views that `load_training` leaves out, else
+    train, which is noted. Raises InputError where the split or that many views do not exist.
+    """
+    location = locate(scene)
+    known = _choices(scene, location)
+    name = (
+        next(choice for choice in ("test", "val", "held-out", "train") if choice in known) if split == "auto" else split
+    )
+    if name not in known:
+        raise _no_split(name, location, scene)
+    capture = location.read("train" if name == "held-out" else name)
+    if not (count := len(capture.names)):
+        raise InputError(f"{capture.path}: image size unknown, so no view to evaluate; {rays.SIZE_ADVICE}")
+    if name == "held-out" and count == 1:  # none can be spared
+        if split != "auto":
+            raise InputError(f"{capture.path}: has one view, which is trained on; add one, or evaluate on train")
+        name = "train"
+    views = _view_numbers(name, count, _hold_out_every(scene, location))
+    if num_views < 0 or num_views > len(views):
+        raise InputError(
+            f"eval_views = {num_views}: {capture.path} has {len(views)} {name} views; "
+            "give at most as many, or 0 for all of them"
+        )
+    views = views[np.arange(num_views) * len(views) // num_views] if num_views else views
+    loaded = _load(scene, capture, name, views)
+    if split == "auto" and name == "train":
+        note = f"{capture.path}: no view is held out, so it is evaluated on the views that it is trained on"
+        loaded = replace(loaded, notes=(*loaded.notes, note))
+    return loaded
+
+
+# Which views.
+
+
+def _hold_out_every(scene: SceneConfig, location: Location) -> int:
+    """Views from one held-out view to the next; 0 where none is held out."""
+    return 0 if {"val", "test"} & set(location.splits) else getattr(scene, "hold_out_every", 8)
+
+
+def _choices(scene: SceneConfig, location: Location) -> tuple[str, ...]:
+    """What can be evaluated on."""
+    return (*location.splits, "held-out") if _hold_out_every(scene, location) else location.splits
+
+
+def _view_numbers(name: str, count: int, hold_out_every: int) -> np.ndarray:
+    """The numbers of the views of a split among `count`; train and held-out share none."""
+    number = np.arange(count)
+    if name == "held-out":
+        return number[::hold_out_every]
+    return number[number % hold_out_every > 0] if name == "train" and hold_out_every and count > 1 else number
+
+
+def _no_split(name: str, location: Location, scene: SceneConfig) -> InputError:
+    wanted = f"transforms_{name}.json" if location.format.name == "blender" else f"a table named {name}"
+    hint = f"; add {wanted}" if name in SPLITS else ""
+    known = ", ".join(_choices(scene, location))
+    return InputError(f"{location.path}: has no {name!r} split, only {known}; take one of these{hint}")
+
+
+# Their pixels.
+
+
+def _load(scene: SceneConfig, capture: Capture, name: str, views: np.ndarray) -> Split:
+    """The given views of a capture, as the split `name`."""
+    transform = normalise(capture, scene)
+    try:
+        images = (_load_rays if capture.rays else _load_images)(scene, capture, views, transform)
+    except MemoryError as error:
+        raise InputError(
+            f"{capture.path}: the {name} views do not fit into memory ({error}); shrink them with --downscale, "
+            "or take some out"
+        ) from None
+    has_alpha = any(capture.has_alpha[view] for view in views) if capture.has_alpha else False
+    return Split(name, tuple(capture.names[view] for view in views), images, has_alpha, transform, capture.unusual)
+
+
+def _load_images(scene: SceneConfig, capture: Capture, views: np.ndarray, transform: SceneTransform) -> PosedImages:
+    assert capture.cameras is not None
+    seen = capture.cameras[views]
+    full = np.asarray(seen.size)
+    rgba = read_images([capture.files[view] for view in views], full, scene.downscale, str(capture.path))
+    size = full // scene.downscale
+    cameras = make_cameras(
+        transform.pose_to_scene(np.asarray(seen.c2w)),
+        focal_xy=np.asarray(seen.focal_xy, np.float32) / scene.downscale,
+        centre_xy=np.asarray(seen.centre_xy, np.float32) / scene.downscale,
+        width=size[:, 0],
+        height=size[:, 1],
+    )
+    ends = np.cumsum(size.prod(axis=1))
+    width, height = size.max(axis=0).tolist()
+    return PosedImages(cameras, rgba, np.concatenate([[0], ends[:-1]]).astype(np.int32), (width, height))  # type: ignore[arg-type]
+
+
+def _load_rays(scene: SceneConfig, capture: Capture, views: np.ndarray, transform: SceneTransform) -> RayTable:
+    if scene.downscale != 1:
+        raise InputError(f"scene.downscale = {scene.downscale}: {capture.path} is a ray table, not an image; give 1")
+    return rays.make_ray_table([capture.rays[view] for view in views] if len(views) else capture.rays, transform)
