@@ -74,12 +74,13 @@ class PosedImages:
     def pixel(self, number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Of pixels by their numbers (R,) i32: view (R,) i32, centre xy (R, 2) f32, and rgba (R, 4) f32 in [0, 1]."""
         width, height = self.max_size
+        row: int | jax.Array = width
         if self.num_pixels == len(self.offset) * width * height:  # one size: divisors that are known
             view, within = number // (width * height), number % (width * height)
         else:
             view = jnp.searchsorted(self.offset, number, side="right", method="scan_unrolled").astype(jnp.int32) - 1
-            within, width = number - self.offset[view], self.cameras.size[view, 0]
-        xy = jnp.stack([within % width, within // width], axis=-1).astype(jnp.float32) + 0.5
+            within, row = number - self.offset[view], self.cameras.size[view, 0]
+        xy = jnp.stack([within % row, within // row], axis=-1).astype(jnp.float32) + 0.5
         return view, xy, self.rgba[number].astype(jnp.float32) / 255
 
     def image(self, view: int) -> np.ndarray:

@@ -152,7 +152,7 @@ def check_same_config(workdir: Path, config: RunConfig, *, extend: bool = False)
 def note_data(workdir: Path, split: Split) -> None:
     """Write scene.json, and warn where the run that is there was trained on other data."""
     path = workdir / "scene.json"
-    new = {"fingerprint": fingerprint(split), "transform": split.transform.to_plain()}
+    new: dict[str, Any] = {"fingerprint": fingerprint(split), "transform": split.transform.to_plain()}
     if isinstance(split.images, PosedImages):
         cameras = {name: np.asarray(array).tolist() for name, array in vars(split.images.cameras).items()}
         new |= {"views": list(split.views), "cameras": cameras}
@@ -223,7 +223,7 @@ class Run:
     """A trained run, as `load` opens it."""
 
     workdir: Path
-    config: RunConfig
+    config: Any  # NerfConfig, ImageConfig or SdfConfig
     progress: Progress  # where training stands
     trained_on: dict[str, Any]  # device, versions and memory
     cameras: Cameras | None  # of the training views, scene units; None where the run has none
@@ -265,11 +265,10 @@ def _read_cameras(path: Path) -> Cameras | None:
     plain = _read_json(path).get("cameras") if path.exists() else None
     if plain is None:
         return None
-    dtypes = {"size": np.int32}
+    names = ("c2w", "focal_xy", "centre_xy", "size")
     try:
-        return Cameras(
-            **{name: np.asarray(plain[name], dtypes.get(name, np.float32)) for name in Cameras.__annotations__}
-        )
+        arrays: Any = [np.asarray(plain[name], np.int32 if name == "size" else np.float32) for name in names]
+        return Cameras(*arrays)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}; it was edited: train anew, or restore it") from None
 

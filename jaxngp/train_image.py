@@ -128,7 +128,7 @@ def hold(image: StoredImage, where: str) -> ImagePixels | StoredImage:
     limit = {"device": math.inf, "host": 0}.get(where, HELD_BYTES)
     if where == "auto" and not on_cpu():
         limit = (device_memory() or 2**32) / 4
-    return image if image.pixels.nbytes > limit else ImagePixels(default_placement().put(np.asarray(image.pixels)))
+    return image if image.pixels.nbytes > limit else ImagePixels(default_placement().put(jnp.asarray(image.pixels)))
 
 
 # How good it is. Values are sRGB, clipped to [0, 1] as a screen does: of an HDR image, too, the PSNR is of that.

@@ -215,7 +215,7 @@ def draw(distance: Distance, solid: Solid, size: int, up: str, folder: Path) -> 
     rows, seconds = [], []
     for azimuth, elevation in VIEWS:
         rays, lamp, sky = view(solid, size, up, azimuth, elevation)
-        arguments = default_placement().put((rays, *(a.astype(np.float32) for a in (solid.box, lamp, sky))))
+        arguments: Any = default_placement().put((rays, *(a.astype(np.float32) for a in (solid.box, lamp, sky))))
         show = functools.partial(draw_surface, distance, *arguments, normal_width=NORMAL_WIDTH)
         jax.block_until_ready(show())  # compiles, the first time
         started = time.perf_counter()

@@ -153,7 +153,7 @@ def _dispatch(progress: Progress, programs: Programs) -> Progress:
         num_steps = min(size, config.train.max_steps - step)
         if num_steps == 0:
             break
-        rates = _learning_rates(step, progress.fraction, size, config)
+        rates: Any = _learning_rates(step, progress.fraction, size, config)
         state, metrics = programs.steps(state, step, rates, num_steps)
         parts.append((num_steps, metrics))
         if every and (step + num_steps) // every > step // every:
