@@ -150,7 +150,7 @@ def define_path(values: Flags, name: str, default: str | None, text: str) -> Non
 
 
 def define_preset(values: Flags, presets: dict[str, str], *, gpu: str) -> None:
-    """--preset, which `chosen_preset` reads. presets: what each is, by name. gpu: that for a GPU; small is for a CPU."""
+    """--preset, which `chosen_preset` reads. presets: what each is, by name. gpu: that for a GPU; small is a CPU's."""
     flags.DEFINE_flag(_PresetFlag(presets, gpu), values)
 
 
