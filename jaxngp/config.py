@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import reprlib
-import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -108,12 +107,11 @@ def _declared(kind: type) -> tuple[Declared, ...]:
 
 def _declared_field(annotation: Any, field: dataclasses.Field) -> Declared:
     kind, extras = _parts(annotation)
-    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     return Declared(
         name=field.name,
         annotation=annotation,
         kind=kind,
-        groups=tuple(member for member in members if isinstance(member, type) and issubclass(member, Config)),
+        groups=(typing.get_args(kind) or (kind,)) if isinstance(field.default, Config) else (),
         default=field.default,
         doc=next((extra for extra in extras if isinstance(extra, str)), ""),
         role=next((extra for extra in extras if isinstance(extra, Role)), None),
@@ -614,10 +612,11 @@ def _joined(path: str, name: str) -> str:
 
 def _member(tag: Any, groups: tuple[type[Config], ...], path: str) -> type[Config]:
     """The one of several configs that has the name `tag`; where there is but one, that."""
-    names = {group.__name__: group for group in groups}
-    if len(groups) > 1 and (not isinstance(tag, str) or tag not in names):
-        raise InputError(f"{_joined(path, 'type')} = {shown(tag)}: expected one of {', '.join(names)}")
-    return names[tag] if len(groups) > 1 else groups[0]
+    names = [group.__name__ for group in groups]
+    if len(groups) == 1:
+        return groups[0]
+    _require(tag in names, _joined(path, "type"), tag, f"one of {', '.join(names)}")
+    return groups[names.index(tag)]
 
 
 def _field(kind: type[Config], name: str, place: str) -> Declared:

@@ -94,7 +94,7 @@ def _help(values: Flags) -> str:
         if isinstance(flag, _PresetFlag):
             lines += [line for preset, text in flag.presets.items() for line in _row(f"  {preset}", text)]
         if isinstance(flag, _OverrideFlag):
-            fields = ["", "fields of the config, each as the --override that sets it to what it is without any flag:"]
+            fields = ["", "fields of the config, with their values on a CPU without any flag but --preset:"]
             for left, text in field_help(flag.config(values)):
                 fields += _row(left, text) if "=" in left else ["", *textwrap.wrap(f"{left}: {text}", WIDTH)]
     return "\n".join(lines + fields)
@@ -130,8 +130,8 @@ class _OverrideFlag(flags.MultiFlag):
     """--override. `config(values)` has the values with which --help lists the fields of the config."""
 
     def __init__(self, config: Callable[[Flags], Config]) -> None:
-        text = "Set a field of the config, one of those below"
-        super().__init__(flags.ArgumentParser(), flags.ArgumentSerializer(), "override", [], text)
+        super().__init__(flags.ArgumentParser(), flags.ArgumentSerializer(), "override", [], "")
+        self.help = "Set a field of the config, one of those below: --override=path=value. May be repeated."
         self.config = config
 
 

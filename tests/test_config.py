@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from strategies import NONSENSE, changed_json, fuzz, or_input_error, values
 
+from jaxngp import flags, train_image, train_sdf
 from jaxngp.config import (
     IDENTITY,
     Bounds,
@@ -355,6 +356,34 @@ def test_help_has_an_override_for_every_leaf(config: Any) -> None:
             rows.setdefault(left.partition("=")[0], left)
     paths = [path for path in ("sampler", "optimizer.decay") if path in rows] + [path for path, _, _ in leaves(config)]
     assert apply_overrides(type(config)(), [rows[path] for path in paths]) == config
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_help_of_a_command_has_all_of_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags.run("jaxngp.train", flags.define_train_flags, lambda _: None, "S.", ["x", "--help", f"--preset={name}"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    first = {words[0]: words[1:] for words in lines if words}
+    assert set(PRESETS) <= set(first)
+    assert {left for left, _ in field_help(PRESETS[name]) if "=" in left and " " not in left} <= set(first)
+    assert first["field.hidden_width=64" if name != "small" else "field.hidden_width=32"][-3:] == ["(int", ">=", "1)"]
+
+
+@pytest.mark.parametrize("define", [flags.define_train_flags, train_image.define_flags, train_sdf.define_flags])
+def test_a_path_flag_expands_the_home(define: Callable[[flags.Flags], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the ~ in --flag=~/path as it is; what only looks like a name stays one."""
+    monkeypatch.setenv("HOME", "/home/ann")
+    for path, meant in [
+        ("~/a", "/home/ann/a"),
+        ("~", "/home/ann"),
+        ("./a", "./a"),
+        ("a~", "a~"),
+        ("~none/a", "~none/a"),
+    ]:
+        values = flags.Flags()
+        define(values)
+        names = [name for name in ("workdir", "data_dir", "scene", "image", "mesh") if name in values]
+        values(["x", *(f"--{name}={path}" for name in names)])
+        assert [values[name].value for name in names] == [meant] * len(names)
 
 
 def test_help_has_the_fields_of_every_choice() -> None:
