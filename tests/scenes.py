@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxngp.cameras import Camera, PosedImages
+from jaxngp.cameras import Cameras as Camera, PosedImages
 from jaxngp.compositing import RenderOutput
 
 Colour = tuple[float, float, float]

@@ -1,4 +1,4 @@
-"""Warnings about views that are valid and yet look wrong, and about runs: said where they apply, and only there."""
+"""Warnings about views that are valid and yet look wrong, and fingerprints by which changed views are noticed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scenes import BALL, poses_around
-from strategies import TINY_MARCH
 
 from jaxngp.cameras import Cameras, PosedImages, Rays, make_cameras, pose_images, view_rays
 from jaxngp.config import NerfConfig
 from jaxngp.data import RayTable, Split, changed, fingerprint, load_evaluation, load_training
 from jaxngp.data.checks import dataset_warnings
-from jaxngp.training.loop import Progress
-from jaxngp.training.progress import TrainingWarnings
-from jaxngp.training.steps import Metrics
 
 SIZE = 64
 
@@ -147,35 +143,3 @@ def test_a_ray_table_has_a_fingerprint_of_its_views() -> None:
     assert changed(fingerprint(table), fingerprint(other)) == "1 of 3 views have other pixels"
     whole = [fingerprint(t.replace(width=0, height=0)) for t in (table, other)]
     assert changed(*whole) == "1 of 1 views have other pixels"
-
-
-# Of a run.
-
-
-def progress(step: int = 16, finished: bool = False, **values: float) -> Progress:
-    sound = {"loss": 0.1, "psnr": 20.0, "rays": 60.0, "samples": 500.0, "dropped_samples": 0.0, "skipped": 0.0}
-    metrics = Metrics(**{**sound, "occupied_fraction": 0.1, **values})
-    return Progress(None, metrics, step, 1.0, 1.0, 1.0, 1.0 if finished else 0.5)  # type: ignore[arg-type]
-
-
-CONFIG = NerfConfig(sampler=TINY_MARCH)
-CONFIG = replace(CONFIG, train=replace(CONFIG.train, num_rays=100))
-
-
-def test_a_sound_run_raises_no_doubts() -> None:
-    assert TrainingWarnings(CONFIG).about(progress()) == TrainingWarnings(CONFIG).about(progress(finished=True)) == []
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"occupied_fraction": 0.0}, "the occupancy grid is empty"),
-        ({"skipped": 0.25}, "4 updates were left out"),
-        ({"rays": 10.0, "finished": True}, "only 10% of the rays that were drawn fitted"),
-    ],
-)
-def test_a_doubt_is_said_once(values: dict, said: str) -> None:
-    doubts = TrainingWarnings(CONFIG)
-    (warning,) = doubts.about(progress(**values))
-    assert said in warning
-    assert doubts.about(progress(step=32, **values)) == []

@@ -409,7 +409,7 @@ def test_data_dir_relocates_a_path(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert data.locate(scene_at(folder, data_dir="~/moved")).path == Path(moved)
     (folder.parent / "new").mkdir()
     kept = moved.rename(folder.parent / "new" / "scene")
-    for name in (folder, Path(".") / "scene"):
+    for name in (folder, Path("scene")):
         assert data.locate(scene_at(name, data_dir=str(kept.parent))).path == kept
 
 

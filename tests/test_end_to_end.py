@@ -14,7 +14,7 @@ import pytest
 from jaxngp import data, rendering
 from jaxngp.cameras import Rays, view_rays
 from jaxngp.config import NerfConfig, SceneConfig, apply_overrides
-from jaxngp.data import Split, builtin, load_evaluation, load_training
+from jaxngp.data import Split, bricks, load_evaluation, load_training
 from jaxngp.presets import PRESETS
 from jaxngp.training import loop
 from jaxngp.training.evaluation import ViewPicture, evaluate_views, summarise
@@ -53,7 +53,7 @@ def exact_depth(config: SceneConfig, split: Split, view: int) -> tuple[np.ndarra
     world = Rays(
         origin=(rays.origin - 0.5) * config.box_side + jnp.asarray(config.box_centre), direction=rays.direction
     )
-    surface = builtin.cast_rays(world)
+    surface = bricks.cast_rays(world)
     return np.asarray(surface.depth) / config.box_side, np.asarray(surface.alpha)
 
 

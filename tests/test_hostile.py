@@ -371,7 +371,7 @@ def test_few_large_images_are_decoded_side_by_side(scene: Path, monkeypatch: pyt
     load(scene)
     monkeypatch.setattr(photos, "PIXELS_AT_ONCE", 1)
     load(scene)
-    assert asked == [8, 3, 1]
+    assert asked[1::2] == [8, 3, 1]  # after those that read the headers
 
 
 # Ray tables.
@@ -490,7 +490,7 @@ def test_a_pickle_whose_text_would_be_endless_is_not_spelt_out(tmp_path: Path) -
     doubled = b")q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(200))
     junk = b"(" + doubled + b"t"  # all of them, and the last is remembered as 200
     state = b"(" + junk + b"K\x09\x85cnumpy\ndtype\n(h\xc8tR(K\x01V<\ntb\x89C\x00tb."
-    content = b"cnumpy.core.multiarray\n_reconstruct\n)R" + state
+    content = b"cnumpy.core.multiarray\n_reconstruct\n(NNNtR" + state
     assert "is of dtype ((((" in table_refusal(tmp_path / "train.pkl", content)
 
 
