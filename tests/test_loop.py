@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxngp.config import CosineDecay, MarchConfig, NerfConfig, OccupancyConfig, OptimizerConfig, TrainConfig
-from jaxngp.training import loop
+from jaxngp.training import loop, nerf
 from jaxngp.training.loop import Progress
+from jaxngp.training.nerf import NerfMetrics as Metrics
 from jaxngp.training.optimizer import learning_rate
-from jaxngp.training.programs import Programs
-from jaxngp.training.steps import Metrics
+from jaxngp.training.step import Programs
 
 ZEROS = Metrics(**dict.fromkeys([field.name for field in fields(Metrics)], 0.0))
 
@@ -47,13 +47,12 @@ class Run:
         self.yielded: list[Any] = []
         programs = Programs(
             steps=self.steps,
-            seconds=0.0,
             refresh=self.refresh,
             refresh_every=config.sampler.occupancy.refresh_every,
         )
         clock = mock.Mock(perf_counter=itertools.count(0.0, seconds_a_look).__next__)
-        with mock.patch.multiple(loop, compile_programs=lambda *_: programs, time=clock):
-            self.yielded += loop.train(config, None, resume=Progress(0, None, 0, 0.0, 0.0, 0.0, 0.0))
+        with mock.patch.object(loop, "time", clock), mock.patch.object(nerf, "compile_programs", return_value=programs):
+            self.yielded += loop.train(config, None, resume=Progress(config, 0, None, 0, 0.0, 0.0, 0.0))
 
     def steps(self, state: int, step: int, rates: jax.Array, number: int) -> tuple[int, Metrics]:
         assert step == state

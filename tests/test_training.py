@@ -20,6 +20,7 @@ from scenes import make_camera, photograph, pixel_rays, poses_around
 from strategies import TINY_FIELD, TINY_GRID, seeds
 
 from jaxngp.cameras import PosedImages, Rays
+from jaxngp.checkpoints import Checkpoints
 from jaxngp.config import (
     InputError,
     MarchConfig,
@@ -30,16 +31,17 @@ from jaxngp.config import (
     TrainConfig,
 )
 from jaxngp.data.rays import RayTable
-from jaxngp.fields import Params, evaluate_field, make_half_table
+from jaxngp.device import formulation
+from jaxngp.fields import Params, RadianceField, make_half_table
 from jaxngp.losses import colour_loss
 from jaxngp.marching import find_candidates
 from jaxngp.occupancy import OccupancyGrid, init_occupancy
 from jaxngp.presets import PRESETS
-from jaxngp.training import steps, updates
-from jaxngp.training.checkpoints import Checkpoints
-from jaxngp.training.loop import Progress, train
-from jaxngp.training.state import TrainState, init_state
-from jaxngp.training.steps import PixelBatch, StepNoise
+from jaxngp.training import nerf
+from jaxngp.training.loop import Progress, init_state, train
+from jaxngp.training.nerf import NerfMetrics, PixelBatch, StepNoise
+from jaxngp.training.state import TrainState
+from jaxngp.training.step import apply_gradient, begin_steps
 from jaxngp.visual_hull import PixelSet, candidate_cells, pixel_set
 
 SIZE = 20
@@ -60,12 +62,12 @@ BALL = replace(LARGE_BALL, radius=0.2)
 @functools.cache
 def ball_views() -> PosedImages:
     """Eight small views of the ball, from its closed form."""
-    return photograph(BALL, make_camera(SIZE, SIZE, 40.0), poses_around(8, 1.8))
+    return photograph(BALL, make_camera(SIZE, SIZE, 40.0, poses_around(8, 1.8)))
 
 
 @functools.cache
-def survey() -> tuple[OccupancyGrid, PixelSet]:
-    return steps.survey_views(ball_views(), config=CONFIG)
+def hull() -> tuple[OccupancyGrid, PixelSet]:
+    return nerf.hull_of_views(ball_views(), config=CONFIG)
 
 
 def run(config: NerfConfig, data: Any = None, **options: Any) -> list[Progress]:
@@ -133,11 +135,11 @@ def test_a_run_ends_exactly_at_its_last_step(whole_run: dict[str, Any]) -> None:
 
 def test_every_program_is_compiled_once_before_the_first_step(whole_run: dict[str, Any]) -> None:
     before, *_, after = whole_run["compiled"]
-    for name in ("nerf_steps", "refresh_occupancy", "survey_views"):
+    for name in ("nerf_steps", "refresh_occupancy", "hull_of_views"):
         assert sum(count for function, count in before.items() if name in function) == 1, before
     # Saving copies arrays, which compiles a few words; nothing of ours is compiled while training.
     later = after - before
-    assert not [name for name in later if any(word in name for word in ("nerf", "occupancy", "survey"))], later
+    assert not [name for name in later if any(word in name for word in ("nerf", "occupancy", "hull"))], later
     assert whole_run["compiled"][1] == whole_run["compiled"][2]
 
 
@@ -246,10 +248,10 @@ def test_no_two_arrays_of_a_state_share_a_buffer(seed: int) -> None:
 
 def test_training_takes_the_state_and_leaves_what_the_caller_holds() -> None:
     state, other = init_state(0, config=SHORT), init_state(0, config=SHORT)
-    data, pixels = jax.device_put((ball_views(), survey()[1]))
+    data, pixels = jax.device_put((ball_views(), hull()[1]))
     rates = jnp.full(4, 1e-2)
     held = jax.random.key(0)
-    new, _ = steps.nerf_steps(state, data, pixels, rates, jnp.int32(2), config=SHORT)
+    new, _ = nerf.nerf_steps(state, data, pixels, rates, jnp.int32(2), config=SHORT)
     assert state.params["encoding"]["table"].is_deleted()
     assert int(new.step) == 2
     for alive in (data, pixels, rates, other.params):
@@ -266,14 +268,14 @@ SHORT = replace(
 """Compiles faster."""
 
 
-def nerf_steps(state: TrainState, pixels: PixelSet, number: int) -> tuple[TrainState, steps.Metrics]:
-    return steps.nerf_steps(state, ball_views(), pixels, jnp.full(4, 1e-2), jnp.int32(number), config=SHORT)
+def nerf_steps(state: TrainState, pixels: PixelSet, number: int) -> tuple[TrainState, NerfMetrics]:
+    return nerf.nerf_steps(state, ball_views(), pixels, jnp.full(4, 1e-2), jnp.int32(number), config=SHORT)
 
 
 def advance(seed: int, num_steps: list[int]) -> TrainState:
     state = init_state(seed, config=SHORT)
     for number in num_steps:
-        state, _ = nerf_steps(state, survey()[1], number)
+        state, _ = nerf_steps(state, hull()[1], number)
     return state
 
 
@@ -289,7 +291,7 @@ def test_every_step_draws_anew() -> None:
     losses = []
     for step in (0, 1, 0):
         state = init_state(0, config=SHORT).replace(step=jnp.int32(step))
-        _, metrics = nerf_steps(state, survey()[1], 1)
+        _, metrics = nerf_steps(state, hull()[1], 1)
         losses.append(float(metrics.loss))
     assert losses[0] != losses[1]
     assert losses[0] == losses[2]
@@ -314,17 +316,31 @@ def test_the_average_moves_as_by_so_many_steps() -> None:
 @functools.partial(jax.jit, static_argnames="config")
 def take_step(
     state: TrainState, half_table: jax.Array | None, batch: PixelBatch, noise: StepNoise, *, config: NerfConfig
-) -> tuple:
-    def gradient_fn(_: jax.Array, params: Params, half_table: jax.Array | None) -> tuple:
-        gradient = jax.grad(steps.nerf_loss, has_aux=True)
-        return gradient(params, batch, noise, state.occupancy, config=config, half_table=half_table)
+) -> tuple[TrainState, jax.Array | None, NerfMetrics]:
+    run = replace(begin_steps(state, NerfMetrics, config=config), half_table=half_table)
+    gradient, metrics = jax.grad(loss_of, has_aux=True)(
+        state.params, batch, noise, state.occupancy, config=config, half_table=half_table
+    )
+    run = apply_gradient(run, gradient, metrics, jnp.float32(1e-2), config=config)
+    return run.state, run.half_table, NerfMetrics(*run.sums)
 
-    return updates.take_step(state, half_table, jnp.int32(0), jnp.float32(1e-2), gradient_fn, config=config)
+
+def loss_of(
+    params: Params,
+    batch: PixelBatch,
+    noise: StepNoise,
+    grid: OccupancyGrid | None,
+    *,
+    config: NerfConfig,
+    half_table: jax.Array | None = None,
+) -> tuple[jax.Array, NerfMetrics]:
+    field = RadianceField(params, half_table, config.field)
+    return nerf.nerf_loss(field, jax.tree.map(jnp.asarray, ball_views().cameras), batch, noise, grid, config=config)
 
 
 def test_an_update_that_is_no_finite_number_is_left_out_and_counted() -> None:
     state = init_state(0, config=SHORT)
-    draw = jax.jit(steps.draw_batches, static_argnames=("num_steps", "config"))
+    draw = jax.jit(nerf.draw_batches, static_argnames=("num_steps", "config"))
     drawn = draw(state.step, state.key, ball_views(), None, num_steps=1, config=SHORT)
     batch, noise = jax.tree.map(lambda a: a[0], drawn)
     for value, skipped in ((np.nan, 1), (np.inf, 1), (0.5, 0)):
@@ -339,7 +355,7 @@ def test_an_update_that_is_no_finite_number_is_left_out_and_counted() -> None:
 
 def test_more_pixels_than_can_be_counted_are_refused() -> None:
     images = ball_views()
-    many = images.replace(rgba=np.broadcast_to(np.uint8(0), (2**15, 2**8, 2**8, 4)))
+    many = images.replace(rgba=np.broadcast_to(np.uint8(0), (2**31, 4)))
     with pytest.raises(InputError, match="2147483648 pixels"):
         next(train(CONFIG, many))
 
@@ -348,12 +364,12 @@ def test_a_run_whose_loss_is_no_number_stops_and_is_not_saved(tmp_path: Path) ->
     config = replace(SHORT, train=replace(SHORT.train, max_steps=40))
     start = next(train(config, ball_views()))
     broken = replace(start, state=start.state.replace(params=jax.tree.map(lambda a: a * np.nan, start.state.params)))
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(InputError, match="no finite numbers"):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(InputError, match="non-finite"):
         checkpoints.save(broken)
     assert not list(tmp_path.glob("checkpoints/*"))
     run = train(config, ball_views(), resume=broken)
     assert [next(run).step for _ in range(4)] == [0, 4, 8, 12]
-    with pytest.raises(InputError, match=r"step 16: the last 16 updates were left out.*the largest parameter is nan"):
+    with pytest.raises(InputError, match=r"step 16: the last 16 updates were skipped.*the largest parameter is nan"):
         next(run)
 
 
@@ -363,7 +379,7 @@ def test_a_run_whose_loss_is_no_number_stops_and_is_not_saved(tmp_path: Path) ->
 def refreshed_density(step: int, *, change: Callable[[TrainState], TrainState] = lambda state: state) -> np.ndarray:
     """After a refresh of a fresh grid, before a certain step. A fresh field has density everywhere."""
     state = change(init_state(0, config=SHORT).replace(step=jnp.int32(step)))
-    return np.asarray(steps.refresh_occupancy(state, config=SHORT).occupancy.density)
+    return np.asarray(nerf.refresh_occupancy(state, config=SHORT).occupancy.density)
 
 
 def test_a_refresh_looks_at_all_cells_until_warmup_ends_and_then_at_some_and_others_each_time() -> None:
@@ -390,23 +406,17 @@ def test_a_refresh_asks_the_weights_that_are_trained_and_not_their_average() -> 
 # What a GPU runs: other formulas of the same, which a CPU can compute too.
 
 
-def off_the_cpu(*args: Any, default: Any, **_: Any) -> Any:
-    """`lax.platform_dependent` as on a GPU."""
-    return default(*args)
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_steps_as_a_gpu_runs_them_are_the_steps(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_as_a_gpu_runs_them_are_the_steps(precision: str) -> None:
     """All of a step in its other formulation, and the rounds beyond the last step that only a GPU runs."""
     config = replace(SHORT, field=replace(SHORT.field, precision=precision))
 
-    def three_steps() -> tuple[TrainState, steps.Metrics]:
-        call = functools.partial(steps.nerf_steps.__wrapped__, config=config)
-        return jax.jit(call)(init_state(0, config=config), ball_views(), survey()[1], jnp.full(4, 1e-2), jnp.int32(3))
+    def three_steps() -> tuple[TrainState, NerfMetrics]:
+        call = functools.partial(nerf.nerf_steps.__wrapped__, config=config)
+        return jax.jit(call)(init_state(0, config=config), ball_views(), hull()[1], jnp.full(4, 1e-2), jnp.int32(3))
 
     expected, expected_metrics = three_steps()
-    with monkeypatch.context() as patch:
-        patch.setattr(jax.lax, "platform_dependent", off_the_cpu)
+    with formulation("gpu"):
         found, metrics = three_steps()
     assert int(found.step) == 3
     assert int(found.opt_state[1].count) == 3
@@ -418,8 +428,8 @@ def test_steps_as_a_gpu_runs_them_are_the_steps(precision: str, monkeypatch: pyt
 
 
 def test_the_batches_of_a_dispatch_are_what_its_steps_would_draw_alone() -> None:
-    key, pixels = jax.random.key(5), survey()[1]
-    draw = jax.jit(steps.draw_batches, static_argnames=("num_steps", "config"))
+    key, pixels = jax.random.key(5), hull()[1]
+    draw = jax.jit(nerf.draw_batches, static_argnames=("num_steps", "config"))
     together = draw(jnp.int32(7), key, ball_views(), pixels, num_steps=3, config=SHORT)
     for i in range(3):
         bits = draw_bits(jax.random.fold_in(key, 7 + i), config=SHORT)
@@ -432,7 +442,7 @@ def test_a_shadow_is_read_and_brought_up_to_date_with_its_table() -> None:
     config = replace(SHORT, field=replace(SHORT.field, precision="bfloat16"))
     state = init_state(0, config=config)
     state = state.replace(params=jax.tree.map(lambda a: 1e3 * a if a.ndim == 2 and len(a) > 50 else a, state.params))
-    batch, noise = steps.draw_batches(state.step, state.key, ball_views(), None, num_steps=1, config=config)
+    batch, noise = nerf.draw_batches(state.step, state.key, ball_views(), None, num_steps=1, config=config)
     batch, noise = jax.tree.map(lambda a: a[0], (batch, noise))
     half_table = make_half_table(state.params, config=config.field)
     new, found, _ = take_step(state, half_table, batch, noise, config=config)
@@ -447,16 +457,25 @@ def test_a_shadow_is_read_and_brought_up_to_date_with_its_table() -> None:
     assert call(unknown, half_table=half_table)[0] == loss
     assert call(state.params, half_table=jnp.zeros_like(half_table))[0] != loss
     rates = jnp.zeros(1)
-    _, metrics = steps.nerf_steps(state, ball_views(), None, rates, jnp.int32(1), config=config)
+    _, metrics = nerf.nerf_steps(state, ball_views(), None, rates, jnp.int32(1), config=config)
     np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
 
 
 # One step.
 
-draw_bits = jax.jit(steps.draw_bits, static_argnames="config")
-pick_pixels = jax.jit(steps.pick_pixels)
-make_noise = jax.jit(steps.make_noise, static_argnames="config")
-nerf_loss = jax.jit(steps.nerf_loss, static_argnames="config")
+pick_pixels = jax.jit(nerf.pick_pixels)
+make_noise = jax.jit(nerf.make_noise, static_argnames="config")
+nerf_loss = jax.jit(loss_of, static_argnames="config")
+
+
+def draw_bits(key: jax.Array, *, config: NerfConfig) -> jax.Array:
+    """(R, 1 + B + 3) u32: a ray's pixel, its B jitters, its background."""
+    jitters = config.sampler.jitters_per_ray
+    return jax.random.bits(key, (config.train.num_rays, 1 + jitters + 3), jnp.uint32)
+
+
+def rays_of(batch: PixelBatch, source: Any = None) -> Rays:
+    return (source or jax.tree.map(jnp.asarray, ball_views().cameras)).cast(batch.view, batch.xy)
 
 
 def batch_and_noise(config: NerfConfig, seed: int = 0) -> tuple[PixelBatch, StepNoise]:
@@ -467,12 +486,13 @@ def batch_and_noise(config: NerfConfig, seed: int = 0) -> tuple[PixelBatch, Step
 def test_a_drawn_pixel_has_the_ray_and_the_colour_of_the_view() -> None:
     views = ball_views()
     batch, _ = batch_and_noise(CONFIG)
-    all_rays = [pixel_rays(views.camera, pose) for pose in views.c2w]
+    rays = rays_of(batch)
+    all_rays = [pixel_rays(views.cameras[view]) for view in range(8)]
     direction = np.stack([d for _, d in all_rays]).reshape(-1, 3)
     origin = np.stack([o for o, _ in all_rays]).reshape(-1, 3)
     rgba = np.asarray(views.rgba).reshape(-1, 4)
     seen = set()
-    for o, d, colour in zip(*map(np.asarray, (batch.rays.origin, batch.rays.direction, batch.rgba)), strict=True):
+    for o, d, colour in zip(*map(np.asarray, (rays.origin, rays.direction, batch.rgba)), strict=True):
         (index,) = np.flatnonzero((np.abs(direction - d) + np.abs(origin - o)).sum(axis=1) < 1e-4)
         np.testing.assert_allclose(colour, rgba[index] / 255, atol=1e-6)
         seen.add(int(index))
@@ -485,9 +505,10 @@ def test_a_row_of_a_ray_table_is_an_opaque_pixel() -> None:
     rays = Rays(origin=jnp.asarray(rng.normal(size=(9, 3))), direction=jnp.asarray(rng.normal(size=(9, 3))))
     table = RayTable(rays=rays, rgb=jnp.asarray(rng.uniform(size=(9, 3))), width=0, height=0)
     batch = pick_pixels(jax.random.bits(jax.random.key(0), 100), table, None)
-    rows = [int(np.flatnonzero((np.asarray(rays.origin) == o).all(axis=1))[0]) for o in np.asarray(batch.rays.origin)]
+    cast = rays_of(batch, table)
+    rows = [int(np.flatnonzero((np.asarray(rays.origin) == o).all(axis=1))[0]) for o in np.asarray(cast.origin)]
     assert set(rows) == set(range(9))
-    np.testing.assert_array_equal(batch.rays.direction, rays.direction[np.array(rows)])
+    np.testing.assert_array_equal(cast.direction, rays.direction[np.array(rows)])
     np.testing.assert_array_equal(batch.rgba, np.column_stack([np.asarray(table.rgb)[rows], np.ones(100)]))
 
 
@@ -497,8 +518,7 @@ MANY = replace(CONFIG, train=replace(CONFIG.train, num_rays=2**15))
 
 def numbered_views() -> PosedImages:
     """Views whose pixels show their own numbers."""
-    shape = (8, SIZE, SIZE)
-    number = np.arange(np.prod(shape), dtype="<u4").reshape(*shape, 1)
+    number = np.arange(8 * SIZE**2, dtype="<u4").reshape(-1, 1)
     return replace(ball_views(), rgba=number.view(np.uint8))
 
 
@@ -533,14 +553,14 @@ def test_a_pixel_of_a_set_has_the_ray_that_it_has_without() -> None:
     bits = jnp.arange(flags.sum(), dtype=jnp.uint32)
     batch = pick_pixels(bits, ball_views(), pixel_set(flags))
     direct = pick_pixels(jnp.asarray(np.flatnonzero(flags), jnp.uint32), ball_views(), None)
-    found, expected = (np.column_stack([b.rays.origin, b.rays.direction, b.rgba]) for b in (batch, direct))
+    found, expected = (np.column_stack([b.view, b.xy, b.rgba]) for b in (batch, direct))
     order = [np.lexsort(a.T) for a in (found, expected)]
     np.testing.assert_array_equal(found[order[0]], expected[order[1]])
 
 
 @pytest.mark.parametrize(("background", "expected"), [("white", 1.0), ("black", 0.0)])
 def test_a_fixed_background_is_that_colour(background: Any, expected: float) -> None:
-    np.testing.assert_array_equal(steps.background(jnp.full((5, 3), 0.3), background), np.full((5, 3), expected))
+    np.testing.assert_array_equal(nerf.background(jnp.full((5, 3), 0.3), background), np.full((5, 3), expected))
 
 
 def test_a_random_background_differs_from_ray_to_ray() -> None:
@@ -588,18 +608,18 @@ def test_what_a_step_draws_is_uniform_and_independent(config: NerfConfig) -> Non
 
 def facing_and_others() -> tuple[np.ndarray, np.ndarray]:
     """The numbers of the pixels of the survey, and of those that it leaves out."""
-    pixels = survey()[1]
+    pixels = hull()[1]
     facing = np.asarray(pixels.nth(jnp.arange(int(pixels.size))))
     return facing, np.setdiff1d(np.arange(8 * SIZE**2), facing)
 
 
-loss_gradient = jax.jit(jax.grad(steps.nerf_loss, has_aux=True), static_argnames="config")
+loss_gradient = jax.jit(jax.grad(loss_of, has_aux=True), static_argnames="config")
 
 
 def gradient_of_pixels(number: np.ndarray, noise: StepNoise) -> Any:
     batch = pick_pixels(jnp.asarray(number, jnp.uint32), ball_views(), None)
     params = advance(0, [4]).params
-    gradient, metrics = loss_gradient(params, batch, noise, survey()[0], config=SHORT)
+    gradient, metrics = loss_gradient(params, batch, noise, hull()[0], config=SHORT)
     assert metrics.rays == len(number)  # all fit
     return gradient
 
@@ -632,7 +652,7 @@ def test_a_step_draws_from_the_set_that_it_is_given() -> None:
     for number in (facing, others):
         flags = np.zeros(8 * SIZE**2, bool)
         flags[number] = True
-        start = init_state(0, config=SHORT).replace(occupancy=jax.tree.map(jnp.copy, survey()[0]))
+        start = init_state(0, config=SHORT).replace(occupancy=jax.tree.map(jnp.copy, hull()[0]))
         table = np.array(start.params["encoding"]["table"])
         state, metrics = nerf_steps(start, pixel_set(flags), 4)
         changed.append(not np.array_equal(state.params["encoding"]["table"], table))
@@ -653,11 +673,11 @@ def test_the_loss_is_the_mean_over_rays_before_their_own_backgrounds(loss: Any) 
     upper = np.append((edges[1:] + edges[:-1]) / 2, edges[-1])
     t = lower + (upper - lower) * np.asarray(noise.jitter, np.float64)
     dt = np.concatenate([np.diff(t), np.full((32, 1), sampler.last_interval)], axis=1)
-    origin, direction = (np.asarray(a)[:, None] for a in (batch.rays.origin, batch.rays.direction))
+    rays = rays_of(batch)
+    origin, direction = (np.asarray(a)[:, None] for a in (rays.origin, rays.direction))
     position = jnp.asarray(origin + t[..., None] * direction, jnp.float32).reshape(-1, 3)
-    density, rgb = jax.jit(evaluate_field, static_argnames="config")(
-        params, position, jnp.asarray(np.repeat(direction[:, 0], 16, axis=0)), config=config.field
-    )
+    field = RadianceField.of(params, config=config.field)
+    density, rgb = jax.jit(RadianceField.__call__)(field, position, jnp.asarray(np.repeat(direction[:, 0], 16, axis=0)))
     thickness = np.asarray(density, np.float64).reshape(32, 16) * dt
     before = np.cumsum(thickness, axis=1)[:, :-1]
     weights = np.exp(-np.concatenate([np.zeros((32, 1)), before], axis=1)) * -np.expm1(-thickness)
@@ -672,13 +692,13 @@ def test_the_loss_is_the_mean_over_rays_before_their_own_backgrounds(loss: Any) 
 
 
 def test_rays_that_do_not_fit_are_counted_and_leave_the_loss() -> None:
-    full = init_occupancy(np.ones(32**3, bool))
+    full = init_occupancy(jnp.ones((1, 32**3), bool))
     params = init_state(0, config=SHORT).params
     batch, noise = batch_and_noise(SHORT)
     small = replace(SHORT, sampler=replace(SHORT.sampler, num_samples=2**9))
     _, metrics = nerf_loss(params, batch, noise, full, config=small)
     count = jax.jit(find_candidates, static_argnames="config")
-    candidates = count(batch.rays, full, noise.jitter, config=small.sampler)
+    candidates = count(rays_of(batch), full, noise.jitter, config=small.sampler)
     assert 0 < metrics.samples <= 2**9
     assert metrics.samples + metrics.dropped_samples == np.bitwise_count(np.asarray(candidates.words)).sum()
     assert 0 < metrics.rays < 256

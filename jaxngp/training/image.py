@@ -18,8 +18,19 @@ from jaxngp.fields import ImageField
 from jaxngp.images import Taps, blend_taps, pixel_taps, stratified_positions
 from jaxngp.losses import colour_loss
 from jaxngp.metrics import psnr
-from jaxngp.training import step
 from jaxngp.training.state import TrainState, fresh_state
+from jaxngp.training.step import (
+    NO_STEPS,
+    Programs,
+    Steps,
+    apply_gradient,
+    begin_steps,
+    draw_bits,
+    finish_steps,
+    repeat_steps,
+    step_options,
+    zero_rates,
+)
 
 Field = ImageField
 init_state = fresh_state
@@ -79,11 +90,9 @@ class ImageMetrics:
         return f"PSNR {float(self.psnr):.2f} dB"
 
 
-def draw_taps(
-    step_: jax.Array, key: jax.Array, *, width: int, height: int, num_steps: int, config: ImageConfig
-) -> Taps:
+def draw_taps(step: jax.Array, key: jax.Array, *, width: int, height: int, num_steps: int, config: ImageConfig) -> Taps:
     """Positions of K steps from a given one on, and the pixels they need: Taps (K, N, ...)."""
-    bits = step.draw_bits(step_, key, (config.train.num_points, 2), num_steps=num_steps)
+    bits = draw_bits(step, key, (config.train.num_points, 2), num_steps=num_steps)
 
     def taps(bits: jax.Array) -> Taps:
         return pixel_taps(stratified_positions(bits), width=width, height=height, snap=config.train.snap)
@@ -92,10 +101,10 @@ def draw_taps(
 
 
 def draw_batches(
-    step_: jax.Array, key: jax.Array, data: ImagePixels | FetchedPixels, *, num_steps: int, config: ImageConfig
+    step: jax.Array, key: jax.Array, data: ImagePixels | FetchedPixels, *, num_steps: int, config: ImageConfig
 ) -> ColourBatch:
     """The batches (K, N, ...) of K steps from a given one on."""
-    taps = draw_taps(step_, key, width=data.width, height=data.height, num_steps=num_steps, config=config)
+    taps = draw_taps(step, key, width=data.width, height=data.height, num_steps=num_steps, config=config)
     return ColourBatch(taps.position, blend_taps(data.values(taps), taps.weight))
 
 
@@ -120,38 +129,38 @@ def image_steps(
     draw = functools.partial(draw_batches, num_steps=max_steps, config=config)
     batches = fusion_barrier(draw, state.step, state.key, data)
 
-    def one(i: jax.Array, run: step.Steps) -> step.Steps:
+    def one(i: jax.Array, run: Steps) -> Steps:
         batch = jax.tree.map(lambda a: a[i], batches)
 
         def loss(params: Any) -> tuple[jax.Array, ImageMetrics]:
             return image_loss(ImageField(params, run.half_table, config.field), batch)
 
         gradient, metrics = jax.grad(loss, has_aux=True)(run.state.params)
-        return step.apply_gradient(run, gradient, metrics, learning_rates[i], config=config)
+        return apply_gradient(run, gradient, metrics, learning_rates[i], config=config)
 
-    run = step.begin(state, ImageMetrics, config=config)
-    run = step.repeat(one, run, num_steps, max_steps=max_steps)
-    return step.finish(run, ImageMetrics, num_steps, max_steps=max_steps, config=config)
+    run = begin_steps(state, ImageMetrics, config=config)
+    run = repeat_steps(one, run, num_steps, max_steps=max_steps)
+    return finish_steps(run, ImageMetrics, num_steps, max_steps=max_steps, config=config)
 
 
-def compile_programs(state: TrainState, data: ImagePixels | StoredImage, config: ImageConfig) -> step.Programs:
+def compile_programs(state: TrainState, data: ImagePixels | StoredImage, config: ImageConfig) -> Programs:
     """The programs of a run on an image that the device holds, or that stays on the host."""
-    static, options = program_config(config), step.step_options(config)
-    rates = step.zero_rates(config)
+    static, options = program_config(config), step_options(config)
+    rates = zero_rates(config)
     if isinstance(data, ImagePixels):
         held = default_placement().put(data)
-        steps = compiled(image_steps, state, held, rates, step.NO_STEPS, options=options, config=static)
-        return step.Programs(lambda state, _, rates, number: steps(state, held, rates, np.int32(number)))
+        steps = compiled(image_steps, state, held, rates, NO_STEPS, options=options, config=static)
+        return Programs(lambda state, _, rates, number: steps(state, held, rates, np.int32(number)))
     fetcher = _Fetcher(data, state.key, config)
-    fetching = compiled(image_steps, state, fetcher.shapes(), rates, step.NO_STEPS, options=options, config=static)
-    return step.Programs(
-        lambda state, step_, rates, number: fetching(state, fetcher.take(step_, number), rates, np.int32(number))
+    fetching = compiled(image_steps, state, fetcher.shapes(), rates, NO_STEPS, options=options, config=static)
+    return Programs(
+        lambda state, step, rates, number: fetching(state, fetcher.take(step, number), rates, np.int32(number))
     )
 
 
 @functools.partial(jax.jit, static_argnames=("width", "height", "num_steps", "config"))
-def _draw_taps(step_: jax.Array, key: jax.Array, **static: Any) -> Taps:
-    return draw_taps(step_, key, **static)
+def _draw_taps(step: jax.Array, key: jax.Array, **static: Any) -> Taps:
+    return draw_taps(step, key, **static)
 
 
 class _Fetcher:
@@ -174,19 +183,19 @@ class _Fetcher:
         taps = jax.eval_shape(functools.partial(draw_taps, **self._static), np.int32(0), self._key)
         return self._fetched(jax.ShapeDtypeStruct((*taps.row.shape, 3), self._image.pixels.dtype))
 
-    def take(self, step_: int, number: int) -> FetchedPixels:
+    def take(self, step: int, number: int) -> FetchedPixels:
         """What the steps from one on need; behind them, `number` steps later, the next call is expected."""
-        if self._next is None or self._next[0] != step_:
-            self._next = self._start(step_)
+        if self._next is None or self._next[0] != step:
+            self._next = self._start(step)
         _, fetching = self._next
         values = fetching.result()
         # Given to the device now, before the steps: it would draw the next positions only after them otherwise.
-        self._next = self._start(step_ + number) if step_ + number < self._max_steps else None
+        self._next = self._start(step + number) if step + number < self._max_steps else None
         return self._fetched(values)
 
-    def _start(self, step_: int) -> tuple[int, concurrent.futures.Future[jax.Array]]:
-        taps = self._program(np.int32(step_), self._key)
-        return step_, self._thread.submit(self._gather, taps)
+    def _start(self, step: int) -> tuple[int, concurrent.futures.Future[jax.Array]]:
+        taps = self._program(np.int32(step), self._key)
+        return step, self._thread.submit(self._gather, taps)
 
     def _gather(self, taps: Taps) -> jax.Array:
         row, column = np.asarray(taps.row), np.asarray(taps.column)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol
@@ -25,8 +24,19 @@ from jaxngp.marching import jitter_shape
 from jaxngp.metrics import psnr
 from jaxngp.occupancy import OccupancyGrid, init_occupancy, update_occupancy
 from jaxngp.rendering import render_rays
-from jaxngp.training import step
 from jaxngp.training.state import TrainState, fresh_state
+from jaxngp.training.step import (
+    NO_STEPS,
+    Programs,
+    Steps,
+    apply_gradient,
+    begin_steps,
+    draw_bits,
+    finish_steps,
+    repeat_steps,
+    step_options,
+    zero_rates,
+)
 from jaxngp.visual_hull import PixelSet, pixel_set, visual_hull
 
 Field = RadianceField
@@ -88,12 +98,12 @@ def init_state(key: jax.Array, *, config: NerfConfig) -> TrainState:
 
 
 def draw_batches(
-    step_: jax.Array, key: jax.Array, data: TrainingData, pixels: PixelSet | None, *, num_steps: int, config: NerfConfig
+    step: jax.Array, key: jax.Array, data: TrainingData, pixels: PixelSet | None, *, num_steps: int, config: NerfConfig
 ) -> tuple[PixelBatch, StepNoise]:
     """Pixels and noise of num_steps steps from a given one on, (K, R, ...), each from fold_in(key, its number)."""
     num_rays = config.train.num_rays
-    num_jitters = math.prod(jitter_shape(num_rays, sampler=config.sampler)) // num_rays
-    bits = step.draw_bits(step_, key, (num_rays, 1 + num_jitters + 3), num_steps=num_steps)
+    shape = (num_rays, 1 + config.sampler.jitters_per_ray + 3)
+    bits = draw_bits(step, key, shape, num_steps=num_steps)
     batch = pick_pixels(bits[..., 0].reshape(-1), data, pixels)
     batch = jax.tree.map(lambda a: a.reshape(num_steps, num_rays, *a.shape[1:]), batch)
     return batch, jax.vmap(functools.partial(make_noise, config=config))(bits[..., 1:])
@@ -193,7 +203,7 @@ def nerf_steps(
     draw = functools.partial(draw_batches, num_steps=max_steps, config=config)
     batches = fusion_barrier(draw, state.step, state.key, data, pixels)
 
-    def one(i: jax.Array, run: step.Steps) -> step.Steps:
+    def one(i: jax.Array, run: Steps) -> Steps:
         batch, noise = jax.tree.map(lambda a: a[i], batches)
 
         def loss(params: Any) -> tuple[jax.Array, NerfMetrics]:
@@ -203,11 +213,11 @@ def nerf_steps(
         gradient, metrics = jax.grad(loss, has_aux=True)(run.state.params)
         # Not summed over steps, in none of which it changes: to count the bits of the grid takes a kernel.
         metrics = replace(metrics, occupied_fraction=jnp.float32(0))
-        return step.apply_gradient(run, gradient, metrics, learning_rates[i], config=config)
+        return apply_gradient(run, gradient, metrics, learning_rates[i], config=config)
 
-    run = step.begin(state, NerfMetrics, config=config)
-    run = step.repeat(one, run, num_steps, max_steps=max_steps)
-    new, metrics = step.finish(run, NerfMetrics, num_steps, max_steps=max_steps, config=config)
+    run = begin_steps(state, NerfMetrics, config=config)
+    run = repeat_steps(one, run, num_steps, max_steps=max_steps)
+    new, metrics = finish_steps(run, NerfMetrics, num_steps, max_steps=max_steps, config=config)
     return new, replace(metrics, occupied_fraction=occupied_fraction(state.occupancy))
 
 
@@ -230,7 +240,7 @@ def hull_of_views(images: PosedImages, *, config: NerfConfig) -> tuple[Occupancy
     return init_occupancy(candidates), pixels
 
 
-def compile_programs(state: TrainState, data: TrainingData, config: NerfConfig) -> step.Programs:
+def compile_programs(state: TrainState, data: TrainingData, config: NerfConfig) -> Programs:
     """The programs of a run. Raises InputError where there are too many pixels, or no camera sees the scene's box.
 
     They compile in threads: XLA compiles several programs at once, and while it does Python traces the next. The
@@ -250,20 +260,20 @@ def compile_programs(state: TrainState, data: TrainingData, config: NerfConfig) 
             hull = threads.submit(lambda: compiled(hull_of_views, data, options=options, config=static)(data)).result
         if marching:
             refresh = threads.submit(compiled, refresh_occupancy, state, options=options, config=static)
-        arguments = (state, data, pixels, step.zero_rates(config), step.NO_STEPS)
-        steps = compiled(nerf_steps, *arguments, options=step.step_options(config), config=static)
+        arguments = (state, data, pixels, zero_rates(config), NO_STEPS)
+        steps = compiled(nerf_steps, *arguments, options=step_options(config), config=static)
         grid, pixels = hull()
 
-    def begin(state: TrainState) -> TrainState:
+    def with_hull(state: TrainState) -> TrainState:
         jax.block_until_ready((grid, pixels))
         if grid is None:
             return state
         _check_candidates(grid)
         return replace(state, occupancy=grid)
 
-    return step.Programs(
+    return Programs(
         steps=lambda state, _, rates, number: steps(state, data, pixels, rates, np.int32(number)),
-        begin=begin,
+        begin=with_hull,
         refresh=refresh.result() if refresh else lambda state: state,
         refresh_every=every,
     )

@@ -14,8 +14,19 @@ from jaxngp.config import SdfConfig, program_config
 from jaxngp.device import compiled, default_placement, fusion_barrier
 from jaxngp.fields import DistanceField
 from jaxngp.losses import relative_error
-from jaxngp.training import step
 from jaxngp.training.state import TrainState, fresh_state
+from jaxngp.training.step import (
+    NO_STEPS,
+    Programs,
+    Steps,
+    apply_gradient,
+    begin_steps,
+    draw_bits,
+    finish_steps,
+    repeat_steps,
+    step_options,
+    zero_rates,
+)
 
 Field = DistanceField
 init_state = fresh_state
@@ -53,10 +64,10 @@ class SdfMetrics:
 
 
 def draw_batches(
-    step_: jax.Array, key: jax.Array, data: DistanceSamples, *, num_steps: int, config: SdfConfig
+    step: jax.Array, key: jax.Array, data: DistanceSamples, *, num_steps: int, config: SdfConfig
 ) -> DistanceBatch:
     """The batches (K, N, ...) of K steps from a given one on: half on the surface, half from the points beside it."""
-    bits = step.draw_bits(step_, key, (config.train.num_points,), num_steps=num_steps)
+    bits = draw_bits(step, key, (config.train.num_points,), num_steps=num_steps)
     half = bits.shape[1] // 2
     on, off = bits[:, :half] % np.uint32(len(data.surface)), bits[:, half:] % np.uint32(len(data.distance))
     position = jnp.concatenate([data.surface[on], data.position[off]], axis=1)
@@ -82,26 +93,26 @@ def sdf_steps(
     draw = functools.partial(draw_batches, num_steps=max_steps, config=config)
     batches = fusion_barrier(draw, state.step, state.key, data)
 
-    def one(i: jax.Array, run: step.Steps) -> step.Steps:
+    def one(i: jax.Array, run: Steps) -> Steps:
         batch = jax.tree.map(lambda a: a[i], batches)
 
         def loss(params: Any) -> tuple[jax.Array, SdfMetrics]:
             return sdf_loss(DistanceField(params, run.half_table, config.field), batch)
 
         gradient, metrics = jax.grad(loss, has_aux=True)(run.state.params)
-        return step.apply_gradient(run, gradient, metrics, learning_rates[i], config=config)
+        return apply_gradient(run, gradient, metrics, learning_rates[i], config=config)
 
-    run = step.begin(state, SdfMetrics, config=config)
-    run = step.repeat(one, run, num_steps, max_steps=max_steps)
-    return step.finish(run, SdfMetrics, num_steps, max_steps=max_steps, config=config)
+    run = begin_steps(state, SdfMetrics, config=config)
+    run = repeat_steps(one, run, num_steps, max_steps=max_steps)
+    return finish_steps(run, SdfMetrics, num_steps, max_steps=max_steps, config=config)
 
 
-def compile_programs(state: TrainState, data: DistanceSamples, config: SdfConfig) -> step.Programs:
+def compile_programs(state: TrainState, data: DistanceSamples, config: SdfConfig) -> Programs:
     """The programs of a run."""
     data = default_placement().put(data)
-    arguments = (state, data, step.zero_rates(config), step.NO_STEPS)
-    steps = compiled(sdf_steps, *arguments, options=step.step_options(config), config=program_config(config))
-    return step.Programs(lambda state, _, rates, number: steps(state, data, rates, np.int32(number)))
+    arguments = (state, data, zero_rates(config), NO_STEPS)
+    steps = compiled(sdf_steps, *arguments, options=step_options(config), config=program_config(config))
+    return Programs(lambda state, _, rates, number: steps(state, data, rates, np.int32(number)))
 
 
 def training_warnings(metrics: SdfMetrics, *, step: int, finished: bool, config: SdfConfig) -> dict[str, str]:  # noqa: ARG001

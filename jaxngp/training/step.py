@@ -2,9 +2,9 @@
 
 A task's program (`nerf.nerf_steps`, `image.image_steps`, `sdf.sdf_steps`) draws its batches, then takes several steps:
 
-    run = begin(state, ...)
-    run = repeat(one, run, ...)     where one(i, run): gradient of the task's loss -> apply_gradient(run, gradient, ...)
-    state, metrics = finish(run, ...)
+    run = begin_steps(state, ...)
+    run = repeat_steps(one, run, ...)   # one(i, run): gradient of the loss, then apply_gradient(run, ...)
+    state, metrics = finish_steps(run, ...)
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Steps:
     sums: jax.Array  # one a metric, in the order of its fields
 
 
-def begin(state: TrainState, metrics: type[M], *, config: RunConfig) -> Steps:
+def begin_steps(state: TrainState, metrics: type[M], *, config: RunConfig) -> Steps:
     """Before the first step of a call."""
     num_metrics = len(dataclasses.fields(metrics))  # type: ignore[arg-type]
     return Steps(state, make_half_table(state.params, config=config.field), jnp.zeros(num_metrics, jnp.float32))
@@ -87,7 +87,9 @@ def _is_finite(gradient: Params) -> jax.Array:
     return jnp.isfinite(sum(jnp.sum(jnp.abs(array)) for array in networks))
 
 
-def repeat(one: Callable[[jax.Array, Steps], Steps], run: Steps, num_steps: jax.Array, *, max_steps: int) -> Steps:
+def repeat_steps(
+    one: Callable[[jax.Array, Steps], Steps], run: Steps, num_steps: jax.Array, *, max_steps: int
+) -> Steps:
     """one(i, run) for i = 0 ... num_steps - 1, at most max_steps times. num_steps () i32.
 
     The number is an argument, so that one program serves the last, shorter call of a training too. A CPU stops there.
@@ -104,7 +106,7 @@ def repeat(one: Callable[[jax.Array, Steps], Steps], run: Steps, num_steps: jax.
     return lax.fori_loop(0, rounds, round_, run)
 
 
-def finish(
+def finish_steps(
     run: Steps, metrics: type[M], num_steps: jax.Array, *, max_steps: int, config: RunConfig
 ) -> tuple[TrainState, M]:
     """The state after a call, and its mean metrics.
