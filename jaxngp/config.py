@@ -401,7 +401,7 @@ class SceneConfig(Config):
     """Which images, and the box of the world that becomes the unit cube of scene units."""
 
     name: Annotated[str, Role.LOCATION, "a known scene, or the path of a folder of views or a ray table"] = "bricks"
-    data_dir: Annotated[str, Role.FREE, "folder that holds the scene, looked at first"] = ""
+    data_dir: Annotated[str, Role.FREE, "where the scene is now: its folder, or the folder that holds it"] = ""
     downscale: Annotated[Count, "shrink the images by this factor with a box filter"] = 1
     image_size: Annotated[int, Bounds(16, 4096), "pixels per side at which the built-in scene is rendered"] = 200
     hold_out_every: Annotated[Whole, "without test or val views, hold out each n-th; 0 holds out none"] = 8

@@ -103,7 +103,7 @@ def _implicit(part, local):
     return np.maximum(np.abs(local[:, 2]) - half, np.linalg.norm(local[:, :2], axis=-1) - radius)
 
 
-def test_nearest_hit_is_that_of_every_part_tried_in_float64(parts, rays, surface):
+def test_nearest_hit_is_that_of_a_float64_search(parts, rays, surface):
     o, d = np.asarray(rays.origin, np.float64), np.asarray(rays.direction, np.float64)
     expected = np.min([_crossing(part, o, d) for part in parts], axis=0)
     missed = np.isinf(expected) & np.isinf(surface.depth)
@@ -125,7 +125,7 @@ def test_hit_points_lie_on_the_surface(parts, rays, surface):
     np.testing.assert_allclose(np.min(values, axis=0), 0, atol=5e-6)  # on one part, and inside none
 
 
-def test_normals_are_unit_face_the_ray_and_are_the_gradient(parts, rays, surface):
+def test_normals_are_unit_gradients_facing_the_ray(parts, rays, surface):
     hit = surface.alpha == 1
     normal = surface.normal[hit]
     np.testing.assert_allclose(np.linalg.norm(normal, axis=-1), 1, atol=1e-5)
@@ -160,7 +160,7 @@ def test_geometry_lies_within_its_bounds(parts):
     assert np.abs(BRICKS_BOUNDS).max() <= 1.3
 
 
-def test_cameras_are_rigid_on_the_upper_shell_and_look_at_the_origin():
+def test_cameras_on_the_upper_shell_look_at_the_origin():
     for split, count in pictures.NUM_VIEWS.items():
         c2w = bricks_cameras(split)
         assert c2w.shape == (count, 3, 4)
@@ -249,7 +249,7 @@ def test_written_scene_is_in_blender_format(scene, few_views):
             assert (alpha[[0, 0, -1, -1], [0, -1, 0, -1]] == 0).all()
 
 
-def test_writing_is_deterministic_and_leaves_nothing_temporary(scene, few_views, tmp_path):
+def test_writing_is_deterministic_and_complete(scene, few_views, tmp_path):
     write_scene(tmp_path / "bricks", SIZE, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["bricks"]
     names = sorted(path.relative_to(scene) for path in scene.rglob("*.*"))

@@ -62,7 +62,7 @@ def test_notes_of_the_reader_are_among_the_warnings(views: PosedImages) -> None:
     assert dataset_warnings(training, evaluation) == ["a", "b"]
 
 
-def test_colour_multiplied_by_alpha_is_said_but_not_darkness(views: PosedImages) -> None:
+def test_premultiplied_alpha_is_said_but_not_darkness(views: PosedImages) -> None:
     rgba = np.array(views.rgba)
     rgba[:, :3] = np.round(rgba[:, :3] * (rgba[:, 3:] / 255))
     (warning,) = dataset_warnings(split(views.replace(rgba=rgba)), None)

@@ -205,7 +205,7 @@ def test_images_may_be_of_several_sizes(tmp_path: Path, change: dict, frame: dic
 
 @settings(max_examples=50, deadline=None)
 @given(hnp.arrays(np.uint8, (8, 12, 4)), st.sampled_from([2, 4]))
-def test_box_filter_is_the_mean_of_premultiplied_colours(rgba: np.ndarray, downscale: int) -> None:
+def test_box_filter_averages_premultiplied_colours(rgba: np.ndarray, downscale: int) -> None:
     values = rgba.astype(np.float64) / 255
     values[..., :3] *= values[..., 3:]
     blocks = values.reshape(8 // downscale, downscale, 12 // downscale, downscale, 4).mean(axis=(1, 3))
@@ -215,7 +215,7 @@ def test_box_filter_is_the_mean_of_premultiplied_colours(rgba: np.ndarray, downs
     assert np.abs(photos.box_downscale(rgba, downscale) - expected).max() <= 0.5 + 1e-9
 
 
-def test_box_filter_takes_no_colour_from_transparent_pixels() -> None:
+def test_box_filter_ignores_transparent_colours() -> None:
     rgba = np.zeros((2, 2, 4), np.uint8)
     rgba[0, 0] = (200, 100, 50, 255)
     rgba[1, 1] = (255, 255, 255, 0)
@@ -252,7 +252,7 @@ def test_the_users_own_paths_are_followed(folder: Path, kind: str) -> None:
     np.testing.assert_array_equal(posed(split).image(0), pixels(1))
 
 
-def test_missing_images_are_named_once_with_their_count(tmp_path: Path) -> None:
+def test_missing_images_are_one_line_with_a_count(tmp_path: Path) -> None:
     write_split(tmp_path, "train", 5)
     for i in (1, 3, 4):
         (tmp_path / "train" / f"r_{i}.png").unlink()
@@ -297,7 +297,7 @@ def test_auto_takes_test_then_val_then_held_out(folder: Path) -> None:
     assert data.load_training(scene).num_views == 3  # nothing is held out now
 
 
-def test_held_out_views_are_every_8th_and_not_trained_on(tmp_path: Path) -> None:
+def test_every_8th_view_is_held_out_from_training(tmp_path: Path) -> None:
     write_split(tmp_path, "train", 18)
     held_out = data.load_evaluation(scene_at(tmp_path))
     assert held_out.views == ("r_0", "r_8", "r_16")
@@ -343,13 +343,13 @@ def test_a_missing_split_is_said(folder: Path, split: str) -> None:
         data.load_evaluation(scene_at(folder), split)
 
 
-def test_held_out_is_no_split_where_all_views_are_trained_on(folder: Path) -> None:
+def test_with_a_val_split_nothing_is_held_out(folder: Path) -> None:
     write_split(folder, "val", 2)
     with pytest.raises(InputError, match="no 'held-out' split, only train, val"):
         data.load_evaluation(scene_at(folder), "held-out")
 
 
-def test_a_scene_without_training_views_can_be_evaluated(tmp_path: Path) -> None:
+def test_a_test_split_alone_can_be_evaluated(tmp_path: Path) -> None:
     write_split(tmp_path, "test", 2)
     assert data.load_evaluation(scene_at(tmp_path)).name == "test"
     assert "no 'train' split, only test" in message(tmp_path)
@@ -501,7 +501,7 @@ def test_a_transforms_file_that_is_none_is_one_line(folder: Path, text: str) -> 
         ({"frames": [3]}, "'frames'"),
     ],
 )
-def test_a_transforms_file_with_a_wrong_value_is_one_line(folder: Path, change: dict, said: str) -> None:
+def test_a_wrong_value_in_the_json_is_one_line(folder: Path, change: dict, said: str) -> None:
     edit(folder, change)
     text = message(folder)
     assert said in text
@@ -531,11 +531,11 @@ IDENTITY = np.eye(4).tolist()
         ({"transform_matrix": [row[:3] for row in IDENTITY]}, "transform_matrix"),
         ({"transform_matrix": [[math.inf] * 4] * 4}, "finite"),
         ({"transform_matrix": [["1"] * 4] * 4}, "finite"),
-        ({"transform_matrix": np.zeros((4, 4)).tolist()}, "no pose"),
-        ({"transform_matrix": (2 * np.eye(4)).tolist()}, "no pose"),
-        ({"transform_matrix": np.diag([1.0, 1.0, -1.0, 1.0]).tolist()}, "no pose"),
-        ({"transform_matrix": (np.eye(4) + np.eye(4, k=3) * 1e300).tolist()}, "no pose"),
-        ({"transform_matrix": [*IDENTITY[:3], [0, 0, 0, 2]]}, "no pose"),
+        ({"transform_matrix": np.zeros((4, 4)).tolist()}, "not a pose"),
+        ({"transform_matrix": (2 * np.eye(4)).tolist()}, "not a pose"),
+        ({"transform_matrix": np.diag([1.0, 1.0, -1.0, 1.0]).tolist()}, "not a pose"),
+        ({"transform_matrix": (np.eye(4) + np.eye(4, k=3) * 1e300).tolist()}, "not a pose"),
+        ({"transform_matrix": [*IDENTITY[:3], [0, 0, 0, 2]]}, "not a pose"),
     ],
 )
 def test_a_wrong_frame_is_one_line(folder: Path, frame: dict, said: str) -> None:
@@ -581,7 +581,7 @@ def test_an_unsupported_pixel_format_is_one_line(folder: Path) -> None:
     assert "is not supported; convert it" in message(folder)
 
 
-def test_a_downscale_that_does_not_divide_names_those_that_do(folder: Path) -> None:
+def test_a_wrong_downscale_names_those_that_divide(folder: Path) -> None:
     assert "use one of 1, 2, 4" in message(folder, downscale=3)
 
 

@@ -115,9 +115,7 @@ def test_a_scene_arrives_whole(server: Server, tmp_path: Path) -> None:
     assert [p.name for p in folder.parent.iterdir()] == ["lego"]
 
 
-def test_a_scene_that_is_missing_is_downloaded_into_the_cache(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_scene_is_downloaded_once(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXNGP_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("JAXNGP_DATA", raising=False)
     monkeypatch.setattr(download.download_scene, "__kwdefaults__", {"looked": (), "sources": sources(server.url())})
@@ -162,7 +160,7 @@ def test_a_part_of_something_else_is_thrown_away(server: Server, tmp_path: Path)
     download_scene("lego", tmp_path, sources=sources(server.url()))
 
 
-def test_a_transfer_of_unknown_length_is_checked_by_its_content(server: Server, tmp_path: Path) -> None:
+def test_a_transfer_of_unknown_length_is_checked(server: Server, tmp_path: Path) -> None:
     server.body, server.sends_length, server.limit = archive_of(scene_files()), False, 300
     assert "broken" in refusal(tmp_path, server.url())
     server.limit = None
@@ -217,7 +215,7 @@ def test_offline_is_one_paragraph(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "refused" in refusal(tmp_path, "http://127.0.0.1:9/scene.zip")
 
 
-def test_a_root_that_cannot_be_written_is_one_paragraph(tmp_path: Path) -> None:
+def test_an_unwritable_root_is_one_paragraph(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=f"downloading it to {tmp_path / 'file' / 'sub'} failed"):
         download_scene("lego", tmp_path / "file" / "sub", sources=sources("http://127.0.0.1:9/"))

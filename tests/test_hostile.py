@@ -138,7 +138,7 @@ json_texts = changed_json(plain_scene()).map(json.dumps).map(str.encode)
 
 @fuzz
 @given(json_texts | changed_bytes(json.dumps(plain_scene()).encode()) | json_texts.flatmap(changed_bytes))
-def test_a_changed_transforms_file_is_a_scene_or_an_input_error(scene: Path, text: bytes) -> None:
+def test_a_changed_json_is_read_or_refused(scene: Path, text: bytes) -> None:
     (scene / "transforms_train.json").write_bytes(text)
     with only_inside(scene):
         check_views(or_input_error(lambda: load(scene)))
@@ -224,7 +224,7 @@ def test_the_home_of_nobody_is_no_scene(field: str, monkeypatch: pytest.MonkeyPa
         {"w": 1e308, "h": 1e308, "fl_x": 1.0},
     ],
 )
-def test_a_camera_that_float32_does_not_hold_is_refused(scene: Path, change: dict[str, float]) -> None:
+def test_a_camera_beyond_float32_is_refused(scene: Path, change: dict[str, float]) -> None:
     write_frame(scene, {}, **({"w": WIDTH, "h": HEIGHT} | change))
     assert "focal length" in refusal(scene)
 
@@ -436,7 +436,7 @@ def npz_files(draw: st.DrawFn) -> bytes:
     npy_files() | npz_files() | changed_bytes(NPY.getvalue()) | changed_bytes(NPZ.getvalue()),
     st.sampled_from(["train.npy", "train.npz", "train_8x4.pkl", "test_8x4.npz"]),
 )
-def test_a_changed_array_file_is_a_table_or_an_input_error(tmp_path: Path, content: bytes, name: str) -> None:
+def test_a_changed_array_file_is_read_or_refused(tmp_path: Path, content: bytes, name: str) -> None:
     folder = tmp_path / "scene"
     folder.mkdir(exist_ok=True)
     path = folder / name
@@ -468,10 +468,10 @@ def zip_of(entries: dict[str, bytes]) -> bytes:
 
 def test_an_entry_that_is_no_array_is_refused(tmp_path: Path) -> None:
     for name in ("rays", "rays.npy"):
-        assert "'rays' is no array" in table_refusal(tmp_path / "train.npz", zip_of({name: b"text"}))
+        assert "'rays' is not an array" in table_refusal(tmp_path / "train.npz", zip_of({name: b"text"}))
 
 
-def test_many_entries_that_each_unpack_to_little_are_refused(tmp_path: Path) -> None:
+def test_an_archive_of_many_small_bombs_is_refused(tmp_path: Path) -> None:
     """Each within the bounds, 36 MB together."""
     zeros = as_npy(np.zeros(12 * 10**6 - 128, np.uint8))
     text = table_refusal(tmp_path / "train.npz", zip_of({f"{i}.npy": zeros for i in range(3)}))
@@ -485,7 +485,7 @@ def test_a_size_of_many_numbers_is_not_repeated(tmp_path: Path) -> None:
     assert "found" in table_refusal(tmp_path / "train.npz", zip_of(entries))
 
 
-def test_a_pickle_whose_text_would_be_endless_is_not_spelt_out(tmp_path: Path) -> None:
+def test_a_pickle_of_endless_text_is_not_printed(tmp_path: Path) -> None:
     """Tuples of each other, 2^200 of them to whoever prints them, for the name of the dtype."""
     doubled = b")q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(200))
     junk = b"(" + doubled + b"t"  # all of them, and the last is remembered as 200
@@ -518,7 +518,7 @@ def test_a_long_value_is_shown_by_its_beginning(value: Any) -> None:
         ({"field": {"encoding": {"num_levels": 2**31, "table_size": 1, "num_features": 1}}}, "num_levels"),
     ],
 )
-def test_a_number_that_could_only_be_a_mistake_is_refused(change: dict[str, Any], message: str) -> None:
+def test_a_number_out_of_all_proportion_is_refused(change: dict[str, Any], message: str) -> None:
     def merge(plain: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         return plain | {k: merge(plain[k], v) if isinstance(v, dict) else v for k, v in change.items()}
 

@@ -173,7 +173,7 @@ def test_without_a_size_there_is_nothing_to_evaluate(tmp_path: Path) -> None:
 
 def test_rows_that_make_no_whole_views_are_said(tmp_path: Path) -> None:
     path = save(tmp_path / "train_4x2.npy", rows(2)[:-1])
-    assert "15 rows are no whole number of 4x2 views" in message(data.load_training, path)
+    assert "15 rows are not a whole number of 4x2 views" in message(data.load_training, path)
 
 
 def test_a_table_is_not_downscaled(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_shape_larger_than_the_file_is_refused(tmp_path: Path, shape: tuple[in
     message(data.load_evaluation, tmp_path / "test.npz")
 
 
-def test_an_archive_that_unpacks_to_much_more_is_refused(tmp_path: Path) -> None:
+def test_an_archive_bomb_is_refused(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "train.npz", rays=np.zeros((10**6, 9), np.float32))
     assert "refused" in message(data.load_training, tmp_path / "train.npz")
 
@@ -366,7 +366,7 @@ def damaged(draw: st.DrawFn) -> bytes:
 
 @fuzz
 @given(st.one_of(damaged(), st.lists(PIECES, max_size=30).map(b"".join), st.binary(max_size=60)))
-def test_whatever_a_file_holds_only_input_error_escapes(tmp_path: Path, content: bytes) -> None:
+def test_any_pickle_is_a_table_or_an_input_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "train.pkl"
     path.write_bytes(content)
     check_refused_or_sound(path)

@@ -148,9 +148,9 @@ def _pose(frame: dict[str, Any], where: str) -> np.ndarray:
     rotation, far = matrix[:3, :3], np.abs(matrix).max() > MAX_LENGTH
     error = math.inf if far else np.abs(rotation.T @ rotation - np.eye(3)).max()
     if error > POSE_TOLERANCE or abs(np.linalg.det(rotation) - 1) > POSE_TOLERANCE:
-        raise InputError(f"{where} is no pose: expected a rotation without scale or mirror in it")
+        raise InputError(f"{where} is not a pose: expected a rotation without scale or mirror in it")
     if len(matrix) == 4 and np.abs(matrix[3] - (0, 0, 0, 1)).max() > POSE_TOLERANCE:
-        raise InputError(f"{where} is no pose: expected 0 0 0 1 as its last row")
+        raise InputError(f"{where} is not a pose: expected 0 0 0 1 as its last row")
     return matrix[:3]
 
 

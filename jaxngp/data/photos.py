@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 def probe_images(files: Sequence[Path]) -> tuple[np.ndarray, tuple[bool, ...]]:
     """The size (V, 2) i64, width and height, of each image and whether it has alpha, from the headers.
 
-    Raises InputError where images are missing, no files, or of no supported kind.
+    Raises InputError where images are missing, are not files, or are of no supported kind.
     """
     _check_present(files)
 
@@ -134,7 +134,7 @@ def _open(file: Path) -> Image.Image:
     try:
         image = Image.open(file, formats=IMAGE_FORMATS)
     except Exception as error:  # as above; a decompression bomb is found here too
-        raise InputError(f"{file}: is no readable image ({error}); render or download it again") from None
+        raise InputError(f"{file}: cannot be read as an image ({error}); render or download it again") from None
     num_bytes, num_pixels = file.stat().st_size, image.width * image.height
     fault = ""
     if num_pixels > min(max(PLAIN_PIXELS, PIXELS_PER_BYTE * num_bytes), Image.MAX_IMAGE_PIXELS or math.inf):

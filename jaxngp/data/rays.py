@@ -90,7 +90,7 @@ def _views_of(path: Path) -> list[RayRows]:
     pixels = size[0] * size[1] or len(rows)
     if len(rows) % pixels:
         raise InputError(
-            f"{path}: {len(rows)} rows are no whole number of {size[0]}x{size[1]} views; "
+            f"{path}: {len(rows)} rows are not a whole number of {size[0]}x{size[1]} views; "
             "correct the size in the file's name or export the table again"
         )
     return [RayRows(path, rows[first : first + pixels], first, size) for first in range(0, len(rows), pixels)]
@@ -161,9 +161,9 @@ def read_ray_table(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
         raise
     except Exception as error:  # a reader met with a broken or hostile file raises whatever it likes
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
-        raise InputError(f"{path}: no ray table ({reason}); expected an (N, 9) array of floats") from None
-    if not isinstance(rows, np.ndarray):  # what in an archive is no .npy comes as its bytes
-        raise InputError(f"{path}: 'rays' is no array: expected an (N, 9) array of floats; export it in that form")
+        raise InputError(f"{path}: not a ray table ({reason}); expected an (N, 9) array of floats") from None
+    if not isinstance(rows, np.ndarray):  # numpy returns an entry that is not a .npy as bytes
+        raise InputError(f"{path}: 'rays' is not an array: expected an (N, 9) array of floats; export it in that form")
     if rows.ndim != 2 or rows.shape[1] != 9 or rows.shape[0] == 0 or rows.dtype.kind != "f":
         raise InputError(
             f"{path}: holds a {rows.dtype} array of shape {rows.shape}: expected (N, 9) floats, "

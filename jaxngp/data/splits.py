@@ -92,7 +92,7 @@ def load_evaluation(scene: SceneConfig, split: str = "auto", num_views: int = 0)
 
 def _hold_out_every(scene: SceneConfig, location: Location) -> int:
     """Views from one held-out view to the next; 0 where none is held out."""
-    return 0 if {"val", "test"} & set(location.splits) else getattr(scene, "hold_out_every", 8)
+    return 0 if {"val", "test"} & set(location.splits) else scene.hold_out_every
 
 
 def _choices(scene: SceneConfig, location: Location) -> tuple[str, ...]:
