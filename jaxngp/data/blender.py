@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,21 +25,18 @@ from jaxngp.data.photos import IMAGE_SUFFIXES, probe_images
 POSE_TOLERANCE = 1e-3  # of the entries of R^T R - I, of det R - 1 and of the matrix's last row
 FOCAL_RANGE = (1e-2, 1e7)  # px; beyond it float32 has no digits left for where pixels look
 MAX_NAME = 2**10  # characters of a file_path
-MAX_DISTORTION = 1e-9  # a coefficient below it moves no pixel
-DISTORTION_KEYS = ("k1", "k2", "k3", "k4", "p1", "p2")
+_ANGLE = (0.0, math.pi, "radians between 0 and pi; correct it")
+_LENGTH = (0.0, math.inf, "a positive number of pixels; correct it")
+_PLACE = (-math.inf, math.inf, "a finite number; correct it")
+_DISTORTION = (-1e-9, 1e-9, "0, as lens distortion is not supported; undistort the images")  # moves no pixel
+_BOUNDS = {
+    **dict.fromkeys(("camera_angle_x", "camera_angle_y"), _ANGLE),
+    **dict.fromkeys(("fl_x", "fl_y", "w", "h"), _LENGTH),
+    **dict.fromkeys(("cx", "cy"), _PLACE),
+    **dict.fromkeys(("k1", "k2", "k3", "k4", "p1", "p2"), _DISTORTION),
+}
 CAMERA_MODELS = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV")
 UNREAD_KEYS = ("mask_path", "depth_file_path", "train_filenames", "val_filenames", "test_filenames")
-
-
-@dataclass(frozen=True)
-class _Lens:
-    """What a json says of one frame's camera; None where it says nothing. Pixels are those of an image of `size`."""
-
-    angle_xy: tuple[float | None, float | None]  # field of view, radians
-    focal_xy: tuple[float | None, float | None]
-    centre_xy: tuple[float | None, float | None]
-    size: tuple[float | None, float | None]  # (width, height), px
-    own: bool  # given by the frame
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,8 @@ class _Frame:
     split: str
     file: Path
     c2w: np.ndarray  # (3, 4) f64
-    lens: _Lens
+    said: dict[str, float]  # of its camera, the keys of `_BOUNDS`; pixels are those of an image of w x h
+    own: bool  # the frame has intrinsics of its own
 
 
 def detect(path: Path) -> tuple[str, ...]:
@@ -99,9 +96,10 @@ def _read_split(folder: Path, split: str) -> tuple[list[_Frame], list[str]]:
     where = [f"{path}: frame {index}" for index in range(len(frames))]
     files = [folder / _file_path(frame, w) for frame, w in zip(frames, where, strict=True)]
     unread = [key for key in UNREAD_KEYS if any(key in holder for holder in (plain, *frames))]
+    names = _names(files, folder)
     return [
-        _Frame(w, name, split, file, _pose(frame, w), _lens(plain, frame, path, w))
-        for frame, w, name, file in zip(frames, where, _names(files, folder), files, strict=True)
+        _Frame(w, name, split, file, _pose(frame, w), _said(plain, frame, path, w), bool({*_BOUNDS} & {*frame}))
+        for frame, w, name, file in zip(frames, where, names, files, strict=True)
     ], unread
 
 
@@ -165,68 +163,38 @@ def _finite(value: object) -> float | None:
 # Intrinsics.
 
 
-def _lens(plain: dict[str, Any], frame: dict[str, Any], path: Path, frame_where: str) -> _Lens:
-    """What is said of a frame's camera, by itself or else for all; checked but for what needs the image's size."""
+def _said(plain: dict[str, Any], frame: dict[str, Any], path: Path, where: str) -> dict[str, float]:
+    """What is said of a frame's camera, by itself or else for all, checked but for what needs the image's size."""
     # A frame's field of view precedes a focal length at the top.
-    shared = {
-        k: v for k, v in plain.items() if k not in ("fl_x", "fl_y") or k.replace("fl", "camera_angle") not in frame
-    }
-    said = shared | frame
-
-    def where(key: str) -> str:
-        return frame_where if key in frame else str(path)
-
-    def number(
-        key: str, expected: str = "a finite number", low: float = -math.inf, high: float = math.inf
-    ) -> float | None:
-        if key not in said:
-            return None
-        value = _finite(said[key])
-        if value is None or not low < value < high:
-            raise InputError(f"{where(key)}: {key} = {shown(said[key])}: expected {expected}; correct it")
-        return value
-
-    def angle(key: str) -> float | None:
-        return number(key, "radians between 0 and pi", 0.0, math.pi)
-
-    def pixels(key: str) -> float | None:
-        return number(key, "a positive number of pixels", 0.0)
-
-    _check_pinhole(said, where, number)
-    lens = _Lens(
-        angle_xy=(angle("camera_angle_x"), angle("camera_angle_y")),
-        focal_xy=(pixels("fl_x"), pixels("fl_y")),
-        centre_xy=(number("cx"), number("cy")),
-        size=(pixels("w"), pixels("h")),
-        own="fl_x" in frame or "camera_angle_x" in frame,
-    )
-    if lens.angle_xy[0] is None and lens.focal_xy[0] is None:
-        raise InputError(f"{path}: the key 'camera_angle_x' is missing; add the horizontal field of view in radians")
-    return lens
-
-
-def _check_pinhole(said: dict[str, Any], where: Callable[[str], str], number: Callable[[str], float | None]) -> None:
-    if said.get("is_fisheye"):
-        raise InputError(f"{where('is_fisheye')}: is_fisheye: fisheye lenses are not supported; undistort the images")
-    if (model := said.get("camera_model", "PINHOLE")) not in CAMERA_MODELS:
+    shadowed = {f"fl_{axis}" for axis in "xy" if f"camera_angle_{axis}" in frame}
+    merged = {key: value for key, value in plain.items() if key not in shadowed} | frame
+    model = "a fisheye" if merged.get("is_fisheye") else merged.get("camera_model", "PINHOLE")
+    if model not in CAMERA_MODELS:
         known = ", ".join(CAMERA_MODELS)
-        raise InputError(f"{where('camera_model')}: camera_model = {shown(model)}: expected one of {known}")
-    for key in DISTORTION_KEYS:
-        if abs(number(key) or 0) > MAX_DISTORTION:
-            value = shown(said[key])
-            raise InputError(f"{where(key)}: {key} = {value}: lens distortion is not supported; undistort the images")
+        raise InputError(f"{where}: camera_model = {shown(model)}: expected one of {known}; undistort the images")
+    said = {}
+    for key, (low, high, expected) in _BOUNDS.items():
+        if key in merged:
+            value = _finite(merged[key])
+            if value is None or not low < value < high:
+                place = where if key in frame else path
+                raise InputError(f"{place}: {key} = {shown(merged[key])}: expected {expected}")
+            said[key] = value
+    if not {"camera_angle_x", "fl_x"} & {*said}:
+        raise InputError(f"{path}: the key 'camera_angle_x' is missing; add the horizontal field of view in radians")
+    return said
 
 
 def _check_shared_intrinsics(frames: list[_Frame], sizes: np.ndarray) -> None:
     """Raises InputError where images of several sizes share intrinsics that could belong to any of them."""
     first: dict[str, int] = {}  # frame of each split that has no intrinsics of its own
     for i, frame in enumerate(frames):
-        if frame.lens.own or None not in frame.lens.size:
+        if frame.own or {"w", "h"} <= {*frame.said}:
             continue
         j = first.setdefault(frame.split, i)
         (width, height), (width_0, height_0) = sizes[i].tolist(), sizes[j].tolist()
         # A field of view alone fits any image of the same shape.
-        in_pixels = frame.lens.focal_xy + frame.lens.centre_xy != (None,) * 4
+        in_pixels = {"fl_x", "fl_y", "cx", "cy"} & {*frame.said}
         skewed = abs(width * height_0 - width_0 * height) > max(width, height, width_0, height_0)
         if skewed or (in_pixels and (width, height) != (width_0, height_0)):
             raise InputError(
@@ -237,19 +205,22 @@ def _check_shared_intrinsics(frames: list[_Frame], sizes: np.ndarray) -> None:
 
 def _intrinsics(frame: _Frame, size: list[int]) -> list[list[float]]:
     """Focal lengths and principal point in pixels of an image of `size` = (width, height)."""
-    lens = frame.lens
-    said = [s or float(pixels) for s, pixels in zip(lens.size, size, strict=True)]
-    if abs(said[0] * size[1] - said[1] * size[0]) > max(said):
+    said = frame.said
+    of = [said.get(key, float(pixels)) for key, pixels in zip("wh", size, strict=True)]  # the size that pixels are of
+    if abs(of[0] * size[1] - of[1] * size[0]) > max(of):
         raise InputError(
-            f"{frame.where}: w, h = {said[0]:g}, {said[1]:g} but the image is {size[0]}x{size[1]}: "
+            f"{frame.where}: w, h = {of[0]:g}, {of[1]:g} but the image is {size[0]}x{size[1]}: "
             "expected one aspect ratio; correct w and h, or use the images that belong to them"
         )
-    focal_x, focal_y = (
-        focal / said[i] * size[i] if focal else angle and 0.5 * size[i] / max(math.tan(0.5 * angle), 1e-99)
-        for i, (focal, angle) in enumerate(zip(lens.focal_xy, lens.angle_xy, strict=True))
-    )
-    focal: list[float] = [focal_x, focal_y or focal_x]  # type: ignore[list-item]
-    centre = [0.5 * n if c is None else c / s * n for c, s, n in zip(lens.centre_xy, said, size, strict=True)]
+    focal = []
+    for i, axis in enumerate("xy"):
+        if f"fl_{axis}" in said:
+            focal.append(said[f"fl_{axis}"] / of[i] * size[i])
+        elif f"camera_angle_{axis}" in said:
+            focal.append(0.5 * size[i] / max(math.tan(0.5 * said[f"camera_angle_{axis}"]), 1e-99))
+        else:
+            focal.append(focal[0])
+    centre = [said[key] / of[i] * size[i] if key in said else 0.5 * size[i] for i, key in enumerate(("cx", "cy"))]
     low, high = FOCAL_RANGE
     if not (all(low <= f <= high for f in focal) and all(abs(c) <= high for c in centre)):
         raise InputError(

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -67,6 +67,8 @@ def download_scene(
     source, folder, part = sources[name], root / "nerf_synthetic" / name, root / f"{name}.zip.part"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            raise OSError(f"{folder} is in the way: move it elsewhere")
         url = _fetch(source.urls, part)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as temporary:
             try:
@@ -74,7 +76,8 @@ def download_scene(
             except (InputError, *BROKEN) as error:
                 part.unlink()
                 raise _not_found(name, looked, f"the archive of {url} is broken or not the scene ({error})") from None
-            _take_name(unpacked, folder)
+            if not blender.detect(folder):  # else another run was faster; its folder was checked as this one was
+                unpacked.rename(folder)
         part.unlink()
     except (OSError, http.client.HTTPException) as error:  # offline, no such host, too slow; disk full or read-only
         raise _not_found(name, looked, f"downloading it to {root} failed ({error})") from None
@@ -134,7 +137,12 @@ def _unpack(part: Path, source: Source, folder: Path) -> Path:
         if not members or sum(member.file_size for member in members) > MAX_UNPACKED:
             raise InputError(f"it has {len(members)} files in {source.folder}, or unpacks to too many bytes")
         for member in tqdm(members, "unpacking", unit="file", delay=1.0, disable=None):
-            _extract(archive, member, folder, source.folder)
+            target = folder / member.filename.removeprefix(f"{source.folder}/")
+            if not target.resolve().is_relative_to(folder.resolve()) or {"\\", ":"} & {*member.filename}:
+                raise InputError(f"its member {member.filename!r} leaves the folder")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(member) as packed, target.open("xb") as file:
+                shutil.copyfileobj(packed, file, BLOCK)  # compares the CRC at the end
     for name, expected in source.checksums:
         path = folder / name
         found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
@@ -142,21 +150,3 @@ def _unpack(part: Path, source: Source, folder: Path) -> Path:
             raise InputError(f"{name} should have the SHA-256 {expected}, found {found}")
     blender.read(folder, blender.detect(folder))  # every image that a transforms file names is there
     return folder
-
-
-def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path, prefix: str) -> None:
-    """Unpacks one file; reading it to its end compares its CRC."""
-    if ".." in PurePosixPath(member.filename).parts or "\\" in member.filename or ":" in member.filename:
-        raise InputError(f"its member {member.filename!r} leaves the folder")
-    target = folder / member.filename.removeprefix(f"{prefix}/").lstrip("/")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with archive.open(member) as packed, target.open("xb") as file:
-        shutil.copyfileobj(packed, file, BLOCK)
-
-
-def _take_name(unpacked: Path, folder: Path) -> None:
-    try:
-        unpacked.rename(folder)
-    except OSError:  # another run may have been faster; its folder was checked as this one was
-        if not blender.detect(folder):
-            raise OSError(f"{folder} is in the way: move it elsewhere") from None

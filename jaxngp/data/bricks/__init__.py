@@ -1,8 +1,8 @@
 """The built-in scene: a toy harbour of studded bricks, drawn by an analytic ray caster of its own.
 
-    harbour.build_parts --> Part (boxes, frusta, spheres) --> sky.baked_toy (arrays + sky light) --> shading.cast_rays
-                                                                                                      |
-                                       pictures.bricks_cameras --> pictures.write_scene: PNGs, transforms_*.json
+    harbour.build_parts --> Part (boxes, frusta, spheres) --> casting.baked_toy (arrays and sky light)
+                                                                        |
+    pictures.bricks_cameras --> pictures.write_scene (PNGs, json) <-- shading.cast_rays
 
 Every part is convex and its nearest hit is closed form, so colour, alpha, depth and normal are exact. Shading is
 linear light (one sun with hard shadows, a sky, gloss) and leaves as sRGB. A picture averages sRGB *multiplied by

@@ -18,9 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from jaxngp.cameras import Cameras, look_at, make_cameras, project, unproject
-from jaxngp.data.bricks.casting import Toy, plain_jax
+from jaxngp.data.bricks.casting import Toy, baked_toy, plain_jax
 from jaxngp.data.bricks.shading import surface
-from jaxngp.data.bricks.sky import baked_toy
 
 CAMERA_ANGLE_X = 0.6911112070083618  # radians, horizontal field of view of NeRF-synthetic
 CAMERA_RADIUS = 4.031128874149275  # world units, as in NeRF-synthetic

@@ -13,9 +13,8 @@ from flax import struct
 from jax import lax
 
 from jaxngp.cameras import Rays
-from jaxngp.data.bricks.casting import Toy, closest, dot, frame, in_light, unit
+from jaxngp.data.bricks.casting import SKY_CELL, Toy, baked_toy, closest, dot, frame, in_light, sky_at, unit
 from jaxngp.data.bricks.parts import BOX, FRUSTUM, PATTERNS, SPHERE, STUD, Vec
-from jaxngp.data.bricks.sky import SKY_CELL, baked_toy, sky_at
 
 _SUN_FRAME = frame(np.array([-0.42, -0.62, 0.66]) / np.linalg.norm([-0.42, -0.62, 0.66]))
 _SUN = _SUN_FRAME[2]
