@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxngp.cameras import Camera, PosedImages
+from jaxngp.cameras import Cameras, PosedImages, image_size, make_cameras, pose_images
 from jaxngp.compositing import RenderOutput
 
 Colour = tuple[float, float, float]
@@ -124,13 +124,10 @@ def over(rgb: np.ndarray, t0: np.ndarray, moments: tuple[np.ndarray, ...], backg
 # Cameras, in numpy.
 
 
-def make_camera(width: int, height: int, focal: float) -> Camera:
-    return Camera(
-        focal_xy=np.full(2, focal, np.float32),  # type: ignore[arg-type]
-        centre_xy=np.array([width / 2, height / 2], np.float32),  # type: ignore[arg-type]
-        width=width,
-        height=height,
-    )
+def make_camera(width: int, height: int, focal: float, c2w: Any = np.eye(3, 4)) -> Cameras:
+    """Cameras (...) of poses (..., 3, 4), with square pixels and the principal point in the middle."""
+    centre = (width / 2, height / 2)
+    return make_cameras(c2w, focal_xy=(focal, focal), centre_xy=centre, width=width, height=height)
 
 
 def look_at(origin: Any, target: Any = (0.5, 0.5, 0.5)) -> np.ndarray:
@@ -151,26 +148,26 @@ def poses_around(num: int, distance: float) -> np.ndarray:
     return np.stack([look_at(0.5 + distance * point) for point in points])
 
 
-def pixel_rays(camera: Camera, c2w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Origin and unit direction (H, W, 3) of the rays through all pixel centres, in float64."""
-    c2w = np.asarray(c2w, np.float64)
-    y, x = np.mgrid[: camera.height, : camera.width] + 0.5
-    centre, focal = np.asarray(camera.centre_xy, np.float64), np.asarray(camera.focal_xy, np.float64)
+def pixel_rays(camera: Cameras) -> tuple[np.ndarray, np.ndarray]:
+    """Origin and unit direction (H, W, 3) of the rays through all pixel centres of a single camera, in float64."""
+    c2w, centre, focal = (np.asarray(a, np.float64) for a in (camera.c2w, camera.centre_xy, camera.focal_xy))
+    width, height = image_size(camera)
+    y, x = np.mgrid[:height, :width] + 0.5
     local = np.stack([(x - centre[0]) / focal[0], -(y - centre[1]) / focal[1], -np.ones_like(x)], axis=-1)
     direction = local @ c2w[:, :3].T
     direction /= np.linalg.norm(direction, axis=-1, keepdims=True)
     return np.broadcast_to(c2w[:, 3], direction.shape), direction
 
 
-def photograph(ball: Ball, camera: Camera, c2w: np.ndarray) -> PosedImages:
-    """What cameras (V, 3, 4) see of a ball: colour not multiplied by alpha."""
+def photograph(ball: Ball, cameras: Cameras) -> PosedImages:
+    """What cameras (V,), of any sizes, see of a ball: colour not multiplied by alpha."""
     views = []
-    for pose in c2w:
-        out = ball.seen(*pixel_rays(camera, pose), background=0.0)
+    for view in range(len(cameras)):
+        out = ball.seen(*pixel_rays(cameras[view]), background=0.0)
         colour = np.asarray(out.rgb) / np.maximum(np.asarray(out.opacity), 1e-9)[..., None]
-        views.append(np.concatenate([colour, np.asarray(out.opacity)[..., None]], axis=-1))
-    rgba = np.round(np.stack(views).clip(0, 1) * 255).astype(np.uint8)
-    return PosedImages(camera=camera, c2w=c2w, rgba=rgba)  # type: ignore[arg-type]
+        rgba = np.concatenate([colour, np.asarray(out.opacity)[..., None]], axis=-1)
+        views.append(np.round(rgba.clip(0, 1) * 255).astype(np.uint8))
+    return pose_images(cameras, views)
 
 
 # Surfaces of a closed form.
