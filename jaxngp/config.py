@@ -150,7 +150,8 @@ class PointFieldConfig:
 class OccupancyConfig:
     """Occupancy grid over the unit cube (paper appendix E.2)."""
 
-    resolution: int = 128  # G, cells per axis
+    resolution: int = 128  # G, cells per axis and cascade
+    num_cascades: int = 1  # K; cascade k covers the middle of the unit cube, of side 2^(k - K + 1)
     decay: float = 0.95  # of the stored density at every refresh
     threshold: float = 0.01  # optical thickness of one march step above which a cell is occupied
     refresh_every: int = 16  # training steps between refreshes
@@ -164,6 +165,7 @@ class OccupancyConfig:
             self.resolution,
             "a multiple of 32 from 32 to 512",
         )
+        _check(1 <= self.num_cascades <= 8, "occupancy.num_cascades", self.num_cascades, "from 1 to 8")
         _check(0 < self.decay <= 1, "occupancy.decay", self.decay, "in (0, 1]")
         _check(self.threshold > 0, "occupancy.threshold", self.threshold, "positive")
         _check(self.refresh_every >= 1, "occupancy.refresh_every", self.refresh_every, "at least 1")
