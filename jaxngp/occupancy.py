@@ -42,7 +42,7 @@ class Cells:
 
     def at(self, x: jax.Array, y: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Column, row, layer and cascade (...) i32 of the cells that hold the points, or are nearest to them."""
-        cascade = jnp.int32(0)
+        cascade = jnp.zeros(x.shape, jnp.int32)
         if self.num_cascades > 1:
             x, y, z = x - 0.5, y - 0.5, z - 0.5
             distance = jnp.maximum(jnp.maximum(jnp.abs(x), jnp.abs(y)), jnp.abs(z))
