@@ -286,12 +286,12 @@ class PointFieldConfig(Config):
 class OccupancyConfig(Config):
     """Occupancy grid over the unit cube (paper appendix E.2)."""
 
-    resolution: Annotated[int, Bounds(32, 512, multiple_of=32), "G, cells per axis"] = 128
+    resolution: Annotated[int, Bounds(32, 512, multiple_of=32), "G, cells per axis and cascade"] = 128
+    num_cascades: Annotated[int, Bounds(1, 8), "K; cascade k covers the cube's middle, of side 2^(k - K + 1)"] = 1
     decay: Annotated[float, Bounds(above=0, high=1), "factor on the stored density at every refresh"] = 0.95
     threshold: Annotated[Positive, "optical thickness of one march step above which a cell is occupied"] = 0.01
     refresh_every: Annotated[Count, Role.RESULT, "training steps between refreshes"] = 16
     warmup_steps: Annotated[Whole, "until then a refresh evaluates every cell, later a quarter of them"] = 256
-    num_cascades: Annotated[int, Bounds(1, 16), "K, nested grids, each twice as large as the one inside it"] = 1
     carve: Annotated[bool, "keep cells empty that lie outside the silhouette of any view with alpha"] = True
 
 

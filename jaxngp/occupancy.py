@@ -1,11 +1,9 @@
-"""The occupancy grid: which cells of the unit cube may hold density (paper appendix E.2).
-
-A cell (x, y, z) has the number x + G (y + G z); bit i % 32 of word i // 32 says whether cell i is occupied.
-"""
+"""The occupancy grid: which cells of the unit cube may hold density (paper appendix E.2)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -13,24 +11,97 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from jaxngp.bitsets import count_bits, nth_bit, pack_bits
 from jaxngp.config import MarchConfig
-from jaxngp.device import fusion_barrier
+from jaxngp.device import fusion_barrier, largest
 
 DensityFn = Callable[[jax.Array], jax.Array]
 """position (N, 3) in scene units -> density (N,) per scene unit."""
 
 EMPTY = -1.0
-"""The stored density of a cell that stays empty: no camera sees it, or a silhouette excludes it."""
+"""The stored density of a cell that stays empty: no camera sees it, a silhouette excludes it, or no point is in it."""
 
 _CHUNK = 2**15  # cells whose density is evaluated at once: the network's activations stay in a CPU's cache
 
 
+@dataclass(frozen=True)
+class Cells:
+    """K nested cubes of G^3 cells each, all about the middle of the unit cube.
+
+    Cascade k has the side 2^(k - K + 1): the outermost, K - 1, is the unit cube. A point belongs to the smallest
+    cascade that contains it, so the middle of every cascade but the first is never read. Cell (x, y, z) of cascade k
+    has the number x + G (y + G (z + G k)). With one cascade, tracing leaves out all that is for several.
+    """
+
+    resolution: int  # G
+    num_cascades: int = 1  # K, 1 to 8
+
+    @property
+    def num_cells(self) -> int:
+        return self.num_cascades * self.resolution**3
+
+    def at(self, x: jax.Array, y: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Column, row, layer and cascade (...) i32 of the cells that hold the points, or are nearest to them."""
+        cascade = jnp.zeros(x.shape, jnp.int32)
+        if self.num_cascades > 1:
+            x, y, z = x - 0.5, y - 0.5, z - 0.5
+            distance = jnp.maximum(jnp.maximum(jnp.abs(x), jnp.abs(y)), jnp.abs(z))
+            for k in range(self.num_cascades - 1):
+                cascade = cascade + (distance > 2.0 ** (k - self.num_cascades)).astype(jnp.int32)
+            zoom = (1 << (self.num_cascades - 1 - cascade)).astype(jnp.float32)
+            x, y, z = x * zoom + 0.5, y * zoom + 0.5, z * zoom + 0.5
+        end = self.resolution - 1
+        column, row, layer = (jnp.clip((p * self.resolution).astype(jnp.int32), 0, end) for p in (x, y, z))
+        return column, row, layer, cascade
+
+    def read(self, words: jax.Array, x: jax.Array, y: jax.Array, z: jax.Array, *, width: int = 1) -> jax.Array:
+        """The bits (...) u32 of the cells that hold the points; of the nearest cell for a point outside the cube.
+
+        words (K, G^3 / 32 width) u32. A width of 2 is for pairs, as `interleave` makes them: the first set's bit is the
+        lower. One array (...) per axis spares (..., 3) temporaries.
+        """
+        column, row, layer, cascade = self.at(x, y, z)
+        shift = 5 - (width - 1)  # 2^shift cells to a word
+        # Rows of cells are whole words, so the place in a word depends on the column alone: of the cell's number, used
+        # for both, XLA:GPU would make an array in memory.
+        row = row + self.resolution * (layer + self.resolution * cascade)
+        word = (column >> shift) + (self.resolution >> shift) * row
+        place = width * (column & (2**shift - 1))
+        found = words.reshape(-1).at[word].get(mode="promise_in_bounds")
+        return (found >> place.astype(jnp.uint32)) & np.uint32(2**width - 1)
+
+    def centre(self, cell: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The centres of cells (...) i32 in scene units, one array (...) f32 per axis."""
+        size = self.resolution
+        column, row, layer = cell % size, cell // size % size, cell // size**2 % size
+        x, y, z = ((place.astype(jnp.float32) + 0.5) / size for place in (column, row, layer))
+        if self.num_cascades == 1:
+            return x, y, z
+        side = self.side(cell)
+        return (x - 0.5) * side + 0.5, (y - 0.5) * side + 0.5, (z - 0.5) * side + 0.5
+
+    def side(self, cell: jax.Array) -> jax.Array:
+        """The sides (...) f32 of the cascades that cells (...) i32 belong to; a cell is G times smaller."""
+        if self.num_cascades == 1:
+            return jnp.ones(cell.shape, jnp.float32)
+        return (1 << (cell // self.resolution**3)).astype(jnp.float32) * 2.0 ** (1 - self.num_cascades)
+
+    def readable(self) -> jax.Array:
+        """(K, G^3) bool: whether any point belongs to a cell, and not to the next smaller cascade."""
+        size = self.resolution
+        place = jnp.arange(size, dtype=jnp.int32)
+        middle = (place >= size // 4) & (place < 3 * size // 4)
+        covered = (middle[:, None, None] & middle[:, None] & middle).reshape(-1)
+        outer = jnp.arange(self.num_cascades, dtype=jnp.int32)[:, None] > 0
+        return ~(outer & covered)
+
+
 @struct.dataclass
 class OccupancyGrid:
-    """density (G^3,) f32 per scene unit, or EMPTY; occupied and opaque (G^3 / 32,) u32, one bit a cell.
+    """density (K, G^3) f32 per scene unit, or EMPTY; occupied and opaque (K, G^3 / 32) u32, one bit a cell.
 
     Opaque cells are a guess at where a ray ends, for training only; an opaque cell is occupied. bounds (2, 3) f32:
-    the lower and the upper corner of a box that holds all occupied cells.
+    the lower and the upper corner of a box that holds all occupied cells, in scene units.
     """
 
     density: jax.Array
@@ -39,53 +110,27 @@ class OccupancyGrid:
     bounds: jax.Array
 
     @property
+    def cells(self) -> Cells:
+        num_cascades, num_cells = self.density.shape[-2:]
+        return Cells(resolution=round(num_cells ** (1 / 3)), num_cascades=num_cascades)
+
+    @property
     def resolution(self) -> int:
-        return round(self.density.shape[0] ** (1 / 3))
-
-
-def pack_bits(flags: jax.Array) -> jax.Array:
-    """(..., 32 n) bool -> (..., n) u32, the first flag in the lowest bit."""
-    words = flags.reshape(*flags.shape[:-1], -1, 32).astype(jnp.uint32)
-    return jnp.sum(words << jnp.arange(32, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
-
-
-def even_bits(words: jax.Array) -> jax.Array:
-    """The 16 bits at even places of u32 words (...), moved together into the lower half."""
-    words = words & np.uint32(0x55555555)
-    for shift, mask in ((1, 0x33333333), (2, 0x0F0F0F0F), (4, 0x00FF00FF), (8, 0x0000FFFF)):
-        words = (words | (words >> shift)) & np.uint32(mask)
-    return words
-
-
-def interleave(even: jax.Array, odd: jax.Array) -> jax.Array:
-    """Two sets of bits (n,) u32 as one of pairs, (2 n,) u32: bit i of the first in place 2 i, of the second in 2 i + 1.
-
-    `even_bits` takes them apart again.
-    """
-    halves = jnp.stack([words >> shift & 0xFFFF for shift in (0, 16) for words in (even, odd)], axis=1)
-    for shift, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
-        halves = (halves | (halves << shift)) & np.uint32(mask)
-    return (halves[:, 0::2] | (halves[:, 1::2] << 1)).reshape(-1)
-
-
-def nth_set_bit(word: jax.Array, n: jax.Array) -> jax.Array:
-    """The place (0 to 31) of the n-th set bit, counted from 0, of a u32 word that has more than n of them."""
-    place = jnp.zeros_like(word)
-    n = n.astype(jnp.uint32)
-    for width in (16, 8, 4, 2, 1):
-        below = lax.population_count(word & np.uint32((1 << width) - 1))
-        above = n >= below
-        n = jnp.where(above, n - below, n)
-        place = place + jnp.where(above, np.uint32(width), np.uint32(0))
-        word = jnp.where(above, word >> width, word)
-    return place
+        return self.cells.resolution
 
 
 def init_occupancy(candidates: jax.Array) -> OccupancyGrid:
-    """A grid in which every candidate cell is occupied and every other stays empty. candidates (G^3,) bool."""
+    """A grid in which every candidate cell is occupied and every other stays empty.
+
+    candidates (K, G^3) bool, or (G^3,) for a single cascade. Cells that no point belongs to are no candidates.
+    """
+    candidates = jnp.atleast_2d(candidates)
+    if candidates.shape[0] > 1:
+        resolution = round(candidates.shape[1] ** (1 / 3))
+        candidates = candidates & Cells(resolution, candidates.shape[0]).readable()
     occupied = pack_bits(candidates)
     return OccupancyGrid(
-        density=jnp.where(candidates, 0.0, EMPTY),
+        density=jnp.where(candidates, jnp.float32(0), jnp.float32(EMPTY)),
         occupied=occupied,
         opaque=jnp.zeros_like(occupied),
         bounds=occupied_bounds(occupied),
@@ -93,80 +138,33 @@ def init_occupancy(candidates: jax.Array) -> OccupancyGrid:
 
 
 def occupied_bounds(words: jax.Array) -> jax.Array:
-    """The smallest box (2, 3) around the cells whose bits are set in words (G^3 / 32,) u32; of no size if none is."""
+    """The smallest box (2, 3) around the cells whose bits are set in words (K, G^3 / 32) u32; of no size if none is."""
+    num_cascades = words.shape[0]
+    if num_cascades == 1:
+        return _cascade_bounds(words[0])
+    side = np.float32(2) ** np.arange(1 - num_cascades, 1, dtype=np.float32)
+    bounds = (jax.vmap(_cascade_bounds)(words) - 0.5) * side[:, None, None] + 0.5  # (K, 2, 3)
+    some = jnp.any(words != 0, axis=1)[:, None]
+    low = jnp.min(jnp.where(some, bounds[:, 0], 1), axis=0)
+    return jnp.stack([low, jnp.maximum(jnp.max(jnp.where(some, bounds[:, 1], 0), axis=0), low)])
+
+
+def _cascade_bounds(words: jax.Array) -> jax.Array:
+    """`occupied_bounds` of one cascade (G^3 / 32,) u32, as if it were the unit cube."""
     resolution = round((words.shape[0] * 32) ** (1 / 3))
     layers = words.reshape(resolution, resolution, resolution // 32)  # z, y, x / 32
     columns = lax.reduce(layers, np.uint32(0), lax.bitwise_or, (0, 1))
     in_x = ((columns[:, None] >> np.arange(32, dtype=np.uint32)) & 1).reshape(-1) != 0
     bounds = []
     for flags in (in_x, jnp.any(layers != 0, axis=(0, 2)), jnp.any(layers != 0, axis=(1, 2))):
-        low, high = jnp.argmax(flags), resolution - jnp.argmax(flags[::-1])
-        bounds.append(jnp.stack([low, jnp.where(jnp.any(flags), high, low)]) / resolution)
-    return jnp.stack(bounds, axis=1).astype(jnp.float32)
+        low, high = lax.argmax(flags, 0, jnp.int32), resolution - lax.argmax(flags[::-1], 0, jnp.int32)
+        bounds.append(jnp.stack([low, jnp.where(jnp.any(flags), high, low)]))
+    return jnp.stack(bounds, axis=1).astype(jnp.float32) / resolution
 
 
 def is_occupied(grid: OccupancyGrid, position: jax.Array) -> jax.Array:
     """Whether the cells that hold the points are occupied. position (..., 3) in [0, 1] -> (...) bool."""
-    x, y, z = (position[..., axis] for axis in range(3))
-    return bit_at(grid.occupied, x, y, z, resolution=grid.resolution) != 0
-
-
-def bit_at(words: jax.Array, x: jax.Array, y: jax.Array, z: jax.Array, *, resolution: int) -> jax.Array:
-    """The bits (...) u32, 0 or 1, of the cells that hold the points; the nearest cell for a point outside the cube.
-
-    One array (...) per axis spares (..., 3) temporaries.
-    """
-    return _bits_at(words, x, y, z, resolution=resolution, width=1)
-
-
-def pair_at(pairs: jax.Array, x: jax.Array, y: jax.Array, z: jax.Array, *, resolution: int) -> jax.Array:
-    """`bit_at` for words of pairs as `interleave` makes them: both bits (...) u32, the first set's the lower."""
-    return _bits_at(pairs, x, y, z, resolution=resolution, width=2)
-
-
-def _bits_at(words: jax.Array, x: jax.Array, y: jax.Array, z: jax.Array, *, resolution: int, width: int) -> jax.Array:
-    column, row, layer = cells_at(x, y, z, resolution=resolution)
-    shift = 5 - (width - 1)  # 2^shift cells to a word
-    # Rows of cells are whole words, so the place in a word depends on the column alone: of the cell's number, used
-    # for both, XLA:GPU would make an array in memory.
-    word = (column >> shift) + (resolution >> shift) * (row + resolution * layer)
-    place = width * (column & (2**shift - 1))
-    return (words.at[word].get(mode="promise_in_bounds") >> place.astype(jnp.uint32)) & np.uint32(2**width - 1)
-
-
-def cells_at(x: jax.Array, y: jax.Array, z: jax.Array, *, resolution: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Column, row and layer (...) i32 of the cells that hold the points, or are nearest to them."""
-    column, row, layer = (jnp.clip((p * resolution).astype(jnp.int32), 0, resolution - 1) for p in (x, y, z))
-    return column, row, layer
-
-
-def cell_centre(cell: jax.Array, *, resolution: int) -> jax.Array:
-    """(...) i32 cell numbers -> (..., 3) scene units."""
-    return jnp.stack(cell_axes(cell, resolution=resolution), axis=-1)
-
-
-def cell_axes(cell: jax.Array, *, resolution: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`cell_centre` as one array (...) per axis."""
-    x, y, z = cell % resolution, cell // resolution % resolution, cell // resolution**2
-    return (x + 0.5) / resolution, (y + 0.5) / resolution, (z + 0.5) / resolution
-
-
-def count_bits(words: jax.Array) -> jax.Array:
-    """(n,) u32 -> (n,) i32: the number of bits that are set in each word and all before it."""
-    return jnp.cumsum(lax.population_count(words).astype(jnp.int32))
-
-
-def nth_bit(words: jax.Array, end: jax.Array, choice: jax.Array) -> jax.Array:
-    """The numbers of the set bits of given ranks. choice (M,) i32 in [0, number of set bits) -> (M,) i32.
-
-    words (n,) u32 and end = count_bits(words). With no bit set there is nothing to choose; the result is then a valid
-    number that means nothing.
-    """
-    found = jnp.searchsorted(end, choice, side="right", method="scan_unrolled")
-    word = jnp.minimum(found, words.shape[0] - 1).astype(jnp.int32)
-    count = lax.population_count(words[word]).astype(jnp.int32)
-    place = nth_set_bit(words[word], jnp.clip(choice - (end[word] - count), 0, 31))
-    return jnp.clip(word * 32 + place.astype(jnp.int32), 0, words.shape[0] * 32 - 1)
+    return grid.cells.read(grid.occupied, *(position[..., axis] for axis in range(3))) != 0
 
 
 def update_occupancy(
@@ -178,8 +176,9 @@ def update_occupancy(
     candidates and as many from the occupied ones. A cell is occupied above min(mean density, threshold), so that of
     a density which is the same everywhere and below the threshold, none is.
     """
-    candidates = pack_bits(grid.density >= 0)
-    ends = count_bits(candidates), count_bits(grid.occupied)
+    cells, occupied = grid.cells, grid.occupied.reshape(-1)
+    candidates = pack_bits(grid.density.reshape(-1) >= 0)
+    ends = count_bits(candidates), count_bits(occupied)
     num_candidates, num_occupied = ends[0][-1], ends[1][-1]
     num_uniform = jnp.where(warmup, num_candidates, num_candidates // 4)
     num_looks = num_uniform + jnp.where(warmup, 0, jnp.minimum(num_candidates // 4, num_occupied))
@@ -188,20 +187,21 @@ def update_occupancy(
         """The cell (C,) i32 and the point (C, 3) of each look."""
         drawn = [(bits[:, 0] % jnp.maximum(end[-1], 1).astype(jnp.uint32)).astype(jnp.int32) for end in ends]
         uniform = nth_bit(candidates, ends[0], jnp.where(warmup, rank, drawn[0]))
-        cell = jnp.where(rank < num_uniform, uniform, nth_bit(grid.occupied, ends[1], drawn[1]))
+        cell = jnp.where(rank < num_uniform, uniform, nth_bit(occupied, ends[1], drawn[1]))
         offset = (bits[:, 1:] >> 8).astype(jnp.float32) * 2.0**-24 - 0.5
-        return cell, cell_centre(cell, resolution=grid.resolution) + offset / grid.resolution
+        offset = offset / cells.resolution * cells.side(cell)[:, None]
+        return cell, jnp.stack(cells.centre(cell), axis=-1) + offset
 
     def look(chunk: jax.Array, fresh: jax.Array) -> jax.Array:
-        rank = chunk * _CHUNK + jnp.arange(_CHUNK)
-        bits = jax.random.bits(jax.random.fold_in(key, chunk), (_CHUNK, 4))
-        cell, position = fusion_barrier(
-            choose, bits, rank
-        )  # once, and not once per axis and level of whatever encodes it
+        rank = chunk * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)
+        bits = jax.random.bits(jax.random.fold_in(key, chunk), (_CHUNK, 4), jnp.uint32)
+        # Chosen once, and not once per axis and level of whatever encodes it.
+        cell, position = fusion_barrier(choose, bits, rank)
         return fresh.at[cell].max(jnp.where(rank < num_looks, density_fn(position), EMPTY))
 
-    num_chunks = (num_looks + _CHUNK - 1) // _CHUNK
-    fresh = lax.fori_loop(0, num_chunks, look, jnp.full_like(grid.density, EMPTY))
+    num_chunks = largest((num_looks + _CHUNK - 1) // _CHUNK)
+    fresh = jnp.full(cells.num_cells, EMPTY, jnp.float32)
+    fresh = lax.fori_loop(0, num_chunks, look, fresh).reshape(grid.density.shape)
     density = jnp.where(grid.density < 0, EMPTY, jnp.maximum(grid.density * config.occupancy.decay, fresh))
     opaque = density > max(config.opaque_thickness, config.occupancy.threshold) / config.step_size
     occupied = pack_bits(density > _threshold(density, config))
@@ -209,5 +209,7 @@ def update_occupancy(
 
 
 def _threshold(density: jax.Array, config: MarchConfig) -> jax.Array:
-    mean = jnp.mean(jnp.maximum(density, 0))
-    return jnp.minimum(mean, config.occupancy.threshold / config.step_size)
+    """() f32: the mean of a density (K, G^3) over the unit cube, EMPTY counted as 0, but no more than configured."""
+    share = 8.0 ** np.arange(1 - len(density), 1)  # of the cube; what a smaller cascade covers is EMPTY in a larger one
+    means = [jnp.mean(jnp.maximum(cascade, 0)) * part for cascade, part in zip(density, share.tolist(), strict=True)]
+    return jnp.minimum(sum(means), config.occupancy.threshold / config.step_size)

@@ -11,6 +11,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from jaxngp.bitsets import count_bits, nth_bit_of_row
 from jaxngp.cameras import Cameras, Rays, view_rays
 from jaxngp.compositing import RenderOutput, blend, composite, optical_weights
 from jaxngp.config import MarchConfig, StratifiedConfig
@@ -18,10 +19,8 @@ from jaxngp.device import CPU_BATCHING, Batching, compiler_options, default_batc
 from jaxngp.marching import (
     Candidates,
     Samples,
-    count_steps,
     find_candidates,
     jitter_shape,
-    nth_candidate,
     sample_rays,
 )
 from jaxngp.occupancy import OccupancyGrid
@@ -109,7 +108,7 @@ def _render_marched(
     # Behind the barrier it is data like any other: knowing it, XLA:GPU moves its sums out of the march, to memory.
     jitter = lax.optimization_barrier(jnp.full(num_rays, 0.5, jnp.float32))
     candidates = fusion_barrier(functools.partial(find_candidates, config=sampler), rays, grid, jitter)
-    ends = fusion_barrier(count_steps, candidates.words)
+    ends = fusion_barrier(count_bits, candidates.words)
     counts = ends[:, -1]
     queue, length = longest_first(counts, batching.samples)
 
@@ -172,14 +171,15 @@ def _take_samples(
     num_lanes = ray.shape[0]
     number = lanes.taken[:, None] + jnp.arange(num_samples, dtype=jnp.int32)
     lane_ray = jnp.repeat(ray, num_samples)
-    step = nth_candidate(candidates.words, ends, lane_ray, number.reshape(-1)).reshape(number.shape)
-    t = candidates.t_start[ray][:, None] + (step + 0.5) * sampler.step_size
+    step = nth_bit_of_row(candidates.words, ends, lane_ray, number.reshape(-1)).reshape(number.shape)
+    steps = candidates.steps[ray][:, None]
+    t = steps.t_at(step)
     direction = rays.direction[ray][:, None]
     position = rays.origin[ray][:, None] + t[..., None] * direction
     direction = jnp.broadcast_to(direction, position.shape)
     density, rgb = field(position.reshape(-1, 3), direction.reshape(-1, 3))
 
-    dt = jnp.where(number < count[:, None], sampler.step_size, 0.0)
+    dt = jnp.where(number < count[:, None], steps.dt_at(step), 0.0)
     weights, through = jax.vmap(optical_weights)(density.reshape(dt.shape), dt)
     weights = weights * lanes.transmittance[:, None]
     rgb = rgb.reshape(num_lanes, num_samples, 3)

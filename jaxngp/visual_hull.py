@@ -1,4 +1,4 @@
-"""What the training views tell before the first step: which cells may hold anything, and which pixels can show it."""
+"""The visual hull: which cells may hold anything, by the views' silhouettes, and which pixels can show those cells."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy as np
 from flax import struct
 from jax import lax
 
+from jaxngp.bitsets import count_bits, nth_bit, pack_bits
 from jaxngp.cameras import Cameras, PosedImages, project_axes
 from jaxngp.config import OccupancyConfig
-from jaxngp.device import fusion_barrier
-from jaxngp.occupancy import cell_axes, count_bits, nth_bit, pack_bits
+from jaxngp.device import fusion_barrier, largest
+from jaxngp.occupancy import Cells
 
 _FIRST_VIEWS = 8
 """Views that look at all cells; the others look only at what these leave open, a fraction of them."""
@@ -23,7 +24,7 @@ _CHUNK = 2**16  # cells looked at together: what is computed of them stays in a 
 
 @struct.dataclass
 class PixelSet:
-    """Some of the pixels of V views. A pixel has the number x + W (y + H view).
+    """Some of the P pixels of a set of views, by their numbers in `PosedImages`.
 
     words (n,) u32, one bit a pixel, filled up with zeros; end (n,) i32, how many are set in each word and all before.
     """
@@ -41,7 +42,7 @@ class PixelSet:
 
 
 def pixel_set(flags: jax.Array) -> PixelSet:
-    """The pixels whose flag (V H W,) bool is True."""
+    """The pixels whose flag (P,) bool is True."""
     words = pack_bits(jnp.pad(flags, (0, -flags.size % 32)))
     return PixelSet(words=words, end=count_bits(words))
 
@@ -53,39 +54,45 @@ def visual_hull(images: PosedImages, *, config: OccupancyConfig) -> tuple[jax.Ar
     gradient, whatever is learned, so leaving them out changes the objective by nothing but a constant factor.
     """
     candidates = candidate_cells(images, config=config)
-    width, height = images.max_size
-    everywhere = jnp.ones((len(images.cameras), height, width), bool)
+    everywhere = jnp.ones(len(images.rgba), bool)
     if not config.carve:
-        return candidates, pixel_set(everywhere.reshape(-1))
+        return candidates, pixel_set(everywhere)
     # Where few cells are excluded, few pixels would be, and looking for them takes longest.
-    worthwhile = 4 * jnp.sum(candidates) < candidates.size
-    look = functools.partial(_facing_pixels, resolution=config.resolution)
-    flags = lax.cond(worthwhile, look, lambda *_: everywhere, candidates, images)
-    return candidates, pixel_set(flags.reshape(-1))
+    worthwhile = 4 * jnp.sum(candidates, dtype=jnp.int32) < candidates.size
+    look = functools.partial(_facing_pixels, cells=_cells(config))
+    any_worthwhile = largest(worthwhile.astype(jnp.int32)) > 0
+    flags = lax.cond(any_worthwhile, look, lambda *_: everywhere, candidates, images)
+    return candidates, pixel_set(flags | ~worthwhile)
 
 
 def candidate_cells(images: PosedImages, *, config: OccupancyConfig) -> jax.Array:
-    """(G^3,) bool: the cells that at least one camera sees and, if carving, that no silhouette excludes.
+    """(K, G^3) bool: the cells that at least one camera sees and, if carving, that no silhouette excludes.
 
     A view excludes a cell whose footprint lies inside its image and has alpha 0 everywhere: light through those
     pixels met nothing, so the cell holds nothing. Views whose pixels are all opaque exclude nothing.
     """
-    num_cells, num_views = config.resolution**3, len(images.cameras)
+    cells, num_views = _cells(config), len(images.cameras)
     stride = -(-num_views // _FIRST_VIEWS)
     first = np.arange(num_views) % stride == 0
 
-    cells, none = jnp.arange(num_cells), jnp.zeros(num_cells, bool)
-    seen, excluded = _look(images, np.flatnonzero(first), cells, jnp.int32(num_cells), (none, none), config)
-    if first.all():
-        return seen & ~excluded
-    # A cell is settled when it is excluded; without carving, already when it is seen.
-    unsettled = ~(excluded if config.carve else seen)
-    cells, count = jnp.nonzero(unsettled, size=num_cells, fill_value=0)[0], jnp.sum(unsettled)
-    others = _look(images, np.flatnonzero(~first), cells, count, (seen[cells], none), config)
-    listed = jnp.arange(num_cells) < count
-    candidate = others[0] & ~others[1] & listed
-    settled = jnp.zeros(num_cells, bool) if config.carve else seen
-    return settled.at[cells].max(candidate)
+    cell, none = jnp.arange(cells.num_cells, dtype=jnp.int32), jnp.zeros(cells.num_cells, bool)
+    seen, excluded = _look(images, np.flatnonzero(first), cell, jnp.int32(cells.num_cells), (none, none), config)
+    found = seen & ~excluded
+    if not first.all():
+        # A cell is settled when it is excluded; without carving, already when it is seen.
+        unsettled = ~(excluded if config.carve else seen)
+        cell = jnp.nonzero(unsettled, size=cells.num_cells, fill_value=0)[0].astype(jnp.int32)
+        count = jnp.sum(unsettled, dtype=jnp.int32)
+        others = _look(images, np.flatnonzero(~first), cell, count, (seen[cell], none), config)
+        listed = jnp.arange(cells.num_cells, dtype=jnp.int32) < count
+        settled = none if config.carve else seen
+        found = settled.at[cell].max(others[0] & ~others[1] & listed)
+    found = found.reshape(cells.num_cascades, -1)
+    return found if cells.num_cascades == 1 else found & cells.readable()
+
+
+def _cells(config: OccupancyConfig) -> Cells:
+    return Cells(config.resolution, config.num_cascades)
 
 
 def _look(
@@ -96,98 +103,132 @@ def _look(
     known: tuple[jax.Array, jax.Array],
     config: OccupancyConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Which of the first `count` cells (n,) some views see, and which they exclude, beside what is known of them."""
+    """Which of the first `count` cells (n,) some views see, and which they exclude, beside those already known."""
     size = min(_CHUNK, cells.size)
+    num_chunks = largest(-(-count // size))
 
-    def add_view(known: tuple[jax.Array, jax.Array], view: tuple[jax.Array, jax.Array]) -> tuple:
-        camera, alpha = view
-        area = _summed_area(alpha > 0)
+    def add_view(known: tuple[jax.Array, jax.Array], view: tuple[Cameras, jax.Array]) -> tuple:
+        camera, offset = view
+        area = _summed_area(_read(images.rgba[:, 3], images, camera, offset) > 0)
 
         def add_chunk(i: jax.Array, known: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             # The last chunk is pushed back to the end of the list; what it looks at twice stays what it was.
             start = jnp.minimum(i * size, cells.size - size)
             cell, seen, excluded = (_slice(a, start, size) for a in (cells, *known))
-            footprint = functools.partial(_footprint, resolution=config.resolution)
-            x, y, radius, inside = fusion_barrier(footprint, camera, cell)
+            x, y, radius, inside = fusion_barrier(functools.partial(_footprint, cells=_cells(config)), camera, cell)
             if config.carve:
-                excluded = excluded | (inside & _is_empty(area, x, y, radius))
+                excluded = excluded | (inside & _is_empty(area, camera, x, y, radius))
             seen, excluded = (
                 lax.dynamic_update_slice(whole, part, (start,))
                 for whole, part in zip(known, (seen | inside, excluded), strict=True)
             )
             return seen, excluded
 
-        return lax.fori_loop(0, -(-count // size), add_chunk, known), None
+        return lax.fori_loop(0, num_chunks, add_chunk, known), None
 
-    return lax.scan(
-        add_view,
-        known,
-        (
-            images.cameras[views],
-            images.rgba[:, 3].reshape(len(images.cameras), images.max_size[1], images.max_size[0])[views],
-        ),
-    )[0]
+    return lax.scan(add_view, known, (images.cameras[views], images.offset[views]))[0]
 
 
-def _facing_pixels(candidates: jax.Array, images: PosedImages, *, resolution: int) -> jax.Array:
-    """(V, H, W) bool: at least the pixels whose centres some candidate cell (G^3,) covers.
+def _facing_pixels(candidates: jax.Array, images: PosedImages, *, cells: Cells) -> jax.Array:
+    """(P,) bool: at least the pixels whose centres some candidate cell (K, G^3) covers.
 
     In each view the pixels in which the cells' centres lie are marked, and the marks are grown by the largest
     radius of a cell, in pixels, that the view shows.
     """
-    num_cells = candidates.size
-    width, height = images.max_size
+    num_cells, (width, height) = candidates.size, images.max_size
     size = min(_CHUNK, num_cells)
-    cells = jnp.nonzero(candidates, size=num_cells, fill_value=num_cells)[0].astype(jnp.int32)
-    num_chunks = -(-jnp.sum(candidates) // size)
+    cell_list = jnp.nonzero(candidates.reshape(-1), size=num_cells, fill_value=num_cells)[0].astype(jnp.int32)
+    num_chunks = largest(-(-jnp.sum(candidates, dtype=jnp.int32) // size))
 
-    def mark(camera: Cameras) -> jax.Array:
+    def mark(flags: jax.Array, view: tuple[Cameras, jax.Array]) -> tuple[jax.Array, None]:
+        camera, offset = view
+        last_x, last_y = camera.size[0] - 1, camera.size[1] - 1
+
         def add_chunk(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            marks, largest = carry
-            cell = _slice(cells, jnp.minimum(i * size, num_cells - size), size)
+            marks, radius_of_all = carry
+            cell = _slice(cell_list, jnp.minimum(i * size, num_cells - size), size)
             x, y, radius, shown = fusion_barrier(
-                functools.partial(_extent, resolution=resolution), camera, jnp.minimum(cell, num_cells - 1)
+                functools.partial(_extent, cells=cells), camera, jnp.minimum(cell, num_cells - 1)
             )
             shown = shown & (cell < num_cells)
             # A centre outside the image is moved to its edge, which is nearer to all pixels that the cell covers.
-            column, row = (jnp.clip(jnp.floor(v), 0, end - 1).astype(jnp.int32) for v, end in ((x, width), (y, height)))
+            column, row = (
+                jnp.clip(jnp.floor(v), 0, last.astype(jnp.float32)).astype(jnp.int32)
+                for v, last in ((x, last_x), (y, last_y))
+            )
             marks = marks.at[jnp.where(shown, row * width + column, height * width)].set(True, mode="drop")
-            return marks, jnp.maximum(largest, jnp.max(jnp.where(shown, radius, 0)))
+            return marks, jnp.maximum(radius_of_all, jnp.max(jnp.where(shown, radius, 0)))
 
         start = jnp.zeros(height * width, bool), jnp.float32(0)
-        marks, largest = lax.fori_loop(0, num_chunks, add_chunk, start)
-        return _grow(marks.reshape(height, width), jnp.minimum(jnp.floor(largest), width + height).astype(jnp.int32))
+        marks, radius = lax.fori_loop(0, num_chunks, add_chunk, start)
+        grown = _grow(marks.reshape(height, width), jnp.minimum(jnp.floor(radius), width + height).astype(jnp.int32))
+        return _write(flags, grown, images, camera, offset), None
 
-    return lax.map(mark, images.cameras)
+    flags = jnp.zeros(len(images.rgba), bool)
+    return lax.scan(mark, flags, (images.cameras, images.offset))[0]
+
+
+# Views of any size, one after the other, each in an array of the largest size.
+
+
+def _read(pixels: jax.Array, images: PosedImages, camera: Cameras, offset: jax.Array) -> jax.Array:
+    """The values (P,) of one view's pixels as (max H, max W); 0 outside the view."""
+    width, height = images.max_size
+    if _equal_sizes(images):
+        return _slice(pixels, offset, height * width).reshape(height, width)
+    return pixels.at[_pixel_numbers(images, camera, offset)].get(mode="fill", fill_value=0)
+
+
+def _write(pixels: jax.Array, values: jax.Array, images: PosedImages, camera: Cameras, offset: jax.Array) -> jax.Array:
+    """The values (P,), with those of one view's pixels set to `values` (max H, max W)."""
+    if _equal_sizes(images):
+        return lax.dynamic_update_slice(pixels, values.reshape(-1), (offset,))
+    return pixels.at[_pixel_numbers(images, camera, offset)].set(values, mode="drop")
+
+
+def _pixel_numbers(images: PosedImages, camera: Cameras, offset: jax.Array) -> jax.Array:
+    """(max H, max W) i32: the numbers of a view's pixels, and P outside it."""
+    width, height = images.max_size
+    x, y = jnp.arange(width, dtype=jnp.int32), jnp.arange(height, dtype=jnp.int32)[:, None]
+    inside = (x < camera.size[0]) & (y < camera.size[1])
+    return jnp.where(inside, offset + x + camera.size[0] * y, len(images.rgba))
+
+
+def _equal_sizes(images: PosedImages) -> bool:
+    """Whether every view has the largest size: then its pixels are a slice."""
+    return len(images.rgba) == len(images.cameras) * images.max_size[0] * images.max_size[1]
 
 
 def _slice(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
     return lax.dynamic_slice(array, (start,), (size,))
 
 
-def _extent(camera: Cameras, cell: jax.Array, *, resolution: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+# Footprints of cells.
+
+
+def _extent(camera: Cameras, cell: jax.Array, *, cells: Cells) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """`_footprint`, but the last is whether any part of the cell may be in view, and the radius is right next to it."""
-    x, y, radius, _ = _footprint(camera, cell, resolution=resolution)
-    depth = project_axes(camera, *cell_axes(cell, resolution=resolution))[2]
-    diagonal = 3**0.5 / resolution
-    radius = jnp.where(depth > diagonal, radius, camera.size[0] + camera.size[1])  # it may surround the camera
-    overlaps = (x >= -radius) & (x <= camera.size[0] + radius) & (y >= -radius) & (y <= camera.size[1] + radius)
+    x, y, radius, _ = _footprint(camera, cell, cells=cells)
+    width, height = (camera.size[axis].astype(jnp.float32) for axis in range(2))
+    depth = project_axes(camera, *cells.centre(cell))[2]
+    diagonal = 3**0.5 / cells.resolution * cells.side(cell)
+    radius = jnp.where(depth > diagonal, radius, width + height)  # it may surround the camera
+    overlaps = (x >= -radius) & (x <= width + radius) & (y >= -radius) & (y <= height + radius)
     return x, y, radius, (depth > -diagonal) & (overlaps | (depth <= diagonal))
 
 
-def _footprint(
-    camera: Cameras, cell: jax.Array, *, resolution: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _footprint(camera: Cameras, cell: jax.Array, *, cells: Cells) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Of cells: the pixel x, y of the centre, a radius in pixels around all of it, and whether the centre is in view.
 
     The ball around a cell, of half its diagonal r, looks the larger the further it is off the optical axis:
     |d(x / z)| <= |(1, x / z)| r / (z - r). Half a pixel more is for the pixel's own extent.
     """
-    x, y, depth = project_axes(camera, *cell_axes(cell, resolution=resolution))
-    inside = (depth > 0) & (x >= 0) & (x < camera.size[0]) & (y >= 0) & (y < camera.size[1])
+    x, y, depth = project_axes(camera, *cells.centre(cell))
+    width, height = (camera.size[axis].astype(jnp.float32) for axis in range(2))
+    inside = (depth > 0) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
     slope_x = jnp.abs(x - camera.centre_xy[0]) / camera.focal_xy[0]
     slope_y = jnp.abs(y - camera.centre_xy[1]) / camera.focal_xy[1]
-    half_diagonal = 0.5 * 3**0.5 / resolution
+    half_diagonal = 0.5 * 3**0.5 / cells.resolution * cells.side(cell)
     spread = half_diagonal / jnp.maximum(depth - half_diagonal, 1e-6)
     radius = jnp.max(camera.focal_xy) * spread * jnp.sqrt(1 + jnp.maximum(slope_x, slope_y) ** 2) + 0.5
     return x, y, radius, inside
@@ -195,21 +236,22 @@ def _footprint(
 
 def _summed_area(mask: jax.Array) -> jax.Array:
     """(H, W) bool -> (H + 1, W + 1) i32: how many are set above and to the left."""
-    return jnp.pad(jnp.cumsum(jnp.cumsum(mask.astype(jnp.int32), axis=0), axis=1), ((1, 0), (1, 0)))
+    rows = jnp.cumsum(mask.astype(jnp.int32), axis=0, dtype=jnp.int32)
+    return jnp.pad(jnp.cumsum(rows, axis=1, dtype=jnp.int32), ((1, 0), (1, 0)))
 
 
-def _is_empty(area: jax.Array, x: jax.Array, y: jax.Array, radius: jax.Array) -> jax.Array:
+def _is_empty(area: jax.Array, camera: Cameras, x: jax.Array, y: jax.Array, radius: jax.Array) -> jax.Array:
     """Whether the squares of half-side radius (N,) around pixels x, y (N,) lie in the image and hold nothing.
 
-    By the image's summed area (H + 1, W + 1): four reads a square, whatever its size.
+    By the summed area (max H + 1, max W + 1) of the view: four reads a square, whatever its size.
     """
-    height, width = area.shape[0] - 1, area.shape[1] - 1
     left, top = (jnp.floor(v - radius).astype(jnp.int32) for v in (x, y))
     right, bottom = (jnp.ceil(v + radius).astype(jnp.int32) for v in (x, y))
-    within = (left >= 0) & (top >= 0) & (right <= width) & (bottom <= height)
+    within = (left >= 0) & (top >= 0) & (right <= camera.size[0]) & (bottom <= camera.size[1])
+    height, width = area.shape
 
     def count(row: jax.Array, column: jax.Array) -> jax.Array:
-        index = jnp.clip(row, 0, height) * (width + 1) + jnp.clip(column, 0, width)
+        index = jnp.clip(row, 0, height - 1) * width + jnp.clip(column, 0, width - 1)
         return area.reshape(-1).at[index].get(mode="promise_in_bounds")
 
     return within & (count(bottom, right) - count(top, right) - count(bottom, left) + count(top, left) == 0)
@@ -219,7 +261,7 @@ def _grow(mask: jax.Array, radius: jax.Array) -> jax.Array:
     """Whether the square of side 2 radius + 1 around each pixel of mask (H, W) holds a set one. radius () i32."""
     area = _summed_area(mask)
     height, width = mask.shape
-    row, column = jnp.arange(height), jnp.arange(width)
+    row, column = jnp.arange(height, dtype=jnp.int32), jnp.arange(width, dtype=jnp.int32)
     top, left = jnp.maximum(row - radius, 0), jnp.maximum(column - radius, 0)
     bottom, right = jnp.minimum(row + radius + 1, height), jnp.minimum(column + radius + 1, width)
     strips = area[bottom] - area[top]

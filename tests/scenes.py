@@ -108,6 +108,18 @@ def slab_interval(
     return np.where(missed, 0, t0), np.where(missed, 0, t1)
 
 
+def cell_numbers(position: np.ndarray, resolution: int, num_cascades: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers (...) of the occupancy cells that hold points (..., 3), and whether float32 can tell, in float64."""
+    offset = np.asarray(position, np.float64) - 0.5
+    half_sides = 2.0 ** (np.arange(num_cascades) - num_cascades)
+    outside = np.max(np.abs(offset), axis=-1)[..., None] > half_sides
+    cascade = np.minimum(outside.sum(axis=-1), num_cascades - 1)
+    place = (offset / (2 * half_sides[cascade])[..., None] + 0.5) * resolution
+    x, y, z = np.moveaxis(np.clip(np.floor(place), 0, resolution - 1).astype(int), -1, 0)
+    certain = np.abs(place - np.round(place)).min(axis=-1) > 1e-3
+    return x + resolution * (y + resolution * (z + resolution * cascade)), certain
+
+
 def exponential_moments(density: float, length: np.ndarray) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """The transmittance behind a length, and M_0, M_1, M_2."""
     through = np.exp(-density * length)

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from scenes import slab_interval
+from scenes import cell_numbers, slab_interval
 from strategies import TINY_MARCH, arrays32, directions, floats32, points, seeds
 
 from jaxngp import marching, occupancy
+from jaxngp.bitsets import pack_bits
 from jaxngp.cameras import Rays
 from jaxngp.config import MarchConfig, StratifiedConfig
-from jaxngp.marching import Candidates, Samples
+from jaxngp.device import formulation
+from jaxngp.marching import Candidates, Samples, Steps
 from jaxngp.occupancy import OccupancyGrid
 from jaxngp.presets import PRESETS
 
@@ -31,11 +32,10 @@ ROOMY = replace(CONFIG, num_samples=R * CONFIG.num_steps)
 G = CONFIG.occupancy.resolution
 DT = CONFIG.step_size
 
+init_occupancy = jax.jit(occupancy.init_occupancy)
 box_interval = jax.jit(marching.box_interval)
 find_candidates = jax.jit(marching.find_candidates, static_argnames="config")
 find_visible = jax.jit(marching.find_visible, static_argnames="config")
-until_nth = jax.jit(marching.until_nth, static_argnames="n")
-nth_candidate = jax.jit(marching.nth_candidate)
 march_rays = jax.jit(marching.march_rays, static_argnames="config")
 stratified_samples = jax.jit(marching.stratified_samples, static_argnames=("num_rays", "config"))
 
@@ -52,9 +52,9 @@ def sample_gradient(rays: Rays, grid: OccupancyGrid, jitter: jax.Array, cotangen
     return samples, gradient
 
 
-FULL = occupancy.init_occupancy(np.ones(G**3, bool))
-EMPTY = occupancy.init_occupancy(np.zeros(G**3, bool))
-BOXED = occupancy.init_occupancy(np.pad(np.ones((9, 20, 12), bool), ((11, 12), (6, 6), (20, 0))).reshape(-1))
+FULL = init_occupancy(np.ones(G**3, bool))
+EMPTY = init_occupancy(np.zeros(G**3, bool))
+BOXED = init_occupancy(np.pad(np.ones((9, 20, 12), bool), ((11, 12), (6, 6), (20, 0))).reshape(-1))
 jitters = arrays32(R, 0, float(np.nextafter(np.float32(1), 0)))
 
 
@@ -107,11 +107,10 @@ def boxes(draw: st.DrawFn) -> np.ndarray:
 
 
 @st.composite
-def grids(draw: st.DrawFn) -> OccupancyGrid:
+def grids(draw: st.DrawFn, num_cascades: int = 1) -> OccupancyGrid:
     share, seed = draw(st.sampled_from([0.0, 0.02, 0.3, 1.0])), draw(seeds)
-    return occupancy.init_occupancy(
-        jnp.asarray((np.random.default_rng(seed).uniform(size=G**3) < share) & draw(boxes()))
-    )
+    flags = np.random.default_rng(seed).uniform(size=(num_cascades, G**3)) < share
+    return init_occupancy(flags & np.stack([draw(boxes()) for _ in range(num_cascades)]))
 
 
 @st.composite
@@ -120,7 +119,7 @@ def half_opaque_grids(draw: st.DrawFn) -> OccupancyGrid:
     rng = np.random.default_rng(draw(seeds))
     occupied = (rng.uniform(size=G**3) < draw(st.sampled_from([0.3, 1.0]))) & draw(boxes())
     opaque = occupied & (rng.uniform(size=G**3) < draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])))
-    return replace(occupancy.init_occupancy(occupied), opaque=occupancy.pack_bits(opaque))
+    return replace(init_occupancy(occupied), opaque=pack_bits(opaque[None]))
 
 
 def unpack(words: jax.Array) -> np.ndarray:
@@ -136,13 +135,12 @@ def steps_by_definition(rays: Rays, grid: OccupancyGrid, jitter: np.ndarray) -> 
     position = (
         np.asarray(rays.origin, np.float64)[:, None] + t[..., None] * np.asarray(rays.direction, np.float64)[:, None]
     )
-    cell = np.clip(np.floor(position * G), 0, G - 1).astype(int)
-    flags = unpack(grid.occupied[None])[0][cell[..., 0] + G * (cell[..., 1] + G * cell[..., 2])]
-    from_face = np.abs(position * G - np.round(position * G)).min(axis=-1)
+    cell, off_faces = cell_numbers(position, G, len(grid.occupied))
+    flags = unpack(grid.occupied).reshape(-1)[cell]
     from_end = np.abs(t - t_far[:, None])
     # A ray that slides along a face of the cube, or cuts a corner off it, may count as a miss.
     grazes = (t_far - t_near)[:, None] < 1e-4
-    return flags & (t < t_far[:, None]), (from_face > 1e-3) & (from_end > 1e-4) & ~grazes
+    return flags & (t < t_far[:, None]), off_faces & (from_end > 1e-4) & ~grazes
 
 
 # The box.
@@ -160,7 +158,7 @@ def check_interval(rays: Rays, interval: tuple[jax.Array, jax.Array], corners: n
 
 @settings(max_examples=100)
 @given(rays() | awkward_rays())
-def test_the_interval_in_the_box_is_that_of_the_slabs_in_float64(rays: Rays) -> None:
+def test_the_interval_in_the_box_is_that_of_slabs(rays: Rays) -> None:
     check_interval(rays, box_interval(rays), np.array([np.zeros(3), np.ones(3)]))
 
 
@@ -195,7 +193,7 @@ def test_the_interval_of_a_known_ray(origin: tuple, direction: tuple, expected: 
 
 
 @given(rays(), jitters)
-def test_points_of_the_interval_are_in_the_box_and_others_are_not(rays: Rays, fraction: np.ndarray) -> None:
+def test_points_of_the_interval_are_in_the_box(rays: Rays, fraction: np.ndarray) -> None:
     t_near, t_far = (np.asarray(t, np.float64) for t in box_interval(rays))
 
     def outside(t: np.ndarray) -> np.ndarray:
@@ -213,13 +211,13 @@ def test_points_of_the_interval_are_in_the_box_and_others_are_not(rays: Rays, fr
 
 
 @settings(max_examples=150)
-@given(rays() | awkward_rays(), grids(), jitters)
+@given(rays() | awkward_rays(), grids() | grids(num_cascades=3), jitters)
 def test_candidates_are_the_steps_in_occupied_cells(rays: Rays, grid: OccupancyGrid, jitter: np.ndarray) -> None:
     """Numbered from t_start on, a whole number of steps behind where the ray enters the cube."""
     expected, certain = steps_by_definition(rays, grid, jitter)
     candidates = find_candidates(rays, grid, jitter, config=CONFIG)
     found = unpack(candidates.words)
-    skipped = (np.asarray(candidates.t_start, np.float64) - np.asarray(box_interval(rays)[0])) / DT
+    skipped = (np.asarray(candidates.steps.t_start, np.float64) - np.asarray(box_interval(rays)[0])) / DT
     assert (skipped >= 0).all()
     any_step = found.any(axis=1) | (expected & certain).any(axis=1)
     np.testing.assert_allclose(skipped[any_step], np.round(skipped[any_step]), atol=1e-3)
@@ -232,13 +230,13 @@ def test_candidates_are_the_steps_in_occupied_cells(rays: Rays, grid: OccupancyG
 
 
 @given(rays(), boxes(), jitters)
-def test_steps_are_counted_from_the_last_before_the_bounds(rays: Rays, flags: np.ndarray, jitter: np.ndarray) -> None:
-    grid = occupancy.init_occupancy(jnp.asarray(flags))
+def test_steps_count_from_the_last_before_the_bounds(rays: Rays, flags: np.ndarray, jitter: np.ndarray) -> None:
+    grid = init_occupancy(flags)
     candidates = find_candidates(rays, grid, jitter, config=CONFIG)
     enter, leave = slab_interval(rays.origin, rays.direction, *np.asarray(grid.bounds, np.float64))
     near, far = slab_interval(rays.origin, rays.direction, np.zeros(3), np.ones(3))
     clear = (leave - enter > 1e-4) & (far - near > 1e-4)
-    before = enter - np.asarray(candidates.t_start, np.float64)
+    before = enter - np.asarray(candidates.steps.t_start, np.float64)
     # To the margin and its rounding: a step that begins 1e-5 before the bounds may count as inside.
     assert (before > -3e-5)[clear].all()
     assert (before < DT + 3e-5)[clear].all()
@@ -247,50 +245,44 @@ def test_steps_are_counted_from_the_last_before_the_bounds(rays: Rays, flags: np
 
 
 @functools.cache
-def find_visible_elsewhere() -> Callable[..., Candidates]:
-    """`find_visible` and `find_candidates` as the program for other backends than the CPU, compiled for the CPU."""
+def at_once() -> Callable[..., tuple[Candidates, Candidates]]:
+    """`find_visible` and `find_candidates` in the formulation for accelerators."""
     args = Rays(origin=jnp.zeros((R, 3)), direction=jnp.ones((R, 3))), FULL, jnp.zeros(R)
 
     def both(*args: Any) -> tuple[Candidates, Candidates]:
         return marching.find_visible(*args, config=CONFIG), marching.find_candidates(*args, config=CONFIG)
 
-    with mock.patch.object(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args)):
+    with formulation("gpu"):
         return jax.jit(both).lower(*args).compile()
 
 
 @given(rays() | awkward_rays(), half_opaque_grids(), jitters)
-def test_the_loop_over_words_and_all_words_at_once_find_the_same_steps(
-    rays: Rays, grid: OccupancyGrid, jitter: np.ndarray
-) -> None:
+def test_both_formulations_find_the_same_steps(rays: Rays, grid: OccupancyGrid, jitter: np.ndarray) -> None:
     """They may round differently where a sample is on a face; that hides or shows all that lies behind it."""
     _, certain = steps_by_definition(rays, grid, jitter)
     for found, other in zip(
         (f(rays, grid, jitter, config=CONFIG) for f in (find_visible, find_candidates)),
-        find_visible_elsewhere()(rays, grid, jitter),
+        at_once()(rays, grid, jitter),
         strict=True,
     ):
-        np.testing.assert_allclose(found.t_start, other.t_start, rtol=1e-6)
+        np.testing.assert_allclose(found.steps.t_start, other.steps.t_start, rtol=1e-6)
         same = np.all(unpack(found.words) == unpack(other.words), axis=1)
         assert same[certain.all(axis=1)].all()
 
 
-@given(rays() | awkward_rays(), grids(), jitters)
+@given(rays() | awkward_rays(), grids() | grids(num_cascades=3), jitters)
 def test_samples_lie_in_the_box_and_in_occupied_cells(rays: Rays, grid: OccupancyGrid, jitter: np.ndarray) -> None:
     samples = march_rays(rays, grid, jitter, config=ROOMY)
     valid = np.asarray(samples.valid)
     ray, t = np.asarray(samples.ray)[valid], np.asarray(samples.t, np.float64)[valid]
     position = rays.origin[ray] + t[:, None] * np.asarray(rays.direction, np.float64)[ray]
     assert (np.abs(position - 0.5) <= 0.5 + 1e-5).all()
-    cell = np.clip(np.floor(position * G), 0, G - 1).astype(int)
-    occupied = unpack(grid.occupied[None])[0][cell[:, 0] + G * (cell[:, 1] + G * cell[:, 2])]
-    near_face = np.abs(position * G - np.round(position * G)).min(axis=1, initial=1) < 1e-3
-    assert (occupied | near_face).all()
+    cell, certain = cell_numbers(position, G, len(grid.occupied))
+    assert unpack(grid.occupied).reshape(-1)[cell][certain].all()
 
 
 @given(rays(), grids(), jitters)
-def test_t_rises_along_a_ray_by_multiples_of_dt_from_where_it_enters(
-    rays: Rays, grid: OccupancyGrid, jitter: np.ndarray
-) -> None:
+def test_t_rises_by_multiples_of_dt_along_a_ray(rays: Rays, grid: OccupancyGrid, jitter: np.ndarray) -> None:
     samples = march_rays(rays, grid, jitter, config=ROOMY)
     valid = np.asarray(samples.valid)
     ray, t = np.asarray(samples.ray)[valid], np.asarray(samples.t, np.float64)[valid]
@@ -321,16 +313,14 @@ def test_a_full_grid_gives_every_step_in_the_box(rays: Rays, jitter: np.ndarray)
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.5, 0.999])
-def test_the_steps_reach_through_the_diagonal_of_the_box(jitter: float) -> None:
+def test_steps_reach_through_the_diagonal_of_the_box(jitter: float) -> None:
     rays = Rays(origin=jnp.full((1, 3), -1.0), direction=jnp.full((1, 3), 3**-0.5))
     samples = march_rays(rays, FULL, jnp.array([jitter]), config=CONFIG)
     np.testing.assert_allclose(jnp.sum(samples.dt), 3**0.5, rtol=1e-5)
 
 
 @given(rays(), jitters, arrays32(ROOMY.num_samples, -1, 1))
-def test_samples_move_with_the_face_through_which_their_ray_enters(
-    rays: Rays, jitter: np.ndarray, cotangent: np.ndarray
-) -> None:
+def test_samples_move_with_the_face_their_ray_enters(rays: Rays, jitter: np.ndarray, cotangent: np.ndarray) -> None:
     """t is where the ray enters the cube and a fixed distance more, and constant for a ray that starts inside."""
     origin, direction = (np.asarray(a, np.float64) for a in (rays.origin, rays.direction))
     moving = np.abs(direction) > 1e-6
@@ -353,17 +343,9 @@ def test_samples_move_with_the_face_through_which_their_ray_enters(
 # What lies behind opaque cells.
 
 
-@pytest.mark.parametrize("n", [1, 4, 33])
-@given(hnp.arrays(np.uint32, (R, 2), elements=st.integers(0, 2**32 - 1) | st.sampled_from([0, 1, 2**31, 2**32 - 1])))
-def test_bits_until_the_nth_are_all_up_to_and_with_it(n: int, words: np.ndarray) -> None:
-    flags = unpack(words)
-    before = np.cumsum(flags, axis=1) - flags
-    np.testing.assert_array_equal(unpack(until_nth(words, n)), before < n)
-
-
 @pytest.mark.parametrize("opaque_steps", [0, 1, 4])
 @given(rays(), half_opaque_grids(), jitters)
-def test_a_ray_of_training_ends_after_so_many_steps_in_opaque_cells(
+def test_training_rays_end_in_opaque_cells(
     opaque_steps: int, rays: Rays, grid: OccupancyGrid, jitter: np.ndarray
 ) -> None:
     config = replace(CONFIG, opaque_cells=opaque_steps * CONFIG.step_size * CONFIG.occupancy.resolution)
@@ -388,7 +370,7 @@ def packed_by_definition(candidates: Candidates, jitter: np.ndarray, size: int) 
         total += len(steps)
         complete.append(total <= size)
         if complete[-1]:
-            kept += [(ray, float(candidates.t_start[ray] + (s + jitter[ray]) * DT)) for s in steps]
+            kept += [(ray, float(candidates.steps.t_start[ray] + (s + jitter[ray]) * DT)) for s in steps]
     return kept, complete, total - len(kept)
 
 
@@ -408,7 +390,7 @@ def check_packing(samples: Samples, candidates: Candidates, jitter: np.ndarray, 
 
 @pytest.mark.parametrize("config", [CONFIG, ROOMY], ids=["overflows", "fits"])
 @given(rays(), grids() | half_opaque_grids(), jitters)
-def test_every_candidate_of_the_rays_that_fit_is_packed_once_and_the_others_are_counted(
+def test_candidates_are_packed_once_or_counted(
     config: MarchConfig, rays: Rays, grid: OccupancyGrid, jitter: np.ndarray
 ) -> None:
     samples = march_rays(rays, grid, jitter, config=config)
@@ -417,7 +399,7 @@ def test_every_candidate_of_the_rays_that_fit_is_packed_once_and_the_others_are_
         assert samples.num_dropped == 0
 
 
-def test_a_full_buffer_keeps_the_first_rays_and_counts_the_samples_of_the_others() -> None:
+def test_a_full_buffer_keeps_the_first_rays() -> None:
     """Along x every ray takes 37 of the 64 places; rays 0 and 2 miss."""
     origin = np.tile(np.float32([-1, 0.51, 0.51]), (R, 1))
     origin[[0, 2], 1] = 3
@@ -435,30 +417,13 @@ def test_a_buffer_that_is_exactly_full_drops_nothing() -> None:
     assert samples.num_dropped == 0
 
 
-@pytest.mark.parametrize("num_words", [1, 2, 5, 8, 32])
-@settings(max_examples=20)
-@given(data=st.data())
-def test_the_nth_candidate_is_the_nth_set_step(num_words: int, data: st.DataObject) -> None:
-    word = st.integers(0, 2**32 - 1) | st.sampled_from([0, 0, 1, 2**31, 2**32 - 1])
-    words = data.draw(hnp.arrays(np.uint32, (3, num_words), elements=word))
-    flags = unpack(words)
-    ray, n = (a.reshape(-1) for a in np.meshgrid(np.arange(3), np.arange(32 * num_words), indexing="ij"))
-    ends = np.cumsum(flags.reshape(3, num_words, 32).sum(axis=-1), axis=1, dtype=np.int32)
-    np.testing.assert_array_equal(marching.count_steps(words), ends)
-    found = np.asarray(nth_candidate(words, ends, ray.astype(np.int32), n.astype(np.int32)))
-    assert ((found >= 0) & (found < 32 * num_words)).all()
-    for row in range(3):
-        steps = np.flatnonzero(flags[row])
-        np.testing.assert_array_equal(found[ray == row][: len(steps)], steps)
-
-
 # Bins.
 
 BINS = StratifiedConfig(num_bins=6, near=0.5, far=2.0, last_interval=100.0)
 
 
 @given(arrays32((3, 6), 0, 1))
-def test_stratified_samples_lie_in_their_bins_and_reach_to_the_next(jitter: np.ndarray) -> None:
+def test_stratified_samples_lie_in_their_bins(jitter: np.ndarray) -> None:
     samples = stratified_samples(3, jitter, config=BINS)
     points_between = np.linspace(0.5, 2.0, 6)
     middles = (points_between[1:] + points_between[:-1]) / 2
@@ -475,7 +440,7 @@ def test_stratified_samples_lie_in_their_bins_and_reach_to_the_next(jitter: np.n
 
 
 @pytest.mark.parametrize("sampler", [CONFIG, BINS], ids=["march", "bins"])
-def test_the_noise_has_the_shape_that_the_sampler_takes(sampler: MarchConfig | StratifiedConfig) -> None:
+def test_noise_has_the_shape_that_the_sampler_takes(sampler: MarchConfig | StratifiedConfig) -> None:
     rays = Rays(origin=jnp.full((R, 3), 0.5), direction=jnp.tile(jnp.array([0.0, 0, 1]), (R, 1)))
     jitter = jnp.full(marching.jitter_shape(R, sampler=sampler), 0.5)
     samples = jax.eval_shape(functools.partial(marching.sample_rays, sampler=sampler), rays, FULL, jitter)
@@ -489,16 +454,16 @@ def test_marching_without_a_grid_is_refused() -> None:
 
 
 @pytest.mark.parametrize("preset", ["base", "small"])
-def test_no_single_opaque_cell_hides_what_lies_behind_it(preset: str) -> None:
+def test_no_single_opaque_cell_hides_what_is_behind(preset: str) -> None:
     """A thin wire makes its whole cell opaque; rays through the empty part of the cell must see the wall behind."""
     sampler = PRESETS[preset].sampler
     assert isinstance(sampler, MarchConfig)
     size = sampler.occupancy.resolution
     flags = np.zeros((size, size, size), bool)  # z, y, x
     flags[size // 2, size // 2, size // 4] = flags[size // 2, size // 2, 3 * size // 4] = True
-    words = occupancy.pack_bits(jnp.asarray(flags.reshape(-1)))
+    words = pack_bits(flags.reshape(1, -1))
     bounds = occupancy.occupied_bounds(words)
-    grid = OccupancyGrid(density=jnp.zeros(size**3), occupied=words, opaque=words, bounds=bounds)
+    grid = OccupancyGrid(density=jnp.zeros((1, size**3)), occupied=words, opaque=words, bounds=bounds)
     turn = np.array([[1.0, 0.0, 0.0], [1.0, 1e-3, 2e-3]], np.float32)
     direction = turn / np.linalg.norm(turn, axis=1, keepdims=True)
     origin = np.array([0.5, 0.5, 0.5], np.float32) + np.float32(0.3 / size) - 0.9 * direction
@@ -507,3 +472,34 @@ def test_no_single_opaque_cell_hides_what_lies_behind_it(preset: str) -> None:
     for ray in range(2):
         t = np.asarray(samples.t)[np.asarray(samples.valid) & (np.asarray(samples.ray) == ray)]
         assert t.min() < 0.7 < 1.1 < t.max()
+
+
+# Steps.
+
+
+@given(jitters, arrays32(R, 0, 2), arrays32(R, 0, 1))
+def test_steps_tile_the_ray_and_count_from_anywhere(jitter: np.ndarray, start: np.ndarray, beyond: np.ndarray) -> None:
+    """A sample lies `jitter` of its step behind the step's start; skipping steps moves none of those that are left."""
+    t, dt, first, skipped, count = take_steps(start, jitter, start + beyond)
+    number = np.arange(8)
+    exact = start.astype(np.float64)[:, None] + (number + jitter.astype(np.float64)[:, None]) * DT
+    np.testing.assert_allclose(t, exact, atol=1e-6)
+    np.testing.assert_array_equal(dt, np.float32(DT))
+    # The step from which on they are counted is the last one that begins before t, to rounding.
+    behind = (start.astype(np.float64) + beyond - np.asarray(first)) / DT
+    assert (behind > -1e-3).all()
+    assert (behind < 1 + 1e-3).all()
+    np.testing.assert_allclose((first - start) / DT, np.round((first - start) / DT), atol=1e-3)
+    np.testing.assert_allclose(skipped[:, 0], first + jitter * DT, atol=1e-6)
+    expected = beyond.astype(np.float64) / DT
+    clear = np.abs(expected - np.round(expected)) > 1e-3
+    np.testing.assert_array_equal(np.asarray(count)[clear], np.ceil(expected[clear]))
+
+
+@jax.jit
+def take_steps(t_start: jax.Array, jitter: jax.Array, t: jax.Array) -> tuple[jax.Array, ...]:
+    steps, number = Steps(t_start=t_start, jitter=jitter, length=DT), jnp.arange(8)
+    skipped = steps.skip_to(t)
+    every = steps[:, None]
+    dt = every.dt_at(jnp.broadcast_to(number, (R, 8)))
+    return every.t_at(number), dt, skipped.t_start, skipped[:, None].t_at(number), steps.num_until(t)

@@ -1,4 +1,4 @@
-"""Occupancy: bits against numpy, and what may never happen: a cell that holds something marked as empty."""
+"""Occupancy: cells against float64, and what may never happen: a cell that holds something marked as empty."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scenes import Ball, cell_numbers
 from strategies import TINY_MARCH, arrays32, points, seeds
 
-from jaxngp import occupancy
+from jaxngp import bitsets, occupancy
 from jaxngp.config import MarchConfig, OccupancyConfig
-from jaxngp.occupancy import EMPTY, OccupancyGrid
+from jaxngp.occupancy import EMPTY, Cells, OccupancyGrid
 
 G = 32
 CONFIG = OccupancyConfig(resolution=G)
-words = hnp.arrays(np.uint32, 8, elements=st.integers(0, 2**32 - 1) | st.sampled_from([0, 1, 2**31, 2**32 - 1]))
 
 
 def bits(packed: np.ndarray) -> np.ndarray:
-    """(n,) u32 -> (32 n,) bool, the lowest bit first."""
-    return np.unpackbits(np.asarray(packed, "<u4").view(np.uint8), bitorder="little").astype(bool)
+    """u32 words of any shape -> all their bits, the lowest first."""
+    return np.unpackbits(np.ravel(packed).astype("<u4").view(np.uint8), bitorder="little").astype(bool)
 
 
-def random_flags(seed: int, share: float, resolution: int = G) -> np.ndarray:
-    return np.random.default_rng(seed).uniform(size=resolution**3) < share
+def random_flags(seed: int, share: float, resolution: int = G, num_cascades: int = 1) -> np.ndarray:
+    """(K G^3,)"""
+    return np.random.default_rng(seed).uniform(size=num_cascades * resolution**3) < share
 
 
 def cell_coordinates(resolution: int = G) -> np.ndarray:
@@ -37,101 +38,112 @@ def cell_coordinates(resolution: int = G) -> np.ndarray:
     return np.indices((resolution,) * 3).reshape(3, -1)[::-1].T
 
 
-# Bits.
-
-
-@given(words)
-def test_packing_puts_the_first_flag_into_the_lowest_bit(packed: np.ndarray) -> None:
-    found = occupancy.pack_bits(jnp.asarray(bits(packed)))
-    assert found.dtype == jnp.uint32
-    np.testing.assert_array_equal(found, packed)
-    np.testing.assert_array_equal(occupancy.pack_bits(bits(packed).reshape(2, 128)), packed.reshape(2, 4))
-
-
-@given(st.integers(1, 2**32 - 1) | st.sampled_from([2**k for k in range(32)]))
-def test_the_nth_set_bit_is_the_nth_set_bit(word: int) -> None:
-    places = np.flatnonzero(bits(np.array([word], np.uint32)))
-    ranks = np.minimum(np.arange(32), len(places) - 1)
-    found = jax.jit(occupancy.nth_set_bit)(jnp.full(32, word, jnp.uint32), jnp.asarray(ranks))
-    np.testing.assert_array_equal(found, places[ranks])
-
-
-@given(words)
-def test_the_even_bits_move_together_into_the_lower_half(packed: np.ndarray) -> None:
-    flags = bits(packed).reshape(8, 32)
-    expected = np.concatenate([flags[:, ::2], np.zeros((8, 16), bool)], axis=1)
-    np.testing.assert_array_equal(bits(jax.jit(occupancy.even_bits)(packed)).reshape(8, 32), expected)
-
-
-@given(words, words)
-def test_interleaved_sets_come_apart_again(even: np.ndarray, odd: np.ndarray) -> None:
-    pairs = jax.jit(occupancy.interleave)(even, odd)
-    for shift, packed in enumerate((even, odd)):
-        apart = np.asarray(occupancy.even_bits(pairs >> shift)).reshape(8, 2)
-        np.testing.assert_array_equal(apart[:, 0] | (apart[:, 1] << 16), packed)
-
-
-@given(words)
-def test_the_bits_of_a_word_and_all_before_it_are_counted(packed: np.ndarray) -> None:
-    end = jax.jit(occupancy.count_bits)(packed)
-    assert end.dtype == jnp.int32
-    np.testing.assert_array_equal(end, np.cumsum(bits(packed).reshape(8, 32).sum(axis=1)))
-
-
-@given(words)
-def test_choosing_bits_by_rank_lists_the_set_ones_in_order(packed: np.ndarray) -> None:
-    cells = np.flatnonzero(bits(packed))
-    ranks = np.arange(256)
-    found = np.asarray(jax.jit(occupancy.nth_bit)(packed, occupancy.count_bits(packed), ranks))
-    np.testing.assert_array_equal(found[: len(cells)], cells)
-    assert ((found >= 0) & (found < 256)).all()  # a valid cell, whatever the rank
-
-
 # Looking up.
 
-bit_at = jax.jit(occupancy.bit_at, static_argnames="resolution")
-pair_at = jax.jit(occupancy.pair_at, static_argnames="resolution")
+is_occupied = jax.jit(occupancy.is_occupied)
+init_occupancy = jax.jit(occupancy.init_occupancy)
+pack_bits = jax.jit(bitsets.pack_bits)
 
 
+def flat_cells(num_cascades: int, resolution: int = G) -> tuple[np.ndarray, np.ndarray]:
+    """The lower corners (K G^3, 3) and the sides (K G^3,) of all cells, in scene units."""
+    side = np.repeat(2.0 ** np.arange(1 - num_cascades, 1), resolution**3)
+    unit = np.tile(cell_coordinates(resolution) / resolution, (num_cascades, 1))
+    return (unit - 0.5) * side[:, None] + 0.5, side / resolution
+
+
+def readable(num_cascades: int, resolution: int = G) -> np.ndarray:
+    """(K G^3,): the cells that do not lie inside the next smaller cascade."""
+    low, size = flat_cells(num_cascades, resolution)
+    half = np.repeat(2.0 ** np.arange(-1 - num_cascades, -1), resolution**3)  # of the next smaller one's side
+    reach = np.maximum(np.abs(low - 0.5), np.abs(low + size[:, None] - 0.5)).max(axis=1)
+    return (reach > half) | (np.arange(len(low)) < resolution**3)
+
+
+@pytest.mark.parametrize("num_cascades", [1, 2, 3])
 @settings(max_examples=20)
-@given(points(64), seeds, st.sampled_from([0.0, 0.1, 0.9, 1.0]))
-def test_a_point_is_occupied_where_its_cell_is(position: np.ndarray, seed: int, share: float) -> None:
-    flags = random_flags(seed, share)
-    cell = np.minimum(np.floor(position * np.float32(G)), G - 1).astype(int)
-    expected = flags[cell[:, 0] + G * (cell[:, 1] + G * cell[:, 2])]
-    grid = occupancy.init_occupancy(jnp.asarray(flags))
-    np.testing.assert_array_equal(jax.jit(occupancy.is_occupied)(grid, position), expected)
-    np.testing.assert_array_equal(bit_at(grid.occupied, *position.T, resolution=G), expected)
-    pairs = occupancy.interleave(occupancy.pack_bits(flags[::-1]), grid.occupied)
-    first = flags[::-1][cell[:, 0] + G * (cell[:, 1] + G * cell[:, 2])]
-    np.testing.assert_array_equal(pair_at(pairs, *position.T, resolution=G), first + 2 * expected)
+@given(points(64), seeds, st.sampled_from([0.0, 0.1, 0.9, 1.0]), st.sampled_from([1.0, 0.5, 0.2]))
+def test_a_point_is_occupied_where_its_cell_is(
+    num_cascades: int, position: np.ndarray, seed: int, share: float, scale: float
+) -> None:
+    position = ((position - np.float32(0.5)) * np.float32(scale) + np.float32(0.5)).astype(np.float32)
+    flags = random_flags(seed, share, num_cascades=num_cascades)
+    number, certain = cell_numbers(position, G, num_cascades)
+    grid = init_occupancy(flags.reshape(num_cascades, -1))
+    np.testing.assert_array_equal(is_occupied(grid, position)[certain], flags[number][certain])
+    if num_cascades == 1:  # G is a power of two, so that faces are exact
+        np.testing.assert_array_equal(is_occupied(grid, position), flags[number])
 
 
-def test_every_cell_is_found_at_its_centre_by_its_number() -> None:
-    centre = occupancy.cell_centre(jnp.arange(G**3), resolution=G)
-    np.testing.assert_allclose(centre, (cell_coordinates() + 0.5) / G, atol=1e-7)
-    flags = random_flags(0, 0.5)
-    np.testing.assert_array_equal(occupancy.is_occupied(occupancy.init_occupancy(jnp.asarray(flags)), centre), flags)
+@pytest.mark.parametrize("num_cascades", [1, 2])
+@settings(max_examples=20)
+@given(points(64), seeds)
+def test_a_pair_of_bits_is_read_as_both_sets_hold(num_cascades: int, position: np.ndarray, seed: int) -> None:
+    cells = Cells(G, num_cascades)
+    sets = [random_flags(seed + i, 0.5, num_cascades=num_cascades).reshape(num_cascades, -1) for i in range(2)]
+    found, *bits_of_sets = read_pairs(cells, *(pack_bits(flags) for flags in sets), position)
+    np.testing.assert_array_equal(found, np.asarray(bits_of_sets[0]) + 2 * np.asarray(bits_of_sets[1]))
 
 
+@functools.partial(jax.jit, static_argnames="cells")
+def read_pairs(cells: Cells, first: jax.Array, second: jax.Array, position: jax.Array) -> tuple[jax.Array, ...]:
+    axes = position.T
+    pairs = cells.read(bitsets.interleave(first, second), *axes, width=2)
+    return pairs, cells.read(first, *axes), cells.read(second, *axes)
+
+
+@pytest.mark.parametrize("num_cascades", [1, 3])
+def test_every_cell_is_found_at_its_centre(num_cascades: int) -> None:
+    """Those of an outer cascade that lie inside a smaller one are not: there a smaller cell is."""
+    cells = Cells(G, num_cascades)
+    number = jnp.arange(cells.num_cells, dtype=jnp.int32)
+    centre = np.stack(jax.jit(cells.centre)(number), axis=-1)
+    low, size = flat_cells(num_cascades)
+    np.testing.assert_allclose(centre, low + size[:, None] / 2, atol=3e-7)
+    np.testing.assert_allclose(jax.jit(cells.side)(number), size * G, rtol=0)
+    column, row, layer, cascade = (np.asarray(a) for a in jax.jit(cells.at)(*centre.T))
+    found = column + G * (row + G * (layer + G * cascade))
+    np.testing.assert_array_equal(found == number, readable(num_cascades))
+    np.testing.assert_array_equal(jax.jit(cells.readable)().reshape(-1), readable(num_cascades))
+
+
+@pytest.mark.parametrize("num_cascades", [1, 8])
 @given(arrays32((16, 3), -10, 10))
-def test_a_point_outside_the_cube_reads_a_valid_cell(position: np.ndarray) -> None:
-    grid = occupancy.init_occupancy(jnp.ones(G**3, bool))
-    assert np.asarray(occupancy.is_occupied(grid, jnp.asarray(position))).all()
+def test_a_point_outside_the_cube_reads_a_valid_cell(num_cascades: int, position: np.ndarray) -> None:
+    column, row, layer, cascade = (np.asarray(a) for a in at(Cells(G, num_cascades), position))
+    for place in (column, row, layer):
+        assert ((place >= 0) & (place < G)).all()
+    outside = np.abs(position - 0.5).max(axis=1) > 0.5
+    assert (cascade[outside] == num_cascades - 1).all()
+    assert ((cascade >= 0) & (cascade < num_cascades)).all()
 
 
-def test_a_fresh_grid_occupies_its_candidates_and_nothing_else() -> None:
-    flags = random_flags(0, 0.3)
-    grid = occupancy.init_occupancy(jnp.asarray(flags))
+@functools.partial(jax.jit, static_argnames="cells")
+def at(cells: Cells, position: jax.Array) -> tuple[jax.Array, ...]:
+    return cells.at(*position.T)
+
+
+@pytest.mark.parametrize("num_cascades", [1, 3])
+def test_a_fresh_grid_occupies_its_candidates_only(num_cascades: int) -> None:
+    flags = random_flags(0, 0.3, num_cascades=num_cascades)
+    grid = init_occupancy(flags.reshape(num_cascades, -1))
+    flags = flags & readable(num_cascades)
     np.testing.assert_array_equal(bits(grid.occupied), flags)
-    np.testing.assert_array_equal(grid.density, np.where(flags, 0, EMPTY))
+    np.testing.assert_array_equal(np.ravel(grid.density), np.where(flags, 0, EMPTY))
     assert not np.asarray(grid.opaque).any()
 
 
+def test_flat_candidates_are_one_cascade() -> None:
+    flags = random_flags(0, 0.3)
+    jax.tree.map(np.testing.assert_array_equal, init_occupancy(flags), init_occupancy(flags[None]))
+
+
+@pytest.mark.parametrize("num_cascades", [1, 5])
 @pytest.mark.parametrize("resolution", range(32, 513, 32))
-def test_a_grid_knows_its_resolution(resolution: int) -> None:
-    density = jax.ShapeDtypeStruct((resolution**3,), jnp.float32)
+def test_a_grid_knows_its_cells(resolution: int, num_cascades: int) -> None:
+    density = jax.ShapeDtypeStruct((num_cascades, resolution**3), jnp.float32)
     grid = OccupancyGrid(density=density, occupied=density, opaque=density, bounds=density)
+    assert grid.cells == Cells(resolution, num_cascades)
     assert grid.resolution == resolution
 
 
@@ -148,28 +160,40 @@ occupied_bounds = jax.jit(occupancy.occupied_bounds)
 
 
 @given(hnp.arrays(np.int64, (3, 3), elements=st.integers(0, G - 1) | st.sampled_from([0, G - 1])), st.integers(1, 3))
-def test_the_bounds_are_the_smallest_box_around_the_occupied_cells(cells: np.ndarray, num_cells: int) -> None:
+def test_bounds_are_the_smallest_box_around_the_cells(cells: np.ndarray, num_cells: int) -> None:
     """Of one to three cells, those at the cube's faces, edges and corners among them."""
     flags = np.zeros(G**3, bool)
     flags[cells[:num_cells] @ [1, G, G**2]] = True
-    found = occupied_bounds(occupancy.pack_bits(jnp.asarray(flags)))
+    found = occupied_bounds(pack_bits(flags[None]))
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, bounds_by_numpy(flags))  # multiples of 1 / G, a power of 2, are exact
 
 
 @pytest.mark.parametrize("resolution", [32, 64, 96])
-def test_the_bounds_hold_for_every_width_of_the_grid(resolution: int) -> None:
+def test_bounds_hold_for_every_width_of_the_grid(resolution: int) -> None:
     """A row of cells takes one, two or three words."""
     for seed in range(4):
         flags = random_flags(seed, 2.0 * resolution**-3, resolution)  # two cells, more or less
         flags[seed] = True
-        found = occupied_bounds(occupancy.pack_bits(jnp.asarray(flags)))
+        found = occupied_bounds(pack_bits(flags[None]))
         np.testing.assert_allclose(found, bounds_by_numpy(flags, resolution), rtol=2**-23)  # a division's rounding
 
 
-def test_the_bounds_of_all_cells_are_the_cube_and_those_of_none_have_no_size() -> None:
-    np.testing.assert_array_equal(occupancy.init_occupancy(jnp.ones(G**3, bool)).bounds, [[0, 0, 0], [1, 1, 1]])
-    low, high = occupancy.init_occupancy(jnp.zeros(G**3, bool)).bounds
+@given(hnp.arrays(np.int64, 2, elements=st.integers(0, 3 * G**3 - 1)), st.integers(1, 2))
+def test_bounds_hold_the_cells_of_all_cascades(numbers: np.ndarray, num_cells: int) -> None:
+    flags = np.zeros(3 * G**3, bool)
+    flags[numbers[:num_cells]] = True
+    low, size = flat_cells(3)
+    expected = [low[flags].min(axis=0), (low + size[:, None])[flags].max(axis=0)]
+    np.testing.assert_array_equal(occupied_bounds(pack_bits(flags.reshape(3, -1))), expected)
+
+
+@pytest.mark.parametrize("num_cascades", [1, 3])
+def test_bounds_of_all_cells_and_of_none(num_cascades: int) -> None:
+    """Those of all are the cube; those of none have no size."""
+    full = np.ones((num_cascades, G**3), bool)
+    np.testing.assert_array_equal(init_occupancy(full).bounds, [[0, 0, 0], [1, 1, 1]])
+    low, high = init_occupancy(~full).bounds
     np.testing.assert_array_equal(low, high)
     assert ((np.asarray(low) >= 0) & (np.asarray(low) <= 1)).all()
 
@@ -204,28 +228,26 @@ def some_grid(seed: int, share_of_candidates: float) -> OccupancyGrid:
     flags = random_flags(seed, share_of_candidates)
     density = np.where(flags, rng.uniform(0, 2, G**3), EMPTY).astype(np.float32)
     marked = flags & (rng.uniform(size=G**3) < 0.125)
-    packed = occupancy.pack_bits(jnp.asarray(marked))
+    packed = pack_bits(marked[None])
     return OccupancyGrid(
-        density=jnp.asarray(density),
+        density=jnp.asarray(density[None]),
         occupied=packed,
         opaque=jnp.zeros_like(packed),
-        bounds=occupancy.occupied_bounds(packed),
+        bounds=occupied_bounds(packed),
     )
 
 
 @settings(max_examples=15)
 @given(seeds, st.sampled_from([0.0, 0.01, 0.5, 1.0]), st.sampled_from([0.001, 0.1, 1.0]))
-def test_a_cell_with_density_is_never_marked_empty_by_a_refresh_in_warmup(
-    seed: int, share_of_candidates: float, share_dense: float
-) -> None:
+def test_warmup_never_marks_a_dense_cell_empty(seed: int, share_of_candidates: float, share_dense: float) -> None:
     grid = some_grid(seed, share_of_candidates)
     dense = random_flags(seed + 1, share_dense)
     new = refresh(grid, seed, np.where(dense, 1.01 * LIMIT, 0).astype(np.float32), True)
-    flags = np.asarray(grid.density) >= 0
+    flags = np.ravel(grid.density) >= 0
     assert bits(new.occupied)[dense & flags].all()
-    assert (np.asarray(new.density)[dense & flags] >= np.float32(1.01 * LIMIT)).all()
+    assert (np.ravel(new.density)[dense & flags] >= np.float32(1.01 * LIMIT)).all()
     assert not bits(new.occupied)[~flags].any()
-    np.testing.assert_array_equal(np.asarray(new.density)[~flags], EMPTY)
+    np.testing.assert_array_equal(np.ravel(new.density)[~flags], EMPTY)
 
 
 @pytest.mark.parametrize("warmup", [True, False])
@@ -235,7 +257,7 @@ def test_a_refreshed_grid_knows_its_bounds(warmup: bool, corners: np.ndarray, se
     """Candidates everywhere, density in a box only; after warmup only some of it is found."""
     cells = cell_coordinates()
     inside = np.all((cells >= corners.min(axis=0)) & (cells < corners.max(axis=0)), axis=1)
-    grid = replace(some_grid(seed, 1.0), density=jnp.zeros(G**3))
+    grid = replace(some_grid(seed, 1.0), density=jnp.zeros((1, G**3)))
     new = refresh(grid, np.uint32(seed), np.where(inside, 2 * LIMIT, 0).astype(np.float32), warmup)
     flags = bits(new.occupied)
     low, high = np.asarray(new.bounds)
@@ -254,13 +276,11 @@ def test_without_density_every_cell_decays(warmup: bool) -> None:
 
 @settings(max_examples=15)
 @given(seeds, st.booleans(), st.sampled_from([0.01, 1.0, 100.0]))
-def test_a_cell_is_occupied_above_the_mean_or_the_threshold_whichever_is_less(
-    seed: int, warmup: bool, scale: float
-) -> None:
+def test_occupied_means_above_the_mean_or_threshold(seed: int, warmup: bool, scale: float) -> None:
     rng = np.random.default_rng(seed)
     cell_density = (scale * rng.exponential(size=G**3) * random_flags(seed + 2, 0.3)).astype(np.float32)
     new = refresh(some_grid(seed, 0.7), seed, cell_density, warmup)
-    density = np.asarray(new.density, np.float64)
+    density = np.ravel(new.density).astype(np.float64)
     limit = min(np.maximum(density, 0).mean(), LIMIT)
     certain = np.abs(density - limit) > 1e-5 * limit
     np.testing.assert_array_equal(bits(new.occupied)[certain], (density > limit)[certain])
@@ -268,13 +288,11 @@ def test_a_cell_is_occupied_above_the_mean_or_the_threshold_whichever_is_less(
 
 
 @pytest.mark.parametrize(("opaque_thickness", "threshold"), [(0.5, 0.01), (1e-3, 0.3)])
-def test_a_cell_is_opaque_above_the_thickness_of_a_step_and_then_it_is_occupied(
-    opaque_thickness: float, threshold: float
-) -> None:
+def test_opaque_means_above_a_steps_thickness(opaque_thickness: float, threshold: float) -> None:
     config = replace(MARCH, opaque_thickness=opaque_thickness, occupancy=replace(CONFIG, threshold=threshold))
     cell_density = np.random.default_rng(0).exponential(0.5 / DT, size=G**3).astype(np.float32)
     new = refresh(some_grid(0, 0.7), 0, cell_density, True, config=config)
-    thickness = np.asarray(new.density, np.float64) * DT
+    thickness = np.ravel(new.density).astype(np.float64) * DT
     limit = max(opaque_thickness, threshold)
     certain = np.abs(thickness - limit) > 1e-5
     opaque = bits(new.opaque)
@@ -283,29 +301,33 @@ def test_a_cell_is_opaque_above_the_thickness_of_a_step_and_then_it_is_occupied(
     assert not (opaque & ~bits(new.occupied)).any()
 
 
-@pytest.mark.parametrize("resolution", [32, 64])
-def test_in_warmup_every_candidate_is_looked_at_inside_its_own_cell(resolution: int) -> None:
-    """Also where there are more cells than fit one chunk. The density tells where the look was."""
-    config = replace(MARCH, occupancy=replace(CONFIG, resolution=resolution))
-    flags = random_flags(0, 0.9, resolution)
-    grid = occupancy.init_occupancy(jnp.asarray(flags))
+@pytest.mark.parametrize(("resolution", "num_cascades"), [(32, 1), (64, 1), (32, 3)])
+def test_warmup_looks_into_every_candidate(resolution: int, num_cascades: int) -> None:
+    """Inside its own cell, also where there are more than fit one chunk. The density tells where the look was."""
+    config = replace(MARCH, occupancy=OccupancyConfig(resolution=resolution, num_cascades=num_cascades, decay=0.5))
+    flags = random_flags(0, 0.9, resolution, num_cascades)
+    grid = init_occupancy(flags.reshape(num_cascades, -1))
+    flags = flags & readable(num_cascades, resolution)
+    low, size = flat_cells(num_cascades, resolution)
     look = jax.jit(
         lambda axis: occupancy.update_occupancy(
             grid, jax.random.key(axis), lambda p: 1 + jnp.take(p, axis, axis=1), jnp.array(True), config=config
         )
     )
     for axis in range(3):
-        place = (np.asarray(look(axis).density, np.float64) - 1) * resolution - cell_coordinates(resolution)[:, axis]
+        density = np.ravel(look(axis).density)
+        np.testing.assert_array_equal(density >= 0, flags)
+        place = (density.astype(np.float64) - 1 - low[:, axis]) / size
         assert (place[flags] > -1e-3).all()
         assert (place[flags] < 1 + 1e-3).all()
         np.testing.assert_allclose(place[flags].mean(), 0.5, atol=0.01)
         np.testing.assert_allclose(place[flags].std(), 12**-0.5, atol=0.01)
 
 
-def test_after_warmup_a_quarter_is_drawn_from_all_candidates_and_as_much_from_the_occupied() -> None:
+def test_after_warmup_some_cells_are_drawn() -> None:
     grid = some_grid(0, 0.5)
     new = refresh(grid, 3, jnp.full(G**3, 100.0), False)
-    looked, flags, marked = np.asarray(new.density) == 100, np.asarray(grid.density) >= 0, bits(grid.occupied)
+    looked, flags, marked = np.ravel(new.density) == 100, np.ravel(grid.density) >= 0, bits(grid.occupied)
     assert not looked[~flags].any()
     # Draws with replacement miss a cell with probability exp(-draws per cell). Of the occupied, an eighth of the
     # candidates, as many are drawn as there are, which is less than a quarter of the candidates.
@@ -313,7 +335,7 @@ def test_after_warmup_a_quarter_is_drawn_from_all_candidates_and_as_much_from_th
     np.testing.assert_allclose(looked[marked].mean(), 1 - np.exp(-1.25), atol=0.04)
 
 
-def test_equal_keys_give_equal_grids_and_other_keys_look_elsewhere() -> None:
+def test_keys_decide_where_a_refresh_looks() -> None:
     grid, dense = some_grid(0, 0.5), jnp.full(G**3, 100.0)
     first, again, other = (refresh(grid, seed, dense, False) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.density, again.density)
@@ -322,7 +344,64 @@ def test_equal_keys_give_equal_grids_and_other_keys_look_elsewhere() -> None:
 
 @pytest.mark.parametrize("warmup", [True, False])
 def test_a_grid_without_candidates_stays_empty(warmup: bool) -> None:
-    grid = occupancy.init_occupancy(jnp.zeros(G**3, bool))
+    grid = init_occupancy(jnp.zeros(G**3, bool))
     new = refresh(grid, 0, jnp.full(G**3, 100.0), warmup)
     assert not np.asarray(new.occupied).any()
     np.testing.assert_array_equal(new.density, EMPTY)
+
+
+# Refreshes of several cascades.
+
+SHELLS = 3
+NESTED = replace(MARCH, occupancy=replace(CONFIG, num_cascades=SHELLS))
+
+
+@settings(max_examples=5)
+@given(arrays32(3, 0.3, 0.7), st.sampled_from([0.05, 0.1, 0.28]), seeds)
+def test_refreshes_find_a_ball_in_all_cascades(centre: np.ndarray, radius: float, seed: int) -> None:
+    """What lies wholly inside the ball is occupied, what it does not touch is not: in the cells that a point reads."""
+    ball = Ball(tuple(centre.tolist()), radius, 2 * LIMIT, (0, 0, 0), (0, 0, 0))
+    new = refresh_ball(centre, radius, seed)
+    low, size = flat_cells(SHELLS)
+    high = low + size[:, None]
+    nearest = np.linalg.norm(np.clip(ball.centre, low, high) - ball.centre, axis=1)
+    farthest = np.linalg.norm(np.maximum(np.abs(low - ball.centre), np.abs(high - ball.centre)), axis=1)
+    occupied = bits(new.occupied)
+    assert occupied[(farthest < ball.radius - 1e-5) & readable(SHELLS)].all()
+    assert not occupied[(nearest > ball.radius + 1e-5) | ~readable(SHELLS)].any()
+    np.testing.assert_array_equal(np.ravel(new.density) == EMPTY, ~readable(SHELLS))
+    bounds = [low[occupied].min(axis=0), high[occupied].max(axis=0)]
+    np.testing.assert_array_equal(new.bounds, bounds)
+
+
+@jax.jit
+def refresh_ball(centre: jax.Array, radius: jax.Array, seed: jax.Array) -> OccupancyGrid:
+    def density_fn(position: jax.Array) -> jax.Array:
+        return jnp.where(jnp.sum((position - centre) ** 2, axis=-1) < radius**2, 2 * LIMIT, 0.0)
+
+    grid = occupancy.init_occupancy(jnp.ones((SHELLS, G**3), bool))
+    return occupancy.update_occupancy(grid, jax.random.key(seed), density_fn, jnp.array(True), config=NESTED)
+
+
+def test_the_mean_of_all_cascades_is_that_of_the_cube() -> None:
+    """A cell of a smaller cascade counts for its volume: here the mean, below the threshold, is what decides."""
+    density = np.where(readable(SHELLS), np.random.default_rng(0).uniform(0, LIMIT, SHELLS * G**3), EMPTY)
+    grid = OccupancyGrid(
+        density=density.reshape(SHELLS, -1).astype(np.float32),  # type: ignore[arg-type]
+        occupied=jnp.zeros((SHELLS, G**3 // 32), jnp.uint32),
+        opaque=jnp.zeros((SHELLS, G**3 // 32), jnp.uint32),
+        bounds=jnp.zeros((2, 3)),
+    )
+    new = decay(grid)
+    _, size = flat_cells(SHELLS)
+    density = np.ravel(new.density).astype(np.float64)
+    mean = np.sum(np.maximum(density, 0) * size**3)
+    assert mean < LIMIT
+    certain = np.abs(density - mean) > 1e-4 * mean
+    np.testing.assert_array_equal(bits(new.occupied)[certain], (density > mean)[certain])
+
+
+@jax.jit
+def decay(grid: OccupancyGrid) -> OccupancyGrid:
+    zero = lambda position: jnp.zeros(len(position))  # noqa: E731
+    return occupancy.update_occupancy(grid, jax.random.key(0), zero, jnp.array(False), config=NESTED)

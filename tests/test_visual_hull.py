@@ -1,4 +1,4 @@
-"""Carving: a cell is empty for good only if a silhouette says so; a pixel is left out only if it shows no cell."""
+"""The visual hull: a cell stays empty only if a silhouette says so; a pixel is left out only if it shows no cell."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from hypothesis.extra import numpy as hnp
 from scenes import BALL, Ball, look_at, make_camera, photograph, pixel_rays, poses_around, slab_interval
 from strategies import arrays32, floats32, rotations
 
-from jaxngp import carving, marching, occupancy
-from jaxngp.cameras import Camera, PosedImages, Rays
+from jaxngp import marching, occupancy, visual_hull
+from jaxngp.cameras import Cameras, PosedImages, Rays, make_cameras, pose_images
 from jaxngp.config import MarchConfig, OccupancyConfig
+from jaxngp.occupancy import Cells
 
 G = 32
 CONFIG = OccupancyConfig(resolution=G)
@@ -31,9 +32,31 @@ def cell_coordinates() -> np.ndarray:
 # Candidates.
 
 WIDTH, HEIGHT = 48, 40
-candidates = jax.jit(carving.candidate_cells, static_argnames="config")
-survey = jax.jit(carving.survey, static_argnames="config")
-pixel_set, nth = jax.jit(carving.pixel_set), jax.jit(carving.PixelSet.nth)
+hull = jax.jit(visual_hull.visual_hull, static_argnames="config")
+pixel_set, nth = jax.jit(visual_hull.pixel_set), jax.jit(visual_hull.PixelSet.nth)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def candidates(images: PosedImages, *, config: OccupancyConfig) -> jax.Array:
+    """(K G^3,)"""
+    return visual_hull.candidate_cells(images, config=config).reshape(-1)
+
+
+def with_alpha(images: PosedImages, alpha: np.ndarray) -> PosedImages:
+    """The images with another alpha, of as many numbers as there are pixels."""
+    colour = np.asarray(images.rgba)[:, :3]
+    return replace(images, rgba=np.concatenate([colour, np.reshape(alpha, (-1, 1)).astype(np.uint8)], axis=1))
+
+
+def blank_views(cameras: Cameras, value: int = 0) -> PosedImages:
+    """All numbers of all pixels are `value`."""
+    width, height = np.asarray(cameras.size)[0]
+    return pose_images(cameras, np.full((len(cameras), height, width, 4), value, np.uint8))
+
+
+def some_views(images: PosedImages, views: np.ndarray | list[int]) -> PosedImages:
+    """Some of the views; the pixels of all stay where they are."""
+    return replace(images, cameras=images.cameras[views], offset=images.offset[views])
 
 
 def project(camera_focal: float, c2w: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -71,13 +94,10 @@ def seen_by_any(focal: float, c2w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize(("focal", "distance"), [(60.0, 1.5), (30.0, 1.0), (300.0, 4.0)])
 @settings(max_examples=10)
 @given(balls(), st.integers(2, 4))
-def test_no_silhouette_excludes_a_cell_that_holds_part_of_a_ball(
-    focal: float, distance: float, ball: Ball, num_views: int
-) -> None:
-    images = photograph(
-        ball, make_camera(WIDTH, HEIGHT, focal), np.resize(poses_around(num_views, distance), (4, 3, 4))
-    )
-    seen, certain = seen_by_any(focal, images.c2w)
+def test_no_silhouette_excludes_part_of_a_ball(focal: float, distance: float, ball: Ball, num_views: int) -> None:
+    c2w = np.resize(poses_around(num_views, distance), (4, 3, 4))
+    images = photograph(ball, make_camera(WIDTH, HEIGHT, focal, c2w))
+    seen, certain = seen_by_any(focal, c2w)
     found = np.asarray(candidates(images, config=CONFIG))
     must = cells_touched_by(ball) & seen & certain
     assert must.sum() > 20
@@ -85,12 +105,12 @@ def test_no_silhouette_excludes_a_cell_that_holds_part_of_a_ball(
 
 
 @pytest.mark.parametrize("size", [4, 64])
-def test_no_silhouette_excludes_what_it_shows_off_the_axis_of_a_wide_camera(size: int) -> None:
+def test_no_silhouette_excludes_what_a_wide_view_shows(size: int) -> None:
     """Large images of a large ball at the side: there a cell looks larger than focal length over depth says."""
     focal, width, height = 4.0 * size, 16 * size, 8 * size
     ball = Ball(centre=(0.5, 0.3, 0.5), radius=0.2, density=1e6, inner=(1, 0, 0), outer=(0, 1, 0))
     c2w = np.stack([look_at((1.4, y, 0.5), (0, y, 0.5)) for y in (0.9, 1.2, 1.5, 1.8)])
-    images = photograph(ball, make_camera(width, height, focal), c2w)
+    images = photograph(ball, make_camera(width, height, focal, c2w))
     seen = np.asarray(candidates(images, config=replace(CONFIG, carve=False)))
     found = np.asarray(candidates(images, config=CONFIG))
     must = cells_touched_by(ball) & seen
@@ -100,13 +120,13 @@ def test_no_silhouette_excludes_what_it_shows_off_the_axis_of_a_wide_camera(size
 
 @settings(max_examples=10)
 @given(balls())
-def test_cells_clearly_outside_a_silhouette_are_excluded(ball: Ball) -> None:
+def test_cells_clearly_outside_a_view_are_excluded(ball: Ball) -> None:
     focal = 60.0
-    images = photograph(ball, make_camera(WIDTH, HEIGHT, focal), poses_around(4, 1.5))
+    images = photograph(ball, make_camera(WIDTH, HEIGHT, focal, poses_around(4, 1.5)))
     found = np.asarray(candidates(images, config=CONFIG))
     clear = np.zeros(G**3, bool)
     centre = (cell_coordinates() + 0.5) / G
-    for pose in images.c2w:
+    for pose in images.cameras.c2w:
         pixel, depth = project(focal, pose, centre)
         margin = 0.5 * 3**0.5 / G * focal / depth + 2.5  # the cell's own half side in pixels, and rounding outward
         inside = np.all((pixel > margin[:, None]) & (pixel < np.array([WIDTH, HEIGHT]) - margin[:, None]), axis=1)
@@ -122,17 +142,15 @@ def test_cells_clearly_outside_a_silhouette_are_excluded(ball: Ball) -> None:
 @given(balls(), hnp.arrays(np.uint8, (4, HEIGHT, WIDTH), elements=st.integers(1, 255)))
 def test_how_faint_a_pixel_is_makes_no_difference(ball: Ball, alpha: np.ndarray) -> None:
     """Light met something wherever alpha is above 0, be it by 1/255."""
-    opaque = photograph(ball, make_camera(WIDTH, HEIGHT, 60.0), poses_around(4, 1.5))
-    shown = opaque.rgba[..., 3] > 0
-    rgba = np.concatenate([opaque.rgba[..., :3], np.where(shown, alpha, 0).astype(np.uint8)[..., None]], axis=-1)
-    expected = candidates(replace(opaque, rgba=np.where(shown[..., None], np.uint8(255), rgba)), config=CONFIG)
-    np.testing.assert_array_equal(candidates(replace(opaque, rgba=rgba), config=CONFIG), expected)
+    images = photograph(ball, make_camera(WIDTH, HEIGHT, 60.0, poses_around(4, 1.5)))
+    shown = images.rgba[:, 3] > 0
+    expected = candidates(with_alpha(images, 255 * shown), config=CONFIG)
+    np.testing.assert_array_equal(candidates(with_alpha(images, alpha.ravel() * shown), config=CONFIG), expected)
 
 
-def test_cells_that_no_camera_sees_stay_empty_and_opaque_images_exclude_no_others() -> None:
+def test_opaque_images_exclude_only_unseen_cells() -> None:
     c2w = np.stack([look_at((0.9, 0.2, 0.3), (0.5, 0.5, 0.5)), look_at((2, 0.5, 0.6))])
-    opaque = np.full((2, HEIGHT, WIDTH, 4), 255, np.uint8)
-    images = PosedImages(camera=make_camera(WIDTH, HEIGHT, 80.0), c2w=c2w, rgba=opaque)
+    images = blank_views(make_camera(WIDTH, HEIGHT, 80.0, c2w), 255)
     seen, certain = seen_by_any(80.0, c2w)
     assert 0.1 < seen.mean() < 0.9
     for carve in (True, False):
@@ -141,20 +159,20 @@ def test_cells_that_no_camera_sees_stay_empty_and_opaque_images_exclude_no_other
 
 
 def test_without_carving_silhouettes_exclude_nothing() -> None:
-    clear = np.zeros((4, HEIGHT, WIDTH, 4), np.uint8)
-    images = PosedImages(camera=make_camera(WIDTH, HEIGHT, 60.0), c2w=poses_around(4, 1.5), rgba=clear)
-    seen, certain = seen_by_any(60.0, images.c2w)
+    c2w = poses_around(4, 1.5)
+    images = blank_views(make_camera(WIDTH, HEIGHT, 60.0, c2w))
+    seen, certain = seen_by_any(60.0, c2w)
     found = np.asarray(candidates(images, config=replace(CONFIG, carve=False)))
     np.testing.assert_array_equal(found[certain], seen[certain])
     assert np.asarray(candidates(images, config=CONFIG)).sum() < 0.2 * seen.sum()
 
 
-def test_a_cell_at_the_edge_of_the_image_is_not_excluded() -> None:
+def test_a_cell_at_the_edge_of_a_view_is_not_excluded() -> None:
     """Part of its footprint is unknown, even if all of the image is clear."""
     focal = 60.0
-    clear = np.zeros((1, HEIGHT, WIDTH, 4), np.uint8)
-    images = PosedImages(camera=make_camera(WIDTH, HEIGHT, focal), c2w=poses_around(1, 1.5), rgba=clear)
-    pixel, depth = project(focal, images.c2w[0], (cell_coordinates() + 0.5) / G)
+    c2w = poses_around(1, 1.5)
+    images = blank_views(make_camera(WIDTH, HEIGHT, focal, c2w))
+    pixel, depth = project(focal, c2w[0], (cell_coordinates() + 0.5) / G)
     inside = np.min(np.minimum(pixel, np.array([WIDTH, HEIGHT]) - pixel), axis=1)
     edge = (inside > 0.01) & (inside < 0.5 * 3**0.5 / G * focal / depth)
     assert edge.sum() > 100
@@ -174,22 +192,21 @@ def some_silhouettes(num_views: int, seed: int = 0) -> PosedImages:
     c2w = np.stack(
         [look_at(o, target) for o, target in zip(origin, rng.uniform(0.1, 0.9, (num_views, 3)), strict=True)]
     )
-    images = photograph(BALL, make_camera(WIDTH, HEIGHT, 90.0), c2w)
-    flipped = np.repeat(np.repeat(rng.uniform(size=(num_views, 5, 6)) < 0.1, 8, axis=1), 8, axis=2)
-    rgba = np.array(images.rgba)
-    rgba[..., 3] = np.where(flipped, 255 - rgba[..., 3], rgba[..., 3])
-    return replace(images, rgba=rgba)
+    images = photograph(BALL, make_camera(WIDTH, HEIGHT, 90.0, c2w))
+    flipped = np.repeat(np.repeat(rng.uniform(size=(num_views, 5, 6)) < 0.1, 8, axis=1), 8, axis=2).ravel()
+    alpha = images.rgba[:, 3]
+    return with_alpha(images, np.where(flipped, 255 - alpha, alpha))
 
 
 def view_by_view(images: PosedImages) -> tuple[np.ndarray, np.ndarray]:
     """(V, G^3): what each view alone sees, and what it excludes of that."""
-    alone = [replace(images, c2w=images.c2w[[i]], rgba=images.rgba[[i]]) for i in range(len(images.c2w))]
+    alone = [some_views(images, [i]) for i in range(len(images.cameras))]
     seen = np.array([candidates(view, config=replace(CONFIG, carve=False)) for view in alone])
     return seen, seen & ~np.array([candidates(view, config=CONFIG) for view in alone])
 
 
 @pytest.mark.parametrize("num_views", [1, 8, 9, 24])
-def test_any_view_that_sees_a_cell_lets_it_in_and_any_that_excludes_it_keeps_it_out(num_views: int) -> None:
+def test_each_view_lets_cells_in_and_keeps_others_out(num_views: int) -> None:
     """However many views look at all cells, and how many only at those that are left."""
     images = some_silhouettes(num_views)
     seen, excluded = view_by_view(images)
@@ -204,31 +221,77 @@ def test_any_view_that_sees_a_cell_lets_it_in_and_any_that_excludes_it_keeps_it_
 
 
 @pytest.mark.parametrize("carve", [True, False])
-def test_what_is_left_does_not_depend_on_the_order_of_the_views(carve: bool) -> None:
+def test_the_order_of_the_views_does_not_matter(carve: bool) -> None:
     images, order = some_silhouettes(9), np.random.default_rng(0).permutation(9)
-    other = replace(images, c2w=images.c2w[order], rgba=images.rgba[order])
     config = replace(CONFIG, carve=carve)
-    np.testing.assert_array_equal(candidates(images, config=config), candidates(other, config=config))
+    other = candidates(some_views(images, order), config=config)
+    np.testing.assert_array_equal(candidates(images, config=config), other)
 
 
-def test_nothing_is_left_where_the_first_views_leave_nothing() -> None:
+def test_nothing_is_left_where_first_views_leave_none() -> None:
     """Nor where no view sees anything: the list of cells for the other views is then empty, or holds all."""
     images = some_silhouettes(9)
-    clear = replace(images, c2w=poses_around(9, 4.0), rgba=np.zeros_like(images.rgba))
+    clear = blank_views(make_camera(WIDTH, HEIGHT, 90.0, poses_around(9, 4.0)))
     assert not np.asarray(candidates(clear, config=CONFIG)).any()
-    away = replace(images, c2w=np.stack([look_at(o, 2 * o - 0.5) for o in poses_around(9, 4.0)[:, :, 3]]))
+    backward = np.stack([look_at(o, 2 * o - 0.5) for o in poses_around(9, 4.0)[:, :, 3]])
+    away = replace(images, cameras=make_camera(WIDTH, HEIGHT, 90.0, backward))
     for carve in (True, False):
         assert not np.asarray(candidates(away, config=replace(CONFIG, carve=carve))).any()
 
 
-def test_cells_and_pixels_do_not_depend_on_how_many_are_looked_at_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_chunk_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the last of the chunks is not full, and pushed back over the one before it."""
     images = some_silhouettes(9)
-    expected_cells, expected_pixels = survey(images, config=CONFIG)
-    monkeypatch.setattr(carving, "_CHUNK", 5000)
-    cells, pixels = jax.jit(functools.partial(carving.survey, config=CONFIG))(images)
+    expected_cells, expected_pixels = hull(images, config=CONFIG)
+    monkeypatch.setattr(visual_hull, "_CHUNK", 5000)
+    cells, pixels = jax.jit(functools.partial(visual_hull.visual_hull, config=CONFIG))(images)
     np.testing.assert_array_equal(cells, expected_cells)
     np.testing.assert_array_equal(pixels.words, expected_pixels.words)
+
+
+# Views of different sizes.
+
+
+def test_views_of_different_sizes_count_as_each_alone() -> None:
+    """What a view sees, excludes and draws is the same beside larger views and by itself."""
+    cameras = views_of_sizes([48, 20, 33, 24], [40, 36, 12, 40])
+    images = photograph(BALL, cameras)
+    assert len(images.rgba) == 48 * 40 + 20 * 36 + 33 * 12 + 24 * 40
+    assert images.max_size == (48, 40)
+    alone = [pose_images(cameras[[view]], [images.image(view)]) for view in range(4)]
+    seen = np.array([candidates(view, config=replace(CONFIG, carve=False)) for view in alone])
+    left = np.array([candidates(view, config=CONFIG) for view in alone])
+    cells, pixels = hull(images, config=CONFIG)
+    np.testing.assert_array_equal(cells[0], seen.any(axis=0) & ~(seen & ~left).any(axis=0))
+    assert 0 < np.mean(cells) < 0.25  # so that pixels are left out
+    facing = [np.asarray(facing_pixels(cells, view)) for view in alone]
+    np.testing.assert_array_equal(members(pixels, images), np.concatenate(facing))
+    assert 0.05 < pixels.size / len(images.rgba) < 0.95
+
+
+def views_of_sizes(widths: list[int], heights: list[int]) -> Cameras:
+    size = np.stack([widths, heights], axis=1)
+    c2w = poses_around(len(size), 1.6)
+    return make_cameras(c2w, focal_xy=1.1 * size, centre_xy=0.5 * size, width=widths, height=heights)
+
+
+# Cascades.
+
+
+def test_cascades_are_grids_of_a_scene_that_is_larger() -> None:
+    """Cascade k holds what a single grid holds when all is scaled by 2^(K - 1 - k) about the cube's middle."""
+    images = photograph(BALL, make_camera(WIDTH, HEIGHT, 60.0, poses_around(6, 1.6)))
+    readable = np.asarray(Cells(G, 3).readable())
+    for carve in (True, False):
+        config = replace(CONFIG, carve=carve)
+        found = np.asarray(candidates(images, config=replace(config, num_cascades=3))).reshape(3, -1)
+        for cascade in range(3):
+            c2w = np.array(images.cameras.c2w)
+            c2w[:, :, 3] = (c2w[:, :, 3] - 0.5) * 2 ** (2 - cascade) + 0.5
+            scaled = replace(images, cameras=images.cameras.replace(c2w=c2w))
+            expected = np.asarray(candidates(scaled, config=config)) & readable[cascade]
+            assert np.mean(found[cascade] != expected) < 1e-3  # where rounding decides
+            assert expected.any()
 
 
 # Sets of pixels.
@@ -258,10 +321,10 @@ def test_ranks_may_have_any_shape_and_order() -> None:
     np.testing.assert_array_equal(nth(pixel_set(flags), rank), np.flatnonzero(flags)[rank])
 
 
-def members(pixels: carving.PixelSet, images: PosedImages) -> np.ndarray:
-    """(V, H, W) bool, by the numbers that the set lists."""
-    flags = np.zeros(images.rgba.shape[:3], bool)
-    flags.reshape(-1)[np.asarray(nth(pixels, np.arange(int(pixels.size))))] = True
+def members(pixels: visual_hull.PixelSet, images: PosedImages) -> np.ndarray:
+    """(P,) bool, by the numbers that the set lists."""
+    flags = np.zeros(len(images.rgba), bool)
+    flags[np.asarray(nth(pixels, np.arange(int(pixels.size))))] = True
     assert flags.sum() == pixels.size
     return flags
 
@@ -288,24 +351,25 @@ def cells_on_rays(origin: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray
 
 
 def must_be_drawn(flags: np.ndarray, images: PosedImages) -> np.ndarray:
-    """(V, H, W): the pixels whose centre's ray passes through the inside of a cell of flags (G^3,)."""
-    facing = np.zeros(images.rgba.shape[:3], bool)
-    for view, c2w in enumerate(images.c2w):
-        ray, cell = cells_on_rays(*pixel_rays(images.camera, c2w))
-        facing[view].reshape(-1)[ray[flags[cell]]] = True
+    """(P,): the pixels whose centre's ray passes through the inside of a cell of flags (G^3,)."""
+    facing = np.zeros(len(images.rgba), bool)
+    for view in range(len(images.cameras)):
+        ray, cell = cells_on_rays(*pixel_rays(images.cameras[view]))
+        facing[images.offset[view] + ray[flags[cell]]] = True
     return facing
 
 
 VIEW_WIDTH, VIEW_HEIGHT = 24, 18
-facing_pixels = jax.jit(carving._facing_pixels, static_argnames="resolution")
+facing_pixels = jax.jit(functools.partial(visual_hull._facing_pixels, cells=Cells(G)))
 
 
 @st.composite
-def any_camera(draw: st.DrawFn) -> Camera:
-    """From a wide one, of 140 degrees, to a long one; its principal point may lie outside the image."""
-    focal = draw(arrays32(2, 4, 10) | arrays32(2, 10, 100))
-    centre = draw(st.just(np.float32([12, 9])) | arrays32(2, 0, 18) | arrays32(2, -10, 30))
-    return Camera(focal_xy=focal, centre_xy=centre, width=VIEW_WIDTH, height=VIEW_HEIGHT)  # type: ignore[arg-type]
+def any_cameras(draw: st.DrawFn, c2w: np.ndarray) -> Cameras:
+    """From wide ones, of 140 degrees, to long ones; their principal points may lie outside the image."""
+    shape = (len(c2w), 2)
+    focal = draw(arrays32(shape, 4, 10) | arrays32(shape, 10, 100))
+    centre = draw(st.just(np.float32([12, 9])) | arrays32(shape, 0, 18) | arrays32(shape, -10, 30))
+    return make_cameras(c2w, focal_xy=focal, centre_xy=centre, width=VIEW_WIDTH, height=VIEW_HEIGHT)
 
 
 @st.composite
@@ -325,86 +389,85 @@ def scenes(draw: st.DrawFn) -> tuple[PosedImages, np.ndarray]:
     low = np.clip(np.floor(centre[: draw(st.integers(1, 3))].astype(np.float64) * G), 0, G - 1)
     cells = cell_coordinates()[:, None]
     flags = np.any(np.all((cells >= low) & (cells < low + size), axis=2), axis=1)
-    blank = np.zeros((2, VIEW_HEIGHT, VIEW_WIDTH, 4), np.uint8)
-    return PosedImages(camera=draw(any_camera()), c2w=np.stack(c2w), rgba=blank), flags  # type: ignore[arg-type]
+    return blank_views(draw(any_cameras(np.stack(c2w)))), flags
 
 
 @settings(max_examples=300)
 @given(scenes())
-def test_every_pixel_whose_ray_meets_a_candidate_is_in_the_set(scene: tuple[PosedImages, np.ndarray]) -> None:
+def test_every_pixel_that_meets_a_candidate_is_drawn(scene: tuple[PosedImages, np.ndarray]) -> None:
     """For cameras of any kind, outside the cube and inside, and cells anywhere about them."""
     images, flags = scene
-    found = np.asarray(facing_pixels(flags, images, resolution=G))
+    found = np.asarray(facing_pixels(flags, images))
     assert found[must_be_drawn(flags, images)].all()
 
 
-def test_a_single_cell_is_nowhere_larger_than_the_square_of_pixels_around_its_centre() -> None:
+def test_no_cell_is_larger_than_its_square_of_pixels() -> None:
     """One cell at a time, of several pixels, up to 50 degrees off the axis: no larger one makes up for an error."""
-    camera = Camera(
-        focal_xy=np.float32([60, 45]),  # type: ignore[arg-type]
-        centre_xy=np.float32([-40, 5]),  # type: ignore[arg-type]
-        width=VIEW_WIDTH,
-        height=VIEW_HEIGHT,
+    cameras = make_cameras(
+        poses_around(8, 0.9), focal_xy=(60, 45), centre_xy=(-40, 5), width=VIEW_WIDTH, height=VIEW_HEIGHT
     )
-    blank = np.zeros((8, VIEW_HEIGHT, VIEW_WIDTH, 4), np.uint8)
-    images = PosedImages(camera=camera, c2w=poses_around(8, 0.9), rgba=blank)  # type: ignore[arg-type]
-    pairs = [cells_on_rays(*pixel_rays(camera, c2w)) for c2w in images.c2w]
+    images = blank_views(cameras)
+    pairs = [cells_on_rays(*pixel_rays(cameras[view])) for view in range(8)]
     met = np.unique(np.concatenate([cell for _, cell in pairs]))
     for one in np.random.default_rng(0).choice(met, 60, replace=False):
-        found = np.asarray(facing_pixels(np.arange(G**3) == one, images, resolution=G)).reshape(8, -1)
+        found = np.asarray(facing_pixels(np.arange(G**3) == one, images)).reshape(8, -1)
         for view, (ray, cell) in enumerate(pairs):
             assert found[view, ray[cell == one]].all()
 
 
-def test_the_pixels_of_an_ordinary_scene_face_its_candidates_and_no_others_far_from_them() -> None:
+def test_no_pixels_far_from_all_candidates_are_drawn() -> None:
     """Far: farther than the largest footprint of a candidate in that view, and 2 px for its rounding."""
     images = ball_views()
-    cells, pixels = survey(images, config=CONFIG)
+    cells, pixels = hull(images, config=CONFIG)
     found = members(pixels, images)
-    assert found[must_be_drawn(np.asarray(cells), images)].all()
+    assert found[must_be_drawn(np.ravel(cells), images)].all()
     y, x = np.mgrid[:HEIGHT, :WIDTH] + 0.5
     for view in (0, 4, 8):
-        c2w = images.c2w[view]
-        pixel, depth = project(60.0, c2w, (cell_coordinates()[np.asarray(cells)] + 0.5) / G)
+        c2w = np.asarray(images.cameras.c2w[view])
+        pixel, depth = project(60.0, c2w, (cell_coordinates()[np.ravel(cells)] + 0.5) / G)
         assert depth.min() > 0.5
         largest = 3**0.5 / G * 60.0 / depth.min()
         offset = np.abs(np.stack([x.reshape(-1), y.reshape(-1)], axis=1)[:, None] - pixel).max(axis=2).min(axis=1)
         far = (offset > largest + 2).reshape(HEIGHT, WIDTH)
         assert far.mean() > 0.2
-        assert not found[view][far].any()
+        assert not found.reshape(9, HEIGHT, WIDTH)[view][far].any()
 
 
-def test_rays_of_the_pixels_left_out_have_no_step_in_a_candidate() -> None:
+@pytest.mark.parametrize("num_cascades", [1, 2])
+def test_pixels_left_out_have_no_step_in_a_candidate(num_cascades: int) -> None:
     """Which is why they may be left out: no sample, whatever the jitter and whatever has been learned."""
     images = ball_views()
-    cells, pixels = survey(images, config=CONFIG)
+    config = replace(CONFIG, num_cascades=num_cascades)
+    cells, pixels = hull(images, config=config)
     left_out = ~members(pixels, images)
     assert 0.1 < left_out.mean() < 0.9
-    rays = [np.concatenate(a)[left_out.reshape(-1)] for a in zip(*all_rays(images), strict=True)]
+    rays = [np.concatenate(a)[left_out] for a in zip(*all_rays(images), strict=True)]
     origin, direction = (jnp.asarray(a, jnp.float32) for a in rays)
-    grid, config = occupancy.init_occupancy(cells), MarchConfig(num_steps=256, occupancy=CONFIG)
-    march = jax.jit(functools.partial(marching.find_candidates, config=config))
+    grid, sampler = occupancy.init_occupancy(cells), MarchConfig(num_steps=256, occupancy=config)
+    march = jax.jit(functools.partial(marching.find_candidates, config=sampler))
     for jitter in (0.0, 0.3, 0.7, 0.999):
         found = march(Rays(origin=origin, direction=direction), grid, jnp.full(len(origin), jitter))
         assert not np.asarray(found.words).any()
 
 
 def all_rays(images: PosedImages) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [tuple(a.reshape(-1, 3) for a in pixel_rays(images.camera, c2w)) for c2w in images.c2w]  # type: ignore[misc]
+    views = (images.cameras[view] for view in range(len(images.cameras)))
+    return [tuple(a.reshape(-1, 3) for a in pixel_rays(view)) for view in views]  # type: ignore[misc]
 
 
 @functools.cache
 def ball_views() -> PosedImages:
-    return photograph(BALL, make_camera(WIDTH, HEIGHT, 60.0), poses_around(9, 1.8))
+    return photograph(BALL, make_camera(WIDTH, HEIGHT, 60.0, poses_around(9, 1.8)))
 
 
-def test_without_carving_and_without_clear_pixels_all_pixels_are_drawn() -> None:
-    """Opaque views that see a quarter of the cube or more, that is: of less, the rays that miss it are left out."""
+def test_all_pixels_are_drawn_without_carving() -> None:
+    """And without clear pixels, where the views see a quarter of the cube or more; else rays that miss it are left out.
+    """
     images = ball_views()
     opaque = replace(images, rgba=np.full_like(images.rgba, 255))
-    total = images.rgba[..., 0].size
+    total = len(images.rgba)
     for views, carve in ((images, False), (opaque, False), (opaque, True)):
-        cells, pixels = survey(views, config=replace(CONFIG, carve=carve))
-        np.testing.assert_array_equal(cells, candidates(views, config=replace(CONFIG, carve=carve)))
+        cells, pixels = hull(views, config=replace(CONFIG, carve=carve))
+        np.testing.assert_array_equal(np.ravel(cells), candidates(views, config=replace(CONFIG, carve=carve)))
         assert members(pixels, views).all()
         assert pixels.size == total

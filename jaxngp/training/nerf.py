@@ -90,7 +90,7 @@ def init_state(key: jax.Array, *, config: NerfConfig) -> TrainState:
     state = fresh_state(key, config=config)
     if not isinstance(config.sampler, MarchConfig):
         return state
-    cells = config.sampler.occupancy.resolution**3
+    cells = (config.sampler.occupancy.num_cascades, config.sampler.occupancy.resolution**3)
     return replace(state, occupancy=init_occupancy(jnp.ones(cells, bool)))
 
 
