@@ -121,7 +121,7 @@ def _render_marched(
         ray = queue[jnp.minimum(lanes.place, num_rays - 1)]
         active = lanes.place < length
         count = jnp.where(active, counts[ray], 0)
-        lanes = _take_samples(field, lanes, rays, candidates, ends, ray, count, sampler, batching.samples)
+        lanes = _take_samples(field, lanes, rays, candidates, ends, ray, count, batching.samples)
         ended = (lanes.taken >= counts[ray]) | (lanes.transmittance < sampler.min_transmittance)
         sums = sums.at[jnp.where(ended & active, ray, num_rays)].set(lanes.sums, mode="drop")
         return _refill(lanes, ended, next_place), sums, next_place + jnp.sum(ended, dtype=jnp.int32), rounds + 1
@@ -164,7 +164,6 @@ def _take_samples(
     ends: jax.Array,
     ray: jax.Array,
     count: jax.Array,
-    sampler: MarchConfig,
     num_samples: int,
 ) -> _Lanes:
     """Every lane takes the next `num_samples` samples of its ray, those that are left of `count` (lanes,)."""
