@@ -131,9 +131,11 @@ def test_a_table_of_unknown_size_is_not_evaluated(tmp_path: Path, capsys: pytest
 
 
 def test_the_log_holds_each_step_once_after_a_crash(scene: Path, tmp_path: Path) -> None:
-    arguments = [f"--scene={scene}", f"--workdir={tmp_path}", *TINY, "--eval_views=1"]
+    """At least log_every steps apart, but for the last."""
+    arguments = [f"--scene={scene}", f"--workdir={tmp_path}", *TINY, "--eval_views=1", "--log_every=30"]
     run("train", *arguments)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert [json.loads(line)["step"] for line in lines] == [32, 40]
     later = json.dumps({**json.loads(lines[-1]), "step": 56})
     (tmp_path / "metrics.jsonl").write_text("".join(lines) + later + "\n" + later[:20])
     run("train", *arguments)
