@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import types
 from collections.abc import Callable
@@ -17,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import Compilations
 from entrypoints import SIZE, TINY, refusal, run, write_scene
 from PIL import Image
 
-from jaxngp import runs
+from jaxngp import runs, train_sdf
 from jaxngp.cameras import orbit_poses
 from jaxngp.config import (
     CosineDecay,
@@ -326,3 +329,72 @@ def test_a_first_signal_is_noted_and_a_second_stops(number: signal.Signals) -> N
     with pytest.raises(SystemExit) as exit_info:
         stop.exit_if_set()
     assert exit_info.value.code == 128 + number
+
+
+# In processes of their own.
+
+
+def in_process(call: str, **environment: str) -> str:
+    """What another Python prints that calls a function of this module."""
+    folder = Path(__file__).parent
+    path = os.pathsep.join([str(folder), str(folder.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", f"import test_runs; test_runs.{call}"],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_all_commands(scene: str, folder: str) -> None:
+    """Every command once, as small as they go."""
+    run("train", f"--scene={scene}", f"--workdir={folder}/nerf", *TINY, "--eval_views=1")
+    run("evaluate", f"--workdir={folder}/nerf", "--eval_views=1", "--background=black")
+    run("render", f"--workdir={folder}/nerf", "--frames=1")
+    small = ["--max_steps=20", "--override=field.hidden_width=8", "--override=field.encoding.num_levels=2"]
+    small += ["--override=train.num_points=2**8", "--override=field.encoding.table_size=2**10"]
+    run("train_image", "--size=24", f"--workdir={folder}/image", *small)
+    train_sdf.NUM_VOLUME_POINTS, train_sdf.NUM_SURFACE_POINTS = 2**12, 2**8
+    points = ["--override=sdf.num_samples=2**10", "--image_size=16", "--mesh_resolution=16"]
+    run("train_sdf", "--preset=small", "--shape=sphere", f"--workdir={folder}/sdf", *small, *points)
+
+
+@pytest.mark.slow
+def test_commands_run_with_64_bit_types(trained: tuple[Path, Progress, Split], scene: Path, tmp_path: Path) -> None:
+    """And compute the same: no array has a dtype by default."""
+    in_process(f"run_all_commands({str(scene)!r}, {str(tmp_path)!r})", JAX_ENABLE_X64="1")
+    assert_equal_trees(runs.load(tmp_path / "nerf").field, runs.load(trained[0]).field)
+    for name, quality in (("nerf", "psnr"), ("image", "psnr"), ("sdf", "iou")):
+        assert json.loads((tmp_path / name / "summary.json").read_text())[quality] is not None
+
+
+STATM = Path("/proc/self/statm")
+PROGRAMS = ("nerf_steps", "refresh_occupancy", "hull_of_views", "_init_state")
+
+
+def train_ten_times(scene: str, folder: str) -> None:
+    """Print, after each training, what was compiled so far, and how many bytes are resident."""
+    views, counts = load_training(SceneConfig(name=scene)), []
+    with Compilations() as compilations:
+        for number in range(10):
+            config = tiny_config(Path(scene), max_steps=17 + 8 * number)
+            config = apply_overrides(config, [f"train.seed={number}", f"train.log_every={5 * number}"])
+            learn(Path(folder) / str(number), config, views)
+            resident = int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            counts.append({"resident": resident, "all": compilations[""], **{p: compilations[p] for p in PROGRAMS}})
+    print(json.dumps(counts))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STATM.exists(), reason=f"there is no {STATM}")
+def test_ten_trainings_compile_once_and_keep_memory(scene: Path, tmp_path: Path) -> None:
+    """They differ in seed, budget and log interval; the second compiles nothing that the first did not."""
+    counts = json.loads(in_process(f"train_ten_times({str(scene)!r}, {str(tmp_path)!r})").splitlines()[-1])
+    assert [counts[0][name] for name in PROGRAMS] == [1, 1, 1, 1]
+    assert {count["all"] for count in counts[1:]} == {counts[1]["all"]}
+    assert [counts[-1][name] for name in PROGRAMS] == [1, 1, 1, 1]
+    assert counts[-1]["resident"] - counts[1]["resident"] < 50e6
