@@ -97,7 +97,7 @@ def _encode_fwd(
     position: CustomVJPPrimal,
 ) -> tuple[jax.Array, tuple]:
     # Which gradients anybody asks for is known here, and passed on as the presence of an array.
-    wanted = tuple(jnp.zeros(()) if primal.perturbed else None for primal in (table, position))
+    wanted = tuple(jnp.zeros((), jnp.float32) if primal.perturbed else None for primal in (table, position))
     read = None if half_table is None else half_table.value
     return _encode(grid, dtype, table.value, read, position.value), (table.value, read, position.value, wanted)
 

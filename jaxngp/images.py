@@ -30,7 +30,7 @@ def stratified_positions(bits: jax.Array) -> jax.Array:
     num_points = len(bits)
     rows = max(n for n in range(1, int(num_points**0.5) + 1) if num_points % n == 0)
     columns = num_points // rows
-    number = jnp.arange(num_points)
+    number = jnp.arange(num_points, dtype=jnp.int32)
     corner = jnp.stack([number % columns, number // columns], axis=1).astype(jnp.float32)
     # In the middle of one of 2^k parts of the rectangle: so many that no rounding leads out of it.
     k = max(21 - (columns - 1).bit_length(), 1)
@@ -45,11 +45,11 @@ def pixel_taps(position: jax.Array, *, width: int, height: int, snap: bool) -> T
     gets the bilinear interpolation of the four nearest centres; outside the outermost ones the image is constant.
     """
     size = jnp.array([width, height], jnp.float32)
-    limit = jnp.array([width, height]) - 1
+    limit = jnp.array([width - 1, height - 1], jnp.int32)
     if snap:
         pixel = jnp.clip(jnp.floor(position * size).astype(jnp.int32), 0, limit)
         centre = (pixel.astype(jnp.float32) + 0.5) / size
-        return Taps(centre, pixel[:, 1:], pixel[:, :1], jnp.ones((len(pixel), 1)))
+        return Taps(centre, pixel[:, 1:], pixel[:, :1], jnp.ones((len(pixel), 1), jnp.float32))
     scaled = jnp.clip(position * size - 0.5, 0, limit.astype(jnp.float32))
     low = jnp.minimum(scaled.astype(jnp.int32), jnp.maximum(limit - 1, 0))
     fraction, high = scaled - low, jnp.minimum(low + 1, limit)
@@ -81,7 +81,7 @@ def tile_centres(left: jax.Array, top: jax.Array, *, size: int, width: int, heig
 
     left, top () i32: the column and row of its first pixel.
     """
-    number = jnp.arange(size * size)
+    number = jnp.arange(size * size, dtype=jnp.int32)
     column = jnp.minimum(left + number % size, width - 1)
     row = jnp.minimum(top + number // size, height - 1)
     xy = jnp.stack([column, row], axis=1).astype(jnp.float32)

@@ -113,30 +113,42 @@ class TrainingRun:
 
 @contextlib.contextmanager
 def training_in(
-    workdir: Path | str, config: RunConfig, *, restart: bool = False, extend: bool = False
+    workdir: Path | str, config: RunConfig, *, data: Split | None = None, restart: bool = False, extend: bool = False
 ) -> Iterator[TrainingRun]:
     """Within the block this process alone trains in the workdir, whose config.json is `config`.
 
-    restart: remove what a run left there. extend: a run that is there may get a larger budget; its schedule is then
-    that of the new budget, entered where the run stands, so a rate that had decayed rises again. Raises InputError
-    where the workdir holds a run with another config, and where another process trains in it.
+    data: the views that a NeRF learns from, for scene.json. By them a run is recognised whose scene has moved, and a
+    change of what it is trained on is warned of. restart: remove what a run left there. extend: a run that is there
+    may get a larger budget; its schedule is then that of the new budget, entered where the run stands, so a rate that
+    had decayed rises again. Raises InputError where the workdir holds a run with another config, and where another
+    process trains in it.
     """
     workdir = Path(workdir).expanduser()
     with _sole_training(workdir):
         if restart:
             clear(workdir)
-        check_same_config(workdir, config, extend=extend)
+        scene, before = _describe(data) if data else {}, _fingerprint_before(workdir)
+        changes = changed(before, scene["fingerprint"]) if data and before else None
+        check_same_config(workdir, config, extend=extend, same_data=bool(data and before and not changes))
+        if changes:
+            warn(f"{workdir} holds a run that was trained on other data: {changes}. It goes on with what is there now")
+        if data:
+            write_json(workdir / "scene.json", scene)
         write_json(workdir / "config.json", to_plain(config))
         with Checkpoints(workdir) as checkpoints, interruption() as stop, ProgressBar() as bar:
             yield TrainingRun(workdir, config, checkpoints, bar, stop)
 
 
-def check_same_config(workdir: Path, config: RunConfig, *, extend: bool = False) -> None:
-    """Raises InputError if a workdir holds a run with another config, or another budget that does not extend it."""
+def check_same_config(workdir: Path, config: RunConfig, *, extend: bool = False, same_data: bool = False) -> None:
+    """Raises InputError if a workdir holds a run with another config, or another budget that does not extend it.
+
+    same_data: the run was trained on the data that the config names now, so another path is no other run.
+    """
     if not (workdir / "config.json").exists():
         return
     old = read_config(workdir, type(config))
-    changes, budget = differences(old, config, IDENTITY), differences(old, config, (Role.BUDGET,))
+    identity = [role for role in IDENTITY if not (same_data and role is Role.LOCATION)]
+    changes, budget = differences(old, config, identity), differences(old, config, (Role.BUDGET,))
     if changes:
         raise InputError(
             f"{workdir} holds a run with another config ({'; '.join(changes)}): give another --workdir, "
@@ -149,16 +161,19 @@ def check_same_config(workdir: Path, config: RunConfig, *, extend: bool = False)
         )
 
 
-def note_data(workdir: Path, split: Split) -> None:
-    """Write scene.json, and warn where the run that is there was trained on other data."""
+def _fingerprint_before(workdir: Path) -> dict[str, Any] | None:
+    """The fingerprint of the data that the run in a workdir was trained on, if it has one."""
     path = workdir / "scene.json"
-    new: dict[str, Any] = {"fingerprint": fingerprint(split), "transform": split.transform.to_plain()}
-    if isinstance(split.images, PosedImages):
-        cameras = {name: np.asarray(array).tolist() for name, array in vars(split.images.cameras).items()}
-        new |= {"views": list(split.views), "cameras": cameras}
-    if path.exists() and (difference := changed(_read_json(path)["fingerprint"], new["fingerprint"])):
-        warn(f"{workdir} holds a run that was trained on other data: {difference}. It goes on with what is there now")
-    write_json(path, new)
+    return _read_json(path).get("fingerprint") if path.exists() else None
+
+
+def _describe(data: Split) -> dict[str, Any]:
+    """What scene.json holds."""
+    plain: dict[str, Any] = {"fingerprint": fingerprint(data), "transform": data.transform.to_plain()}
+    if isinstance(data.images, PosedImages):
+        cameras = {name: np.asarray(array).tolist() for name, array in vars(data.images.cameras).items()}
+        plain |= {"views": list(data.views), "cameras": cameras}
+    return plain
 
 
 def remove_pictures(workdir: Path) -> None:

@@ -159,7 +159,7 @@ def _shadow_rays(
     facing = (hit & (normal @ light > 0))[:, None]
     return Rays(
         origin=jnp.where(facing, position + gap * normal, box[0] - 1),
-        direction=jnp.where(facing, light, jnp.array([-1.0, 0.0, 0.0])),
+        direction=jnp.where(facing, light, np.array([-1, 0, 0], np.float32)),
     )
 
 

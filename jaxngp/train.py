@@ -30,9 +30,8 @@ def main(values: flags.Flags) -> None:
         checking = reader.submit(lambda: dataset_warnings(training, reading.result()))
         if values.restart:
             reading.result()  # only when all input has been read: a typing error must not cost a run
-        with runs.training_in(workdir, config, restart=values.restart, extend=values.extend) as run:
+        with runs.training_in(workdir, config, data=training, restart=values.restart, extend=values.extend) as run:
             print(to_json(config), end="")
-            runs.note_data(workdir, training)
             progress = run.resume
             if not run.finished:
                 for progress in train(config, training.images, resume=run.resume):

@@ -1,13 +1,17 @@
-"""Commands run in this process, so that they share the programs that were compiled before."""
+"""Commands run in this process, so that they share the programs that were compiled before; a scene for them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
-from jaxngp import flags
+from jaxngp import evaluate, flags, render, train, train_image, train_sdf
 
 
 class Entrypoint:
@@ -31,3 +35,58 @@ class Entrypoint:
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("jaxngp: ")
         return error
+
+
+COMMANDS = {
+    "train": Entrypoint("jaxngp.train", flags.define_train_flags, train.main),
+    "evaluate": Entrypoint("jaxngp.evaluate", evaluate.define_flags, evaluate.main),
+    "render": Entrypoint("jaxngp.render", flags.define_render_flags, render.main),
+    "train_image": Entrypoint("jaxngp.train_image", train_image.define_flags, train_image.main),
+    "train_sdf": Entrypoint("jaxngp.train_sdf", train_sdf.define_flags, train_sdf.main),
+}
+
+
+def run(command: str, *arguments: str) -> None:
+    COMMANDS[command](*arguments)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], command: str, *arguments: str) -> str:
+    """The one line with which a command refuses."""
+    return COMMANDS[command].refusal(capsys, *arguments)
+
+
+TINY = [
+    "--preset=small",
+    "--max_steps=40",
+    "--override=field.encoding.num_levels=2",
+    "--override=field.encoding.table_size=2**10",
+    "--override=field.encoding.max_resolution=32",
+    "--override=field.hidden_width=16",
+    "--override=sampler.num_steps=64",
+    "--override=sampler.num_samples=2**10",
+    "--override=sampler.occupancy.resolution=32",
+    "--override=train.num_rays=128",
+]
+"""Flags of a NeRF that trains in a moment."""
+
+SIZE = 24  # px, of the images of `write_scene`
+
+
+def write_scene(
+    folder: Path, splits: tuple[str, ...] = ("train", "val"), num_views: int = 3, mode: str = "RGBA", far: float = 4.0
+) -> Path:
+    """A brown square before nothing, from a few sides."""
+    rgba = np.zeros((SIZE, SIZE, 4), np.uint8)
+    rgba[8:16, 8:16] = (200, 100, 50, 255)
+    for split in splits:
+        frames = []
+        (folder / split).mkdir(parents=True)
+        for view in range(num_views):
+            angle = 0.5 * view
+            c, s = float(np.cos(angle)), float(np.sin(angle))
+            pose = [[c, 0, s, far * s], [s, 0, -c, -far * c], [0, 1, 0, 0], [0, 0, 0, 1]]
+            Image.fromarray(rgba).convert(mode).save(folder / split / f"r_{view}.png")
+            frames.append({"file_path": f"./{split}/r_{view}", "transform_matrix": pose})
+        text = json.dumps({"camera_angle_x": 0.7, "frames": frames})
+        (folder / f"transforms_{split}.json").write_text(text)
+    return folder

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from entrypoints import Entrypoint
+from entrypoints import COMMANDS
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from jaxngp import train_image as experiment
+from jaxngp import train_image
 from jaxngp.config import HashGridConfig, ImageConfig, from_json
 from jaxngp.data.atlas import builtin_image
 from jaxngp.hashing import level_offsets
-from jaxngp.training.workdir import clear
+from jaxngp.runs import clear
 
 TINY = [
     "--max_steps=60",
@@ -28,8 +28,7 @@ TINY = [
     "--override=train.num_points=2**10",
 ]
 
-
-run = Entrypoint("jaxngp.train_image", experiment.define_flags, experiment.main)
+run = COMMANDS["train_image"]
 
 
 def summary(workdir: Path) -> dict[str, Any]:
@@ -41,10 +40,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on the built-in image, wider than high, in tiles that do not divide it."""
     workdir = tmp_path_factory.mktemp("image")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "TILE", 32)
-        experiment.predict_tile.clear_cache()
+        patch.setattr(train_image, "TILE", 32)
+        train_image.predict_tile.clear_cache()
         run("--size=90x50", f"--workdir={workdir}", *TINY)
-    experiment.predict_tile.clear_cache()
+    train_image.predict_tile.clear_cache()
     return workdir
 
 
@@ -68,7 +67,7 @@ def test_a_run_leaves_what_one_needs(finished: Path) -> None:
     assert found["curve_pixels"] == 90 * 50
 
 
-def test_the_psnr_is_that_of_all_pixels_of_the_reconstruction(finished: Path) -> None:
+def test_the_psnr_is_that_of_the_reconstruction(finished: Path) -> None:
     """Up to the rounding to bytes of the PNG. Whoever mirrors one of them gets half of it."""
     with Image.open(finished / "pictures" / "reconstruction.png") as png:
         reconstruction = np.asarray(png) / 255
@@ -99,7 +98,7 @@ def test_another_config_is_refused(finished: Path, capsys: pytest.CaptureFixture
     assert "holds a run with another config" in run.refusal(capsys, "--size=64", f"--workdir={finished}", *TINY)
 
 
-def test_an_image_that_stays_on_the_host_gives_the_same_bits(finished: Path, tmp_path: Path) -> None:
+def test_an_image_on_the_host_gives_the_same_bits(finished: Path, tmp_path: Path) -> None:
     run("--size=90x50", f"--workdir={tmp_path}", "--hold=host", *TINY)
     assert summary(tmp_path)["psnr"] == pytest.approx(summary(finished)["psnr"], abs=1e-4)
     losses = [
@@ -109,20 +108,17 @@ def test_an_image_that_stays_on_the_host_gives_the_same_bits(finished: Path, tmp
     assert losses[0] == losses[1]
 
 
-def test_restart_removes_what_a_run_wrote_and_nothing_of_the_users(tmp_path: Path) -> None:
+def test_restart_removes_only_what_a_run_wrote(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "holiday.jpg").touch()
-    run("--size=20", f"--workdir={tmp_path}", "--restart", *TINY)
-    run("--size=20", f"--workdir={tmp_path}", "--restart", *TINY, "--seed=1")
+    arguments = ["--size=20", "--override=image.width=40", f"--workdir={tmp_path}", "--restart", *TINY]
+    run(*arguments)
+    run(*arguments, "--seed=1")
+    assert (summary(tmp_path)["width"], summary(tmp_path)["height"]) == (40, 20)  # an override precedes a flag
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert names == {"holiday.jpg", "comparison.png", "reconstruction.png"}
     clear(tmp_path)
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["holiday.jpg"]
-
-
-def test_an_override_of_the_picture_is_the_picture(tmp_path: Path) -> None:
-    run("--size=20", "--override=image.width=40", f"--workdir={tmp_path}", *TINY)
-    assert (summary(tmp_path)["width"], summary(tmp_path)["height"]) == (40, 20)
 
 
 def test_a_photograph_is_learned_from_its_file(tmp_path: Path) -> None:
@@ -183,9 +179,9 @@ def test_what_is_wrong_is_said_in_one_line(
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 9))
-def test_block_means_are_means_over_blocks_also_at_the_edges(height: int, width: int, factor: int) -> None:
+def test_block_means_are_means_also_at_the_edges(height: int, width: int, factor: int) -> None:
     pixels = np.random.default_rng(0).random((height, width, 3)).astype(np.float32)
-    found = experiment.block_means(pixels, factor)
+    found = train_image.block_means(pixels, factor)
     assert found.shape == (-(-height // factor), -(-width // factor), 3)
     for y, x in ((0, 0), (found.shape[0] - 1, found.shape[1] - 1)):
         part = pixels[y * factor : (y + 1) * factor, x * factor : (x + 1) * factor]
@@ -199,8 +195,8 @@ def test_the_table_is_the_largest_that_fits(budget: int) -> None:
     def size(log2_table_size: int) -> int:
         return level_offsets(HashGridConfig(num_dims=2, max_resolution=2**14, table_size=2**log2_table_size))[-1] * 2
 
-    chosen = experiment.fitting_grid(grid, budget, 24).table_size.bit_length() - 1
+    chosen = train_image.fitting_grid(grid, budget, 24).table_size.bit_length() - 1
     assert 14 <= chosen <= 24
     assert size(chosen) <= budget or chosen == 14
     assert chosen == 24 or size(chosen + 1) > budget
-    assert experiment.fitting_grid(grid, budget, 17).table_size <= 2**17
+    assert train_image.fitting_grid(grid, budget, 17).table_size <= 2**17

@@ -1,8 +1,7 @@
-"""The files that a run leaves, read back."""
+"""Arrays as pictures, read back from their files."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from jaxngp.training import report
+from jaxngp import pictures
 
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])
 
@@ -25,7 +24,7 @@ def gradient_image(height: int = 20, width: int = 30) -> np.ndarray:
 
 @given(hnp.arrays(np.float32, (4, 3), elements=st.floats(width=32)))
 def test_to_uint8_clips_and_rounds(values: np.ndarray) -> None:
-    result = report.to_uint8(values)
+    result = pictures.to_uint8(values)
     inside = (values >= 0) & (values <= 1)
     assert result.dtype == np.uint8
     assert np.all(np.abs(result[inside] - 255 * values[inside]) <= 0.5 + 1e-4)
@@ -33,77 +32,66 @@ def test_to_uint8_clips_and_rounds(values: np.ndarray) -> None:
     assert np.all(result[(values < 0) | np.isnan(values)] == 0)
 
 
-def test_every_byte_survives_the_way_to_float_and_back() -> None:
+def test_every_byte_survives_the_way_to_float() -> None:
     levels = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(report.to_uint8(levels / np.float32(255)), levels)
-    np.testing.assert_array_equal(report.to_uint8(jnp.asarray(levels) / 255), levels)
+    np.testing.assert_array_equal(pictures.to_uint8(levels / np.float32(255)), levels)
+    np.testing.assert_array_equal(pictures.to_uint8(jnp.asarray(levels) / 255), levels)
 
 
-def test_error_image_is_black_where_equal_and_grows_with_the_gain() -> None:
+def test_error_image_is_black_where_equal() -> None:
     truth = np.full((2, 2, 3), 0.5, np.float32)
-    assert not report.error_image(truth, truth).any()
-    assert np.all(report.error_image(truth + 0.1, truth, gain=4) == round(0.4 * 255))
-    assert np.all(report.error_image(truth - 0.1, truth, gain=2) == round(0.2 * 255))
+    assert not pictures.error_image(truth, truth).any()
+    assert np.all(pictures.error_image(truth + 0.1, truth, gain=4) == round(0.4 * 255))
+    assert np.all(pictures.error_image(truth - 0.1, truth, gain=2) == round(0.2 * 255))
 
 
 def test_nearer_is_brighter_and_nothing_is_black() -> None:
     depth = np.linspace(1, 2, 65)[None]
-    luminance = report.depth_image(depth, np.ones_like(depth))[0] @ LUMINANCE
+    luminance = pictures.depth_image(depth, np.ones_like(depth))[0] @ LUMINANCE
     assert np.all(np.diff(luminance) < 0)
     assert luminance[-1] > 30  # the farthest surface is not lost in the background
-    assert not report.depth_image(depth, np.zeros_like(depth)).any()
+    assert not pictures.depth_image(depth, np.zeros_like(depth)).any()
 
 
-def test_depth_range_is_that_of_opaque_pixels_or_given() -> None:
+def test_depth_range_is_of_opaque_pixels_or_given() -> None:
     depth, opacity = np.array([[1.0, 2.0, 1e6, np.nan]]), np.array([[1.0, 1.0, 0.0, 0.0]])
-    image = report.depth_image(depth, opacity)
+    image = pictures.depth_image(depth, opacity)
     assert image[0, 0].sum() > image[0, 1].sum() > 0
     assert not image[0, 2:].any()
-    np.testing.assert_array_equal(report.depth_image(depth, opacity, near_far=(1.01, 1.99))[0, :2], image[0, :2])
-    assert report.depth_image(depth, opacity, near_far=(1.0, 10.0))[0, 1].sum() > image[0, 1].sum()
+    np.testing.assert_array_equal(pictures.depth_image(depth, opacity, near_far=(1.01, 1.99))[0, :2], image[0, :2])
+    assert pictures.depth_image(depth, opacity, near_far=(1.0, 10.0))[0, 1].sum() > image[0, 1].sum()
 
 
 @pytest.mark.parametrize("opacity", [0.0, 1.0])
 def test_depth_of_an_empty_or_flat_view_is_a_picture(opacity: float) -> None:
-    image = report.depth_image(np.full((3, 4), 1.5), np.full((3, 4), opacity))
+    image = pictures.depth_image(np.full((3, 4), 1.5), np.full((3, 4), opacity))
     assert image.shape == (3, 4, 3)
     assert image.dtype == np.uint8
 
 
 def test_contact_sheet_holds_every_image_whole() -> None:
     images = [[np.full((8 + 3 * r, 50, 3), 40 + 60 * r + 20 * c, np.uint8) for c in range(3)] for r in range(2)]
-    sheet = report.contact_sheet(images, ["a", "error x4", "a caption wider than its image"])
+    sheet = pictures.contact_sheet(images, ["a", "error x4", "a caption wider than its image"])
     assert sheet.dtype == np.uint8
     for image in np.concatenate([[i[0, 0, 0] for i in row] for row in images]):
         assert np.sum(np.all(sheet == image, axis=-1)) >= 8 * 50
-    assert np.any(sheet[: report._CAPTION_HEIGHT] < 128)  # something is written
-    assert np.all(sheet[-report._GAP :] == 255)
+    assert np.any(sheet[: pictures._CAPTION_HEIGHT] < 128)  # something is written
+    assert np.all(sheet[-pictures._GAP :] == 255)
 
 
-def test_contact_sheet_refuses_a_row_of_another_length() -> None:
+def test_contact_sheet_refuses_a_shorter_row() -> None:
     with pytest.raises(ValueError, match=r"rows\[1\] holds 1 images: expected one for each of 2 labels"):
-        report.contact_sheet([[gradient_image()] * 2, [gradient_image()]], ["a", "b"])
+        pictures.contact_sheet([[gradient_image()] * 2, [gradient_image()]], ["a", "b"])
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (5, 7, 3), (5, 7, 4)])
 def test_png_round_trip(tmp_path: Path, shape: tuple[int, ...]) -> None:
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     path = tmp_path / "new folder" / "a.png"
-    report.write_png(path, image)
+    pictures.write_png(path, image)
     with Image.open(path) as read:
         np.testing.assert_array_equal(np.asarray(read), image)
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    report.write_json(path, {"step": 1})
-    with pytest.raises(TypeError):
-        report.write_json(path, {"step": object()})
-    with pytest.raises((TypeError, ValueError)):
-        report.write_png(path, np.zeros((2, 2, 7), np.uint8))
-    assert json.loads(path.read_text()) == {"step": 1}
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def turning_frames(num_frames: int = 12) -> list[np.ndarray]:
@@ -113,7 +101,7 @@ def turning_frames(num_frames: int = 12) -> list[np.ndarray]:
 @pytest.mark.parametrize(("name", "tolerance"), [("a.gif", 8), ("a.webp", 12)])
 def test_animation_round_trip(tmp_path: Path, name: str, tolerance: float) -> None:
     frames = turning_frames()
-    report.write_animation(tmp_path / name, frames, fps=20)
+    pictures.write_animation(tmp_path / name, frames, fps=20)
     with Image.open(tmp_path / name) as animation:
         assert animation.n_frames == len(frames)  # type: ignore[attr-defined]
         assert animation.info["loop"] == 0
@@ -128,7 +116,7 @@ def test_a_still_gif_does_not_flicker(tmp_path: Path) -> None:
     frames = turning_frames()
     for frame in frames:
         frame[:, :15] = gradient_image()[:, :15]
-    report.write_animation(tmp_path / "a.gif", frames)
+    pictures.write_animation(tmp_path / "a.gif", frames)
     with Image.open(tmp_path / "a.gif") as animation:
         still = []
         for index in range(len(frames)):
@@ -139,7 +127,7 @@ def test_a_still_gif_does_not_flicker(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp"])
 def test_animation_of_one_frame_of_one_colour(tmp_path: Path, name: str) -> None:
-    report.write_animation(tmp_path / name, [np.zeros((3, 3, 3), np.uint8)])
+    pictures.write_animation(tmp_path / name, [np.zeros((3, 3, 3), np.uint8)])
     with Image.open(tmp_path / name) as animation:
         assert animation.size == (3, 3)
 
@@ -155,53 +143,5 @@ def test_animation_of_one_frame_of_one_colour(tmp_path: Path, name: str) -> None
 )
 def test_animation_refuses(tmp_path: Path, name: str, num_frames: int, fps: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        report.write_animation(tmp_path / name, [gradient_image()] * num_frames, fps)
+        pictures.write_animation(tmp_path / name, [gradient_image()] * num_frames, fps)
     assert not list(tmp_path.iterdir())
-
-
-def test_json_takes_what_a_run_measures(tmp_path: Path) -> None:
-    value = {
-        "psnr": jnp.float32(30),
-        "steps": np.int64(7),
-        "nan": float("nan"),
-        "path": tmp_path,
-        "list": (np.ones(2),),
-    }
-    report.write_json(tmp_path / "a.json", value)
-    expected = {"psnr": 30.0, "steps": 7, "nan": None, "path": str(tmp_path), "list": [[1.0, 1.0]]}
-    assert json.loads((tmp_path / "a.json").read_text()) == expected
-
-
-def test_log_lines_add_up(tmp_path: Path) -> None:
-    path = tmp_path / "run" / "metrics.jsonl"
-    for step in range(3):
-        report.append_jsonl(path, {"step": step, "loss": np.float32(np.inf)})
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == [{"step": step, "loss": None} for step in range(3)]
-
-
-def test_a_log_line_cut_short_does_not_swallow_the_next(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st')
-    report.append_jsonl(path, {"step": 2})
-    assert path.read_text() == '{"step": 1}\n{"st\n{"step": 2}\n'
-
-
-def test_peak_memory_counts_bytes() -> None:
-    size = 300 * 2**20
-    np.ones(size, np.uint8)
-    assert size < report.peak_memory_bytes() < 2**40
-
-
-def test_table_aligns_numbers_right_and_words_left() -> None:
-    rows = [{"scene": "lego", "PSNR": 31.456, "steps": 7}, {"scene": "bricks", "PSNR": 5.0, "steps": 12345}]
-    assert report.table(rows).splitlines() == [
-        "scene    PSNR  steps",
-        "lego    31.46      7",
-        "bricks      5  12345",
-    ]
-
-
-def test_table_leaves_a_missing_cell_blank() -> None:
-    assert report.table([{"a": 1}, {"b": "x"}]).splitlines() == ["a  b", "1", "   x"]
-    assert report.table([]) == ""
