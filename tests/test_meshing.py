@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scenes import Bodies, make_bodies
+from scenes import Bodies
 
 from jaxngp import meshing
 from jaxngp.config import InputError
@@ -25,7 +25,7 @@ TWISTED = replace(TWO, scale=meshing.SAFETY)
 def sample(scene: Bodies, resolution: int, flat: bool = False) -> tuple[np.ndarray, np.ndarray, float]:
     """Values (X, Y, Z), the points (X, Y, Z, 3), and the spacing."""
     box = FLAT if flat else UNIT
-    values, first, spacing = meshing.sample_volume(scene.params(), box, resolution, make_distance=make_bodies)
+    values, first, spacing = meshing.sample_volume(scene.field, box, resolution)
     assert values.dtype == np.float32
     return values, first + spacing * np.stack(np.indices(values.shape), axis=-1), spacing
 
@@ -34,7 +34,7 @@ def sample(scene: Bodies, resolution: int, flat: bool = False) -> tuple[np.ndarr
 def extract(scene: Bodies, resolution: int, flat: bool = False) -> tuple[np.ndarray, np.ndarray]:
     pytest.importorskip("skimage")
     box = FLAT if flat else UNIT
-    return meshing.extract_surface(scene.params(), box, resolution, make_distance=make_bodies)
+    return meshing.extract_surface(scene.field, box, resolution)
 
 
 def within(box: np.ndarray, scene: Bodies, points: np.ndarray) -> np.ndarray:
@@ -216,10 +216,10 @@ def test_the_box_need_not_be_a_cube_nor_hold_the_solid() -> None:
 def test_where_there_is_no_surface_that_is_said(scene: Bodies, message: str) -> None:
     pytest.importorskip("skimage")
     with pytest.raises(InputError, match=message):
-        meshing.extract_surface(scene.params(), UNIT, 20, make_distance=make_bodies)
+        meshing.extract_surface(scene.field, UNIT, 20)
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "skimage.measure", None)
     with pytest.raises(InputError, match=r"scikit-image.* is not installed: pip install \.\[mesh\]"):
-        meshing.extract_surface(BALL.params(), UNIT, 20, make_distance=make_bodies)
+        meshing.extract_surface(BALL.field, UNIT, 20)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from scenes import Bodies, bodies_distance, look_at, make_bodies, make_camera, slab_interval
+from jax.tree_util import Partial
+from scenes import Bodies, look_at, make_camera, slab_interval
 from strategies import directions, points, seeds
 
 from jaxngp import cameras, tracing
 from jaxngp.cameras import Rays
-from jaxngp.tracing import Hits, Picture
+from jaxngp.tracing import Hits, SurfaceView
 
 R = 201
 TOLERANCE = 1e-4
@@ -32,7 +32,7 @@ every_scene = pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
 
 
 def trace(scene: Bodies, rays: Rays, box: np.ndarray = UNIT, **options: Any) -> Hits:
-    found = tracing.trace_rays(scene.params(), rays, jnp.asarray(box), make_distance=make_bodies, **options)
+    found = tracing.trace_rays(scene.field, rays, jnp.asarray(box), **options)
     return jax.tree.map(np.asarray, found)
 
 
@@ -264,12 +264,12 @@ def test_a_distance_that_is_no_number_is_a_miss() -> None:
 
 
 @functools.partial(jax.jit, static_argnames="noise")
-def normals(params: Any, position: jax.Array, width: float, noise: float = 0.0) -> jax.Array:
-    def distance(position: jax.Array) -> jax.Array:
+def normals(distance: Partial, position: jax.Array, width: float, noise: float = 0.0) -> jax.Array:
+    def rippled(position: jax.Array) -> jax.Array:
         waves = jnp.sin(jnp.sum(position * jnp.array([9e4, -7e4, 8e4]), axis=1))
-        return bodies_distance(params, position, jnp) + noise * waves
+        return distance(position) + noise * waves
 
-    return tracing.surface_normals(distance, position, width=width)
+    return tracing.surface_normals(rippled, position, width=width)
 
 
 @every_scene
@@ -278,7 +278,7 @@ def test_normals_are_of_unit_length_and_lead_away(scene: Bodies, width: float) -
     rays = only(some_rays(1), outside(scene, some_rays(1)))
     hits = trace(scene, rays)
     at = positions(rays, hits.t)
-    found = np.asarray(normals(scene.params(), jnp.asarray(at, jnp.float32), width))
+    found = np.asarray(normals(scene.field, jnp.asarray(at, jnp.float32), width))
     np.testing.assert_allclose(np.linalg.norm(found[hits.hit], axis=1), 1, atol=1e-6)
     expected = gradient(scene, at)
     # Of one body, and of one face of the box: elsewhere the distance has an edge within the width.
@@ -293,7 +293,7 @@ def test_normals_are_of_unit_length_and_lead_away(scene: Bodies, width: float) -
 def test_normals_see_through_a_ripple_that_is_narrower_than_their_width() -> None:
     """The gradient itself is off by 50 degrees; its differences over the width are by no more than 1e-5 / width."""
     target = np.random.default_rng(0).uniform(0.2, 0.8, (R, 3)).astype(np.float32)
-    found = np.asarray(normals(PLANE.params(), target, 1e-2, noise=1e-5))
+    found = np.asarray(normals(PLANE.field, target, 1e-2, noise=1e-5))
     error = np.abs(found - np.float32(PLANE.plane[:3])).max()
     assert 1e-4 < error < 3**0.5 * 1e-5 / 1e-2 + 1e-4
 
@@ -307,16 +307,14 @@ WIDTH = 1e-3
 
 
 def views() -> list[Rays]:
-    camera = make_camera(24, 24, 30.0)
-    poses = [look_at(eye) for eye in ((2.0, 0.3, 1.4), (0.4, 1.7, 1.6))]
-    return [jax.tree.map(lambda a: a.reshape(-1, 3), cameras.view_rays(camera, jnp.asarray(pose))) for pose in poses]
+    seen = [make_camera(24, 24, 30.0, look_at(eye)) for eye in ((2.0, 0.3, 1.4), (0.4, 1.7, 1.6))]
+    return [jax.tree.map(lambda a: a.reshape(-1, 3), cameras.view_rays(camera)) for camera in seen]
 
 
-def draw(rays: Rays, make_distance: Callable = make_bodies, **options: Any) -> Picture:
+def draw(rays: Rays, distance: Partial | None = None, **options: Any) -> SurfaceView:
     light, up = (jnp.asarray(a, jnp.float32) for a in (LIGHT, UP))
-    picture = tracing.draw_surface(
-        SHADED.params(), rays, jnp.asarray(UNIT), light, up, make_distance=make_distance, normal_width=WIDTH, **options
-    )
+    distance = distance or SHADED.field
+    picture = tracing.draw_surface(distance, rays, jnp.asarray(UNIT), light, up, normal_width=WIDTH, **options)
     return jax.tree.map(np.asarray, picture)
 
 
@@ -376,13 +374,14 @@ def test_a_picture_of_nothing_is_white() -> None:
 def test_all_views_and_the_shadows_share_the_programs() -> None:
     traced = []
 
-    def make_distance(params: Any) -> tracing.DistanceFn:
-        traced.append(params)
-        return make_bodies(params)
+    def counted(distance: Partial, position: jax.Array) -> jax.Array:
+        traced.append(position.shape)
+        return distance(position)
 
     first, second = views()
-    draw(first, make_distance)
-    assert len(traced) == 2  # the walk, of both kinds of rays, and the normals
-    draw(second, make_distance)
-    draw(second, make_distance, shadows=False)
-    assert len(traced) == 2
+    distance = Partial(counted, SHADED.field)
+    draw(first, distance)
+    programs = len(traced)  # the walk, of both kinds of rays, and the normals
+    draw(second, distance)
+    draw(second, distance, shadows=False)
+    assert len(traced) == programs
