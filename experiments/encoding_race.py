@@ -32,7 +32,7 @@ from jaxngp.config import HashGridConfig, InputError
 from jaxngp.device import fusion_barrier
 from jaxngp.encodings import hash_encode
 from jaxngp.hashing import corner_offsets, level_resolutions, spatial_hash
-from jaxngp.training.report import environment, write_json
+from jaxngp.records import environment, write_json
 
 ROUNDS = 5  # of a loop
 # Of features and gradients, times N_max, relative to their largest. Where in its cell a point lies is known to half a
@@ -99,7 +99,7 @@ def jax_contestant(encode: Encode, problem: Problem) -> Contestant:
         forward=functools.partial(jax.jit(forward), position, table),
         both=functools.partial(jax.jit(both), position, table, gradient),
         in_loop=(
-            # Behind a wall, since XLA:CPU would fuse the encoding into the loop's sum and do parts of it twice.
+            # Behind a barrier, since XLA:CPU would fuse the encoding into the loop's sum and do parts of it twice.
             in_loop(functools.partial(fusion_barrier, forward), position, table, rounds=ROUNDS),
             in_loop(functools.partial(fusion_barrier, both), position, table, gradient, rounds=ROUNDS),
         ),

@@ -1,6 +1,6 @@
-"""What walls between fusions bring on a CPU: the stages of the encoding with and without them.
+"""What fusion barriers bring on a CPU: the stages of the encoding with and without them.
 
-    python -m experiments.walls
+    python -m experiments.fusion_barriers
 
 Prints a Markdown table of milliseconds, the median of several runs of a loop in which every round depends on the one
 before. Points lie on rays, as in training: twelve consecutive ones a ray.
@@ -19,7 +19,7 @@ from experiments.timing import loop_ms, points_on_rays
 from jaxngp import encodings
 from jaxngp.device import fusion_barrier
 from jaxngp.presets import PRESETS
-from jaxngp.training.report import device_name
+from jaxngp.records import device_name
 
 NUM_POINTS = 2**15
 GRID = PRESETS["small"].field.encoding
@@ -34,7 +34,7 @@ def main() -> None:
     geometry = jax.random.normal(key, (NUM_POINTS, 16))
     weight = jax.random.normal(key, (32, 64))
     harmonics = functools.partial(encodings.sh_encode, degree=4)
-    no_walls = mock.patch.object(encodings, "fusion_barrier", lambda function, *args: function(*args))
+    no_barriers = mock.patch.object(encodings, "fusion_barrier", lambda function, *args: function(*args))
 
     def encode(x: jax.Array) -> jax.Array:
         return encodings.encode_unrolled(table, x, grid=GRID)
@@ -42,13 +42,13 @@ def main() -> None:
     def scatter(x: jax.Array) -> jax.Array:
         return encodings.table_gradient_unrolled(x, gradient, grid=GRID)
 
-    def unwalled_scatter(x: jax.Array) -> jax.Array:
-        with no_walls:
+    def fused_scatter(x: jax.Array) -> jax.Array:
+        with no_barriers:
             return scatter(x)
 
     stages: dict[str, tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array], jax.Array]] = {
         "encode, forward": (encode, functools.partial(fusion_barrier, encode), x),
-        "gradient of the table": (unwalled_scatter, scatter, x),
+        "gradient of the table": (fused_scatter, scatter, x),
         "harmonics, concatenated, first colour layer": (
             lambda d: jnp.concatenate([geometry, harmonics(d)], axis=1) @ weight,
             lambda d: jnp.concatenate([geometry, fusion_barrier(harmonics, d)], axis=1) @ weight,
@@ -56,9 +56,9 @@ def main() -> None:
         ),
     }
     print(f"{NUM_POINTS} points, L={GRID.num_levels}, F={GRID.num_features}, T={GRID.table_size}; {device_name()}\n")
-    print("| stage | without walls, ms | with walls, ms |\n|---|---|---|")
-    for name, (without, with_walls, argument) in stages.items():
-        times = loop_ms({"without": (without, argument), "with": (with_walls, argument)})
+    print("| stage | without barriers, ms | with barriers, ms |\n|---|---|---|")
+    for name, (without, barred, argument) in stages.items():
+        times = loop_ms({"without": (without, argument), "with": (barred, argument)})
         print(f"| {name} | {times['without']:.2f} | {times['with']:.2f} |")
 
 

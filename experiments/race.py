@@ -30,11 +30,11 @@ from experiments import reference
 from jaxngp import flags
 from jaxngp.config import InputError, NerfConfig, SceneConfig
 from jaxngp.data import Split, load_evaluation, load_training
+from jaxngp.evaluation import evaluate_views, summarise
 from jaxngp.metrics import mean_squared_error, psnr
 from jaxngp.presets import PRESETS, scene_config
-from jaxngp.training.evaluation import evaluate_views, summarise
-from jaxngp.training.loop import train
-from jaxngp.training.report import environment, write_json
+from jaxngp.records import environment, write_json
+from jaxngp.training.loop import Progress, train
 
 LEVELS = (20.0, 22.0, 23.5, 25.0, 28.0, 30.0)  # dB
 MARKS = tuple(m * s for s in (1, 10, 100, 1000, 10_000, 100_000) for m in (1, 1.5, 2, 3, 5, 7))  # seconds
@@ -106,8 +106,9 @@ def run_preset(config: NerfConfig, training: Split, evaluation: Split, judge: Ju
             judge.curve.compile_seconds = progress.compile_seconds
             continue
 
-        def score(state: Any = progress.state) -> float:
-            scores = [score for score, _ in evaluate_views(state, evaluation, config=config)]
+        def score(progress: Progress = progress) -> float:
+            views = evaluate_views(progress.field, progress.state.occupancy, evaluation, sampler=config.sampler)
+            scores = [score for score, _ in views]
             return summarise(scores, evaluation, "white").psnr
 
         if judge.ended(progress.seconds, progress.step, score):

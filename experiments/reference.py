@@ -128,7 +128,7 @@ def ray_rows(split: Split, scene: SceneConfig) -> np.ndarray:
     if isinstance(images, RayTable):
         origin, direction, rgb = (np.asarray(a) for a in (images.rays.origin, images.rays.direction, images.rgb))
     else:
-        views = [jax.jit(view_rays)(images.camera, c2w) for c2w in images.c2w]
+        views = [view_rays(images.cameras[view]) for view in range(len(images.cameras))]
         origin, direction = (
             np.concatenate([np.asarray(part).reshape(-1, 3) for part in parts])
             for parts in ([rays.origin for rays in views], [rays.direction for rays in views])
@@ -139,7 +139,7 @@ def ray_rows(split: Split, scene: SceneConfig) -> np.ndarray:
 
 
 def environment() -> dict[str, Any]:
-    """What its numbers come from, beside what `jaxngp.training.report.environment` says."""
+    """What its numbers come from, beside what `jaxngp.records.environment` says."""
     torch = bench_module("torch")
     return {"torch_version": torch.__version__, "torch_threads": torch.get_num_threads()}
 

@@ -31,20 +31,22 @@ from flax import struct
 
 from experiments.timing import iterated, loop_ms, median_ms
 from jaxngp import flags
-from jaxngp.cameras import PosedImages, resize_camera
+from jaxngp.cameras import PosedImages, Rays, resize_cameras
 from jaxngp.compositing import composite
 from jaxngp.config import FieldConfig, InputError, MarchConfig, NerfConfig, apply_overrides
 from jaxngp.data import load_training
 from jaxngp.encodings import all_corners, hash_encode
-from jaxngp.fields import NerfField, Params, compute_dtype, field_maker, make_half_table
+from jaxngp.fields import NerfNetwork, Params, RadianceField, compute_dtype, make_half_table
 from jaxngp.marching import Candidates, Samples, box_interval, find_visible, pack_steps
-from jaxngp.occupancy import cells_at
 from jaxngp.presets import PRESETS, scene_config
-from jaxngp.rendering import render_image
-from jaxngp.training import steps
+from jaxngp.records import environment, write_json
+from jaxngp.rendering import render_view
+from jaxngp.training import nerf
 from jaxngp.training.loop import train
+from jaxngp.training.nerf import PixelBatch, StepNoise
 from jaxngp.training.optimizer import make_optimizer
-from jaxngp.training.report import environment, write_json
+from jaxngp.training.state import TrainState
+from jaxngp.visual_hull import PixelSet
 
 COPIED_BYTES = 2**28  # of the array that is read and written for the memory's ceiling
 OPTIMISER_ROUNDS = 10
@@ -87,7 +89,7 @@ class Row:
     bound_by: str
 
 
-def measure_ceilings(config: NerfConfig, state: steps.TrainState, position: jax.Array, runs: int) -> dict[str, float]:
+def measure_ceilings(config: NerfConfig, state: TrainState, position: jax.Array, runs: int) -> dict[str, float]:
     """GFLOP/s of a large float32 matmul, GB/s of a large array, and millions a second of table rows read and added to.
 
     The rows are those of the encoding at the points given, in its order, and of the grid's words that hold them:
@@ -100,7 +102,7 @@ def measure_ceilings(config: NerfConfig, state: steps.TrainState, position: jax.
     table, update = state.params["encoding"]["table"], jnp.ones((len(position), grid.num_features))
     rows = jnp.transpose(all_corners(position, grid)[0], (1, 2, 0))  # (L, 8, N)
     resolution = state.occupancy.resolution
-    column, row, layer = cells_at(*position.T, resolution=resolution)
+    column, row, layer = jnp.clip((position * resolution).astype(jnp.int32), 0, resolution - 1).T
     words = jnp.tile((column + resolution * (row + resolution * layer)) >> 5, WORD_READS)
 
     def read(table: jax.Array, rows: jax.Array) -> jax.Array:
@@ -118,7 +120,7 @@ def measure_ceilings(config: NerfConfig, state: steps.TrainState, position: jax.
         "mreads_per_s": functools.partial(jax.jit(read), table, rows),
         "madditions_per_s": iterated(add, table, rows, update, rounds=1),
         "mword_reads_per_s": functools.partial(
-            jax.jit(lambda t, i: t.at[i].get(mode="promise_in_bounds")), state.occupancy.occupied, words
+            jax.jit(lambda t, i: t.at[i].get(mode="promise_in_bounds")), state.occupancy.occupied.reshape(-1), words
         ),
     }
     per_call = {
@@ -158,9 +160,9 @@ def network_flops(params: Params, num_samples: int) -> int:
 class StepInputs:
     """What each stage of one step reads: R rays and their noise, N packed samples, and what the field makes of them."""
 
-    bits: jax.Array
-    batch: steps.PixelBatch
-    noise: steps.StepNoise
+    batch: PixelBatch
+    noise: StepNoise
+    rays: Rays
     candidates: Candidates
     samples: Samples
     direction: jax.Array  # (N, 3)
@@ -176,29 +178,36 @@ def table_to_read(params: Params, field: FieldConfig) -> jax.Array:
     return params["encoding"]["table"] if half_table is None else half_table
 
 
+def draw_batch(
+    step: jax.Array, key: jax.Array, data: PosedImages, pixels: PixelSet, *, config: NerfConfig
+) -> tuple[PixelBatch, StepNoise]:
+    """Pixels and noise of one step."""
+    batches = nerf.draw_batches(step, key, data, pixels, num_steps=1, config=config)
+    return jax.tree.map(lambda a: a[0], batches)
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def step_inputs(
-    key: jax.Array, state: steps.TrainState, data: PosedImages, pixels: steps.PixelSet, *, config: NerfConfig
+    key: jax.Array, state: TrainState, data: PosedImages, pixels: PixelSet, *, config: NerfConfig
 ) -> StepInputs:
     """The inputs of the stages of one step, whose pixels and noise `key` draws."""
     sampler = config.sampler
     assert isinstance(sampler, MarchConfig)
     assert state.occupancy is not None
-    bits = steps.draw_bits(key, config=config)
-    batch = steps.pick_pixels(bits[:, 0], data, pixels)
-    noise = steps.make_noise(bits[:, 1:], config=config)
-    candidates = find_visible(batch.rays, state.occupancy, noise.jitter, config=sampler)
+    batch, noise = draw_batch(jnp.int32(0), key, data, pixels, config=config)
+    rays = data.source.cast(batch.view, batch.xy)
+    candidates = find_visible(rays, state.occupancy, noise.jitter, config=sampler)
     samples = pack_steps(candidates, noise.jitter, config=sampler)
-    direction = batch.rays.direction[samples.ray]
-    position = batch.rays.origin[samples.ray] + samples.t[:, None] * direction
+    direction = rays.direction[samples.ray]
+    position = rays.origin[samples.ray] + samples.t[:, None] * direction
     field, read = config.field, table_to_read(state.params, config.field)
     features = hash_encode(read, position, grid=field.encoding, dtype=compute_dtype(field))
     density, rgb = run_networks(features, direction, state.params, field=field)
-    return StepInputs(bits, batch, noise, candidates, samples, direction, position, features, density, rgb)
+    return StepInputs(batch, noise, rays, candidates, samples, direction, position, features, density, rgb)
 
 
 def training_stages(
-    config: NerfConfig, state: steps.TrainState, data: PosedImages, pixels: steps.PixelSet, *, seed: int = 1
+    config: NerfConfig, state: TrainState, data: PosedImages, pixels: PixelSet, *, seed: int = 1
 ) -> dict[str, Stage]:
     """The stages of one step, each with the arguments that it has there; `seed` draws the step's pixels and noise."""
     sampler = config.sampler
@@ -206,24 +215,23 @@ def training_stages(
     assert state.occupancy is not None
     field, grid, occupancy = config.field, config.field.encoding, state.occupancy
     inputs = step_inputs(jax.random.key(seed), state, data, pixels, config=config)
-    bits, batch, noise = inputs.bits, inputs.batch, inputs.noise
+    batch, noise, rays = inputs.batch, inputs.noise, inputs.rays
     candidates, samples, direction, position = inputs.candidates, inputs.samples, inputs.direction, inputs.position
     features, density, rgb = inputs.features, inputs.density, inputs.rgb
     table = state.params["encoding"]["table"]
     count, corners = sampler.num_samples, 2**grid.num_dims * grid.num_levels
     networks = {name: value for name, value in state.params.items() if name != "encoding"}
     # The steps within the grid's bounds have to be tested, in one set of cells or two.
-    t_enter, t_leave = box_interval(batch.rays, occupancy.bounds[0], occupancy.bounds[1])
+    t_enter, t_leave = box_interval(rays, occupancy.bounds[0], occupancy.bounds[1])
     tests = float(jnp.sum(jnp.maximum(t_leave - t_enter, 0))) / sampler.step_size * (2 if sampler.opaque_steps else 1)
 
     # Whatever a stage reads has to depend on its first argument, or XLA computes what follows from it but once.
     def moved(x: jax.Array, array: jax.Array) -> jax.Array:
         return array + x.reshape(-1)[0] * 1e-30
 
-    def draw(x: jax.Array, key: jax.Array, data: PosedImages, pixels: steps.PixelSet) -> Any:
-        key = jax.random.fold_in(key, x[0].astype(jnp.int32))
-        bits = steps.draw_bits(key, config=config)
-        return steps.pick_pixels(bits[:, 0], data, pixels), steps.make_noise(bits[:, 1:], config=config)
+    def draw(x: jax.Array, key: jax.Array, data: PosedImages, pixels: PixelSet) -> Any:
+        batch, noise = draw_batch(x[0].astype(jnp.int32), key, data, pixels, config=config)
+        return data.source.cast(batch.view, batch.xy), batch.rgba, noise
 
     def march(jitter: jax.Array, rays: Any, occupancy: Any) -> Any:
         return find_visible(rays, occupancy, jitter, config=sampler)
@@ -264,10 +272,10 @@ def training_stages(
         "draw": Stage(
             draw,
             (jnp.zeros(1), jax.random.key(seed), data, pixels),
-            Work(num_bytes=pixel_bytes + num_bytes(bits)),
+            Work(num_bytes=pixel_bytes + num_bytes(batch, noise, rays)),
             count,
         ),
-        "march": Stage(march, (noise.jitter, batch.rays, occupancy), Work(word_reads=tests), count),
+        "march": Stage(march, (noise.jitter, rays, occupancy), Work(word_reads=tests), count),
         "pack": Stage(pack, (noise.jitter, candidates), Work(num_bytes=num_bytes(candidates.words, samples)), count),
         "encode, forward": Stage(
             encode,
@@ -302,7 +310,7 @@ def training_stages(
     }
 
 
-def optimiser_calls(config: NerfConfig, state: steps.TrainState) -> tuple[Callable[[], Any], Work]:
+def optimiser_calls(config: NerfConfig, state: TrainState) -> tuple[Callable[[], Any], Work]:
     """OPTIMISER_ROUNDS steps of Adam with the gradient given, in place."""
     gradient = jax.tree.map(lambda p: jnp.full_like(p, 1e-3), state.params)
 
@@ -319,12 +327,12 @@ def optimiser_calls(config: NerfConfig, state: steps.TrainState) -> tuple[Callab
 def run_networks(
     features: jax.Array, direction: jax.Array, params: Params, *, field: Any
 ) -> tuple[jax.Array, jax.Array]:
-    density, rgb = NerfField(field).apply({"params": params}, features, direction, method="networks")
+    density, rgb = NerfNetwork(field).apply({"params": params}, features, direction, method="networks")
     return jnp.asarray(density), jnp.asarray(rgb)
 
 
 def whole_calls(
-    config: NerfConfig, state: steps.TrainState, data: PosedImages, pixels: steps.PixelSet, image_size: int
+    config: NerfConfig, state: TrainState, data: PosedImages, pixels: PixelSet, image_size: int
 ) -> dict[str, Callable[[], Any]]:
     """A dispatch of whole steps, a refresh of the grid, and a whole image: compiled programs of their own."""
     count = config.train.steps_per_dispatch
@@ -332,26 +340,19 @@ def whole_calls(
     held = {"state": state}
 
     def dispatch() -> Any:  # donates the state, as training does
-        held["state"], metrics = steps.nerf_steps(held["state"], data, pixels, rates, jnp.int32(count), config=config)
+        held["state"], metrics = nerf.nerf_steps(held["state"], data, pixels, rates, jnp.int32(count), config=config)
         return held["state"].step, metrics
 
     def refresh() -> Any:
-        held["state"] = steps.refresh_occupancy(held["state"], config=config)
+        held["state"] = nerf.refresh_occupancy(held["state"], config=config)
         return held["state"].occupancy
 
-    camera = resize_camera(data.camera, image_size, image_size)
+    camera = resize_cameras(data.cameras, image_size, image_size)[0]
     params, occupancy = jax.tree.map(jnp.copy, (state.eval_params, state.occupancy))
+    field = RadianceField.of(params, config=config.field)
 
     def image() -> Any:
-        return render_image(
-            params,
-            camera,
-            data.c2w[0],
-            occupancy,
-            jnp.ones(3),
-            make_field=field_maker(config.field),
-            sampler=config.sampler,
-        ).rgb
+        return render_view(field, camera, occupancy, jnp.ones(3), sampler=config.sampler).rgb
 
     return {"step": dispatch, "refresh": refresh, "image": image}
 
@@ -360,7 +361,7 @@ def measure(config: NerfConfig, data: PosedImages, values: flags.Flags) -> tuple
     """The rows of the table, and the ceilings."""
     *_, progress = train(config, data)
     state, data = progress.state, jax.device_put(data)
-    _, pixels = steps.survey_views(data, config=config)
+    _, pixels = nerf.hull_of_views(data, config=config)
     sampler = config.sampler
     assert isinstance(sampler, MarchConfig)
     stages = training_stages(config, state, data, pixels)

@@ -7,19 +7,18 @@ M_k = integral of u^k s exp(-s u) give everything.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from jaxngp.cameras import Cameras, PosedImages, image_size, make_cameras, pose_images
 from jaxngp.compositing import RenderOutput
 
 Colour = tuple[float, float, float]
-FieldFn = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,14 @@ class Slab:
     density: float
     rgb: Colour
 
-    def field(self, position: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+    @property
+    def field(self) -> Partial:
+        return Partial(self.evaluate)
+
+    def evaluate(self, position: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
         z = position[:, 2]
         rgb = jnp.broadcast_to(jnp.asarray(self.rgb), position.shape)
         return jnp.where((z >= self.low) & (z < self.high), self.density, 0.0), rgb
-
-    def make_field(self, _: Any) -> FieldFn:
-        return self.field
 
     def seen(self, origin: np.ndarray, direction: np.ndarray, background: Any) -> RenderOutput:
         """What rays (..., 3) see, as numpy arrays."""
@@ -56,13 +56,14 @@ class Ball:
     inner: Colour
     outer: Colour
 
-    def field(self, position: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+    @property
+    def field(self) -> Partial:
+        return Partial(self.evaluate)
+
+    def evaluate(self, position: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
         inner, outer = jnp.asarray(self.inner), jnp.asarray(self.outer)
         square = jnp.sum((position - jnp.asarray(self.centre)) ** 2, axis=-1) / self.radius**2
         return jnp.where(square < 1, self.density, 0.0), inner + jnp.minimum(square, 1)[:, None] * (outer - inner)
-
-    def make_field(self, _: Any) -> FieldFn:
-        return self.field
 
     def chord(self, origin: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where rays are inside, t0 >= 0 and t1; t1 = t0 where they miss."""
@@ -205,6 +206,11 @@ class Bodies:
         }
         return {name: np.asarray(array, np.float32) for name, array in arrays.items()}
 
+    @property
+    def field(self) -> Partial:
+        """What tracing and meshing take: one program does for all bodies."""
+        return Partial(_distance, self.params())
+
     def distance(self, position: np.ndarray) -> np.ndarray:
         """(N, 3) -> (N,), in float64; of the union, and so too small in the overlap of two bodies."""
         exact = {name: array.astype(np.float64) for name, array in self.params().items()}
@@ -239,6 +245,5 @@ def bodies_distance(params: Any, position: Any, xp: Any) -> Any:
     return params["scale"] * xp.minimum(xp.minimum(xp.min(balls, axis=1), box), plane)
 
 
-def make_bodies(params: Any) -> Callable[[jax.Array], jax.Array]:
-    """What tracing and meshing take."""
-    return lambda position: bodies_distance(params, position, jnp)
+def _distance(params: Any, position: jax.Array) -> jax.Array:
+    return bodies_distance(params, position, jnp)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxngp import data, rendering
-from jaxngp.cameras import Rays, view_rays
-from jaxngp.config import NerfConfig, SceneConfig, apply_overrides
+from jaxngp import device
+from jaxngp.cameras import PosedImages, Rays, view_rays
+from jaxngp.config import SceneConfig, apply_overrides
 from jaxngp.data import Split, bricks, load_evaluation, load_training
+from jaxngp.evaluation import EvalBackground, ViewPicture, ViewScore, evaluate_views, summarise
 from jaxngp.presets import PRESETS
-from jaxngp.training import loop
-from jaxngp.training.evaluation import ViewPicture, evaluate_views, summarise
 from jaxngp.training.loop import Progress, train
 
 SIZE = 64
@@ -49,7 +45,8 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Progress, Split]:
 
 def exact_depth(config: SceneConfig, split: Split, view: int) -> tuple[np.ndarray, np.ndarray]:
     """Depth in scene units, and alpha, of a view's pixel centres, by the scene's own ray caster."""
-    rays = view_rays(split.images.camera, split.images.c2w[view])
+    assert isinstance(split.images, PosedImages)
+    rays = view_rays(split.images.cameras[view])
     world = Rays(
         origin=(rays.origin - 0.5) * config.box_side + jnp.asarray(config.box_centre), direction=rays.direction
     )
@@ -57,22 +54,23 @@ def exact_depth(config: SceneConfig, split: Split, view: int) -> tuple[np.ndarra
     return np.asarray(surface.depth) / config.box_side, np.asarray(surface.alpha)
 
 
-def pictures(learned: tuple[Progress, Split], config: NerfConfig) -> list[ViewPicture]:
-    progress, split = learned
-    return [picture for _, picture in evaluate_views(progress.state, split, config=config)]
+def views(
+    progress: Progress, split: Split, background: EvalBackground = "white"
+) -> list[tuple[ViewScore, ViewPicture]]:
+    grid = progress.state.occupancy
+    return list(evaluate_views(progress.field, grid, split, sampler=CONFIG.sampler, background=background))
 
 
-def test_four_hundred_small_steps_learn_the_built_in_scene(learned: tuple[Progress, Split]) -> None:
+def test_four_hundred_steps_learn_the_built_in_scene(learned: tuple[Progress, Split]) -> None:
     progress, split = learned
-    scores = [score for score, _ in evaluate_views(progress.state, split, config=CONFIG)]
-    result = summarise(scores, split, "white")
+    result = summarise([score for score, _ in views(progress, split)], split, "white")
     assert result.psnr > 23.0, result
     assert result.ssim > 0.80, result
 
 
 def test_the_learned_depth_is_that_of_the_scene(learned: tuple[Progress, Split]) -> None:
     errors = []
-    for view, picture in enumerate(pictures(learned, CONFIG)):
+    for view, (_, picture) in enumerate(views(*learned)):
         depth, alpha = exact_depth(CONFIG.scene, learned[1], view)
         solid = (alpha == 1) & (picture.opacity > 0.95)
         assert solid.mean() > 0.1
@@ -84,53 +82,34 @@ def test_the_learned_depth_is_that_of_the_scene(learned: tuple[Progress, Split])
 
 def test_what_is_seen_through_is_the_background(learned: tuple[Progress, Split]) -> None:
     progress, split = learned
-    for view, (_, picture) in enumerate(evaluate_views(progress.state, split, config=CONFIG, background="black")):
-        alpha = np.asarray(split.images.rgba[view])[..., 3]
+    assert isinstance(split.images, PosedImages)
+    for view, (_, picture) in enumerate(views(progress, split, "black")):
+        alpha = split.images.image(view)[..., 3]
         outside = alpha == 0
         assert np.mean(picture.prediction[outside]) < 0.02
         assert np.mean(picture.opacity[alpha == 255]) > 0.95
 
 
 @pytest.mark.parametrize("rays_together", [1, 2 * SIZE**2])
-def test_views_are_the_same_however_many_are_rendered_at_once(
+def test_views_are_the_same_however_many_at_once(
     rays_together: int, learned: tuple[Progress, Split], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One at a time; two, of which the last batch has but one; and all three, which is what fits by default."""
     progress, split = learned
     split = replace(split, views=split.views[:3])
-    expected = list(evaluate_views(progress.state, split, config=CONFIG))
-    monkeypatch.setattr(rendering, "CPU_BATCHING", replace(rendering.CPU_BATCHING, rays=rays_together))
-    monkeypatch.setattr(rendering, "GPU_BATCHING", rendering.CPU_BATCHING)
-    found = list(evaluate_views(progress.state, split, config=CONFIG))
+    expected = views(progress, split)
+    monkeypatch.setattr(device, "CPU_BATCHING", replace(device.CPU_BATCHING, rays=rays_together))
+    monkeypatch.setattr(device, "GPU_BATCHING", device.CPU_BATCHING)
+    found = views(progress, split)
     assert [score.name for score, _ in found] == [score.name for score, _ in expected] == list(split.views)
     for (score, picture), (expected_score, expected_picture) in zip(found, expected, strict=True):
         np.testing.assert_allclose(picture.prediction, expected_picture.prediction, atol=1e-5)
         np.testing.assert_allclose(score.psnr, expected_score.psnr, atol=1e-3)
 
 
-def test_most_of_the_box_is_empty_in_the_end_and_a_fifth_of_the_rays_fit(learned: tuple[Progress, Split]) -> None:
+def test_most_of_the_box_is_empty_in_the_end(learned: tuple[Progress, Split]) -> None:
+    """And a fifth of the rays fit."""
     metrics = learned[0].metrics
     assert metrics is not None
     assert float(metrics.rays) > 0.2 * CONFIG.train.num_rays
     assert float(metrics.occupied_fraction) < 0.2
-
-
-def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, learned: tuple[Progress, Split]) -> None:
-    """All blocks in one namespace, as in a notebook; only the config is a smaller one."""
-    progress, split = learned
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
-    monkeypatch.setitem(PRESETS, "small", CONFIG)
-    learn = loop.train
-    monkeypatch.setattr(loop, "train", lambda c, d: iter([progress]) if isinstance(c, NerfConfig) else learn(c, d))
-    monkeypatch.setattr(data, "load_training", lambda _: split)
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, names)  # our own README
-    assert names["colour"].shape == (1, 3)
-    assert names["features"].shape == (1000, 32)
-    assert names["slopes"].shape == (1000, 3)
-    assert names["picture"].shape == (SIZE, SIZE, 3)
-    assert names["slope"].shape == (3, 4)
-    assert np.all(np.isfinite(names["slope"]))

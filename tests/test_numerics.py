@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +17,14 @@ from hypothesis.extra import numpy as hnp
 from strategies import TINY_FIELD, TINY_GRID, directions, points, rotations
 
 from jaxngp import cameras, compositing, encodings, fields, hashing, losses, marching, metrics, occupancy, rendering
-from jaxngp.cameras import Camera, Rays
+from jaxngp.cameras import Cameras, Rays
 from jaxngp.config import MarchConfig, OccupancyConfig
+from jaxngp.device import Formulation, formulation
 
 RNG = np.random.default_rng(0)
 
 
-both_backends = pytest.mark.parametrize("backend", ["cpu", "gpu"])
-
-
-def formulas_of(backend: str) -> contextlib.AbstractContextManager:
-    """While it holds, what is traced takes the formulas of a backend, which a CPU can compute too."""
-    if backend == "cpu":
-        return contextlib.nullcontext()
-    return mock.patch.object(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
+both_formulations = pytest.mark.parametrize("backend", ["cpu", "gpu"])
 
 
 # Slopes.
@@ -66,8 +58,8 @@ MARCH = MarchConfig(num_steps=64, num_samples=256, occupancy=OccupancyConfig(res
 GRID = occupancy.init_occupancy(np.ones(32**3, bool))
 
 
-def pixels(focal: jax.Array, centre: jax.Array) -> Camera:
-    return Camera(focal_xy=focal, centre_xy=centre, width=8, height=8)
+def camera(focal: jax.Array, centre: jax.Array, c2w: jax.Array) -> Cameras:
+    return Cameras(c2w, focal, centre, jnp.array([8, 8], jnp.int32))
 
 
 def seen(amount: jax.Array, background: jax.Array) -> Any:
@@ -86,8 +78,8 @@ def seen(amount: jax.Array, background: jax.Array) -> Any:
 def field(table: jax.Array, density: list, colour: list, position: jax.Array, direction: jax.Array) -> Any:
     kernels = [{f"Dense_{i}": {"kernel": kernel} for i, kernel in enumerate(mlp)} for mlp in (density, colour)]
     params = {"encoding": {"table": table}, "density_mlp": kernels[0], "colour_mlp": kernels[1]}
-    log_density = jnp.log(fields.evaluate_density(params, position, config=TINY_FIELD))
-    return *fields.evaluate_field(params, position, direction, config=TINY_FIELD), log_density
+    radiance = fields.RadianceField.of(params, config=TINY_FIELD)
+    return *radiance(position, direction), jnp.log(radiance.density(position))
 
 
 def kernels(*widths: int) -> list[np.ndarray]:
@@ -125,12 +117,12 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     ),
     "render_rays": (seen, (np.array(20.0), uniform(4, 3))),
     "box_interval": (lambda o, d: marching.box_interval(Rays(origin=o, direction=d)), (ORIGIN, TOWARD)),
-    "pixel_to_ray": (
-        lambda focal, centre, c2w, pixel: cameras.pixel_to_ray(pixels(focal, centre), c2w, pixel),
+    "unproject": (
+        lambda focal, centre, c2w, pixel: cameras.unproject(camera(focal, centre, c2w), pixel),
         (*CAMERA, POSE, uniform(6, 2, high=8)),
     ),
-    "point_to_pixel": (
-        lambda focal, centre, c2w, point: cameras.point_to_pixel(pixels(focal, centre), c2w, point),
+    "project": (
+        lambda focal, centre, c2w, point: cameras.project(camera(focal, centre, c2w), point),
         (*CAMERA, POSE, POSE[:, 3] - (uniform(6, 3, low=-0.2, high=0.2) + [0, 0, 2.0]) @ POSE[:, :3].T),
     ),
     "world_to_scene": (lambda c2w: cameras.world_to_scene(c2w, (1.0, 0.5, 0.0), 3.0), (POSE,)),
@@ -140,7 +132,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         (np.array([0.5, 0.5, 0.5, 0.5]), np.array([0.45, 0.58, 0.1, 0.9])),
     ),
     "psnr": (lambda a, b: metrics.psnr(metrics.mean_squared_error(a, b)), (uniform(4, 3), uniform(4, 3))),
-    "evaluate_field": (field, (TABLE, kernels(4, 8, 4), kernels(DIRECTED, 8, 8, 3), inside_cells(8), unit(8, 3))),
+    "RadianceField": (field, (TABLE, kernels(4, 8, 4), kernels(DIRECTED, 8, 8, 3), inside_cells(8), unit(8, 3))),
 }
 
 
@@ -176,7 +168,7 @@ def test_a_gradient_is_the_slope_in_float64(name: str) -> None:
 
 
 @functools.cache
-def composer(backend: str, num_rays: int) -> Any:
+def composer(backend: Formulation, num_rays: int) -> Any:
     """`composite` and its gradients in density, colour, t, dt and background; traced once for each of the keys."""
 
     def total(args: tuple, ray: jax.Array) -> tuple[jax.Array, Any]:
@@ -187,10 +179,10 @@ def composer(backend: str, num_rays: int) -> Any:
     return jax.jit(jax.value_and_grad(total, has_aux=True))
 
 
-def composed(backend: str, args: tuple[np.ndarray, ...], ray: np.ndarray) -> tuple[Any, Any]:
+def composed(backend: Formulation, args: tuple[np.ndarray, ...], ray: np.ndarray) -> tuple[Any, Any]:
     """RenderOutput and gradients."""
     args = tuple(np.asarray(a, np.float32) for a in args)
-    with formulas_of(backend):
+    with formulation(backend):
         (_, out), gradients = composer(backend, len(args[4]))(args, np.asarray(ray, np.int32))
     return out, gradients
 
@@ -217,7 +209,7 @@ def gradients_in_float64(args: tuple[np.ndarray, ...], ray: np.ndarray) -> Any:
     """Those of `composed`, of the same float32 numbers."""
     with jax.enable_x64(True):
         doubles = tuple(np.asarray(a, np.float32).astype(np.float64) for a in args)
-        return jax.tree.map(np.asarray, composer("float64", len(args[4]))(doubles, ray)[1])
+        return jax.tree.map(np.asarray, composer("auto", len(args[4]))(doubles, ray)[1])
 
 
 NUM = 4096
@@ -243,9 +235,9 @@ def adversarial(rays: str) -> tuple[np.ndarray, dict[str, Any]]:
     return ray, {name: (a, in_float64(*a, ray), gradients_in_float64(a, ray)) for name, a in args.items()}
 
 
-@both_backends
+@both_formulations
 @pytest.mark.parametrize("rays", EVEN)
-def test_compositing_keeps_its_digits_on_adversarial_samples(backend: str, rays: str) -> None:
+def test_compositing_keeps_its_digits(backend: str, rays: str) -> None:
     """A ray's sums are of n products in float32, each addition off by up to 2^-25 of the sum, which is 1 at most; for
     equal summands all may err one way. Depth is a quotient of two. The fixed point of a GPU rounds each thickness to
     3e-8: fog of 1e-11 a sample is none in front of others, which is 1e-7 of what gets through."""
@@ -268,14 +260,14 @@ def test_compositing_keeps_its_digits_on_adversarial_samples(backend: str, rays:
 extremes = st.sampled_from([0.0, 1e-45, 1e-38, 1e-36, 1e-30, 1e-20, 1e-8, 1.0, 60.0, 1e4, 3.3e6])
 
 
-@both_backends
+@both_formulations
 @given(
     density=hnp.arrays(np.float32, 24, elements=extremes),
     dt=hnp.arrays(np.float32, 24, elements=st.sampled_from([0.0, 1e-30, 1e-4, 2e-3, 1.0])),
     rgb=hnp.arrays(np.float32, (24, 3), elements=st.sampled_from([0.0, 0.5, 1.0])),
     start=st.sampled_from([0.0, 1.0]),
 )
-def test_no_gradient_of_compositing_is_other_than_finite(
+def test_gradients_of_compositing_are_finite(
     backend: str, density: np.ndarray, dt: np.ndarray, rgb: np.ndarray, start: float
 ) -> None:
     # A field has densities up to e^15 = 3.3e6, and the cube distances up to 3.
@@ -308,9 +300,9 @@ awkward_directions = hnp.arrays(np.float32, (8, 3), elements=st.sampled_from(SID
 @jax.jit
 def all_slopes(params: Any, origin: jax.Array, direction: jax.Array, background: jax.Array) -> Any:
     def total(params: Any, origin: jax.Array, direction: jax.Array, background: jax.Array) -> jax.Array:
-        make_field = functools.partial(fields.evaluate_field, params, config=TINY_FIELD)
+        field = fields.RadianceField.of(params, config=TINY_FIELD)
         rays = Rays(origin=origin, direction=direction)
-        out, _ = rendering.render_rays(make_field, rays, GRID, jnp.full(8, 0.5), background, sampler=MARCH)
+        out, _ = rendering.render_rays(field, rays, GRID, jnp.full(8, 0.5), background, sampler=MARCH)
         error = losses.colour_loss(out.rgb, 1.0, loss="huber")
         near, far = marching.box_interval(rays)
         return jnp.sum(error) + jnp.sum(out.opacity) + jnp.sum(out.depth) + jnp.sum(near) + jnp.sum(far)
@@ -320,7 +312,7 @@ def all_slopes(params: Any, origin: jax.Array, direction: jax.Array, background:
 
 @settings(max_examples=60)
 @given(points(8), awkward_directions, st.sampled_from([0.0, 1e-4, 1.0, 30.0, 1e4]), st.sampled_from([-1.0, 1.0]))
-def test_no_gradient_of_rendering_is_other_than_finite(
+def test_gradients_of_rendering_are_finite(
     origin: np.ndarray, direction: np.ndarray, scale: float, sign: float
 ) -> None:
     """From corners, faces and inside of cells, along axes and next to it; from fields of no density to opaque ones with
@@ -337,18 +329,16 @@ PARAMS = fields.init_params(jax.random.key(0), config=TINY_FIELD)
 @jax.jit
 def camera_slopes(c2w: jax.Array, pixel: jax.Array, point: jax.Array) -> Any:
     def total(c2w: jax.Array, pixel: jax.Array, point: jax.Array) -> jax.Array:
-        camera = pixels(jnp.array([20.0, 25.0]), jnp.array([4.0, 4.0]))
-        rays = cameras.pixel_to_ray(camera, c2w, pixel)
-        found, depth = cameras.point_to_pixel(camera, c2w, point)
+        one = camera(jnp.array([20.0, 25.0]), jnp.array([4.0, 4.0]), c2w)
+        rays = cameras.unproject(one, pixel)
+        found, depth = cameras.project(one, point)
         return jnp.sum(rays.direction) + jnp.sum(rays.origin) + jnp.sum(found) + jnp.sum(depth)
 
     return jax.grad(total, argnums=(0, 1, 2))(c2w, pixel, point)
 
 
 @given(rotations(), points(4), hnp.arrays(np.float32, (4, 2), elements=st.sampled_from([0.0, 4.0, 8.0, -1e6, 1e6])))
-def test_no_gradient_of_a_camera_is_other_than_finite(
-    rotation: np.ndarray, point: np.ndarray, pixel: np.ndarray
-) -> None:
+def test_gradients_of_cameras_are_finite(rotation: np.ndarray, point: np.ndarray, pixel: np.ndarray) -> None:
     """Points in the camera, and in its plane, among them."""
     c2w = np.concatenate([rotation, point[0][:, None]], axis=1)
     assert all(np.isfinite(g).all() for g in camera_slopes(c2w, pixel, point))
@@ -375,7 +365,7 @@ def encoding_slopes(fraction: jax.Array, direction: jax.Array, x: jax.Array) -> 
     directions(8),
     hnp.arrays(np.float32, 8, elements=st.sampled_from([0.0, -0.0, 0.1, -1.0, 15.0, -1e4, 1e4, 1e15])),
 )
-def test_no_gradient_of_an_encoding_or_a_loss_is_other_than_finite(
+def test_gradients_of_encodings_and_losses_are_finite(
     fraction: np.ndarray, direction: np.ndarray, x: np.ndarray
 ) -> None:
     assert all(np.isfinite(g).all() for g in encoding_slopes(fraction, direction, x))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from scenes import Bodies, bodies_distance, look_at, make_bodies, make_camera, slab_interval
+from jax.tree_util import Partial
+from scenes import Bodies, look_at, make_camera, slab_interval
 from strategies import directions, points, seeds
 
 from jaxngp import cameras, tracing
 from jaxngp.cameras import Rays
-from jaxngp.tracing import Hits, Picture
+from jaxngp.tracing import Hits, SurfaceView
 
 R = 201
 TOLERANCE = 1e-4
@@ -32,7 +32,7 @@ every_scene = pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
 
 
 def trace(scene: Bodies, rays: Rays, box: np.ndarray = UNIT, **options: Any) -> Hits:
-    found = tracing.trace_rays(scene.params(), rays, jnp.asarray(box), make_distance=make_bodies, **options)
+    found = tracing.trace_rays(scene.field, rays, jnp.asarray(box), **options)
     return jax.tree.map(np.asarray, found)
 
 
@@ -115,7 +115,7 @@ def only(rays: Rays, chosen: np.ndarray) -> Rays:
 @every_scene
 @settings(max_examples=15)
 @given(seeds)
-def test_a_ray_meets_the_surface_where_the_closed_form_says(scene: Bodies, seed: int) -> None:
+def test_rays_meet_the_surface_of_the_closed_form(scene: Bodies, seed: int) -> None:
     rays = some_rays(seed)
     rays = only(rays, outside(scene, rays))
     hits = trace(scene, rays)
@@ -144,7 +144,8 @@ def test_what_lies_outside_the_box_is_not_seen(corners: np.ndarray, seed: int) -
 
 
 @given(directions(R))
-def test_along_any_direction_a_ball_is_one_radius_away_from_its_middle(direction: np.ndarray) -> None:
+def test_a_ball_is_met_one_radius_from_its_middle(direction: np.ndarray) -> None:
+    """From any direction."""
     *centre, radius = BALL.balls[0]
     rays = Rays(origin=(centre - 2 * direction).astype(np.float32), direction=direction)
     hits = trace(BALL, rays)
@@ -186,7 +187,7 @@ def test_a_ray_that_grazes_a_ball_ends(height: float, expected: bool) -> None:
 
 
 @pytest.mark.parametrize("scene", [replace(BALL, scale=1.5), replace(BALL, scale=0.4)], ids=["too far", "too short"])
-def test_a_distance_that_is_too_large_or_small_leads_to_the_surface_too(scene: Bodies) -> None:
+def test_a_wrongly_scaled_distance_leads_there_too(scene: Bodies) -> None:
     """From the far side by a step back, if the step was not so long that it led through a body."""
     rays = some_rays(3)
     entry, hits = BALL.entry(rays.origin, rays.direction), trace(scene, rays)
@@ -223,7 +224,7 @@ def found_parts(hits: Hits) -> tuple:
     return hits.t, hits.hit, hits.unfinished
 
 
-def test_rays_that_take_too_many_steps_are_counted_and_miss() -> None:
+def test_rays_of_too_many_steps_are_counted_as_misses() -> None:
     rays = only(some_rays(0), outside(ALL, some_rays(0)))
     expected, found = trace(ALL, rays), trace(ALL, rays, max_steps=3)
     assert expected.unfinished == 0
@@ -236,7 +237,7 @@ def test_rays_that_take_too_many_steps_are_counted_and_miss() -> None:
     assert found.unfinished == R - np.sum(found.hit | left | (near >= far))
 
 
-def test_a_ray_that_leaves_the_box_with_its_last_step_has_ended() -> None:
+def test_a_ray_that_leaves_with_its_last_step_ended() -> None:
     """One step from anywhere leads farther than the box is wide."""
     far_away = Bodies(plane=(0, 0, 1, -90))
     hits = trace(far_away, some_rays(0), max_steps=3)
@@ -254,7 +255,7 @@ def test_rays_that_all_miss_the_box_hit_nothing(box: np.ndarray) -> None:
     assert np.isfinite(hits.t).all()
 
 
-def test_a_distance_that_is_no_number_is_a_miss() -> None:
+def test_a_non_finite_distance_is_a_miss() -> None:
     hits = trace(replace(ALL, scale=np.nan), some_rays(0))
     assert not hits.hit.any()
     assert hits.unfinished == 0
@@ -264,12 +265,12 @@ def test_a_distance_that_is_no_number_is_a_miss() -> None:
 
 
 @functools.partial(jax.jit, static_argnames="noise")
-def normals(params: Any, position: jax.Array, width: float, noise: float = 0.0) -> jax.Array:
-    def distance(position: jax.Array) -> jax.Array:
+def normals(distance: Partial, position: jax.Array, width: float, noise: float = 0.0) -> jax.Array:
+    def rippled(position: jax.Array) -> jax.Array:
         waves = jnp.sin(jnp.sum(position * jnp.array([9e4, -7e4, 8e4]), axis=1))
-        return bodies_distance(params, position, jnp) + noise * waves
+        return distance(position) + noise * waves
 
-    return tracing.surface_normals(distance, position, width=width)
+    return tracing.surface_normals(rippled, position, width=width)
 
 
 @every_scene
@@ -278,7 +279,7 @@ def test_normals_are_of_unit_length_and_lead_away(scene: Bodies, width: float) -
     rays = only(some_rays(1), outside(scene, some_rays(1)))
     hits = trace(scene, rays)
     at = positions(rays, hits.t)
-    found = np.asarray(normals(scene.params(), jnp.asarray(at, jnp.float32), width))
+    found = np.asarray(normals(scene.field, jnp.asarray(at, jnp.float32), width))
     np.testing.assert_allclose(np.linalg.norm(found[hits.hit], axis=1), 1, atol=1e-6)
     expected = gradient(scene, at)
     # Of one body, and of one face of the box: elsewhere the distance has an edge within the width.
@@ -290,15 +291,15 @@ def test_normals_are_of_unit_length_and_lead_away(scene: Bodies, width: float) -
     np.testing.assert_allclose(found[clear], expected[clear], atol=2e-6 / width + 4 * width)
 
 
-def test_normals_see_through_a_ripple_that_is_narrower_than_their_width() -> None:
+def test_normals_see_through_narrow_ripples() -> None:
     """The gradient itself is off by 50 degrees; its differences over the width are by no more than 1e-5 / width."""
     target = np.random.default_rng(0).uniform(0.2, 0.8, (R, 3)).astype(np.float32)
-    found = np.asarray(normals(PLANE.params(), target, 1e-2, noise=1e-5))
+    found = np.asarray(normals(PLANE.field, target, 1e-2, noise=1e-5))
     error = np.abs(found - np.float32(PLANE.plane[:3])).max()
     assert 1e-4 < error < 3**0.5 * 1e-5 / 1e-2 + 1e-4
 
 
-# Pictures.
+# Views.
 
 LIGHT = np.array([0.0, 0.6, 0.8])
 UP = np.array([0.0, 0.0, 1.0])
@@ -307,16 +308,14 @@ WIDTH = 1e-3
 
 
 def views() -> list[Rays]:
-    camera = make_camera(24, 24, 30.0)
-    poses = [look_at(eye) for eye in ((2.0, 0.3, 1.4), (0.4, 1.7, 1.6))]
-    return [jax.tree.map(lambda a: a.reshape(-1, 3), cameras.view_rays(camera, jnp.asarray(pose))) for pose in poses]
+    seen = [make_camera(24, 24, 30.0, look_at(eye)) for eye in ((2.0, 0.3, 1.4), (0.4, 1.7, 1.6))]
+    return [jax.tree.map(lambda a: a.reshape(-1, 3), cameras.view_rays(camera)) for camera in seen]
 
 
-def draw(rays: Rays, make_distance: Callable = make_bodies, **options: Any) -> Picture:
+def draw(rays: Rays, distance: Partial | None = None, **options: Any) -> SurfaceView:
     light, up = (jnp.asarray(a, jnp.float32) for a in (LIGHT, UP))
-    picture = tracing.draw_surface(
-        SHADED.params(), rays, jnp.asarray(UNIT), light, up, make_distance=make_distance, normal_width=WIDTH, **options
-    )
+    distance = distance or SHADED.field
+    picture = tracing.draw_surface(distance, rays, jnp.asarray(UNIT), light, up, normal_width=WIDTH, **options)
     return jax.tree.map(np.asarray, picture)
 
 
@@ -330,7 +329,7 @@ def in_shadow(rays: Rays, hit: np.ndarray, t: np.ndarray, normal: np.ndarray) ->
 
 
 @pytest.mark.parametrize("shadows", [True, False])
-def test_a_picture_is_a_matt_surface_under_a_sky_and_a_lamp(shadows: bool) -> None:
+def test_a_view_is_a_matt_surface_under_sky_and_lamp(shadows: bool) -> None:
     num_dark = 0
     for rays in views():
         picture = draw(rays, shadows=shadows)
@@ -355,17 +354,16 @@ def test_a_picture_is_a_matt_surface_under_a_sky_and_a_lamp(shadows: bool) -> No
     assert num_dark > 20
 
 
-@pytest.mark.parametrize("lanes", [50])
-def test_a_picture_does_not_depend_on_the_number_of_lanes(lanes: int) -> None:
+def test_a_view_does_not_depend_on_the_number_of_lanes() -> None:
     for rays in views():
-        one, other = draw(rays), draw(rays, lanes=lanes)
+        one, other = draw(rays), draw(rays, lanes=50)
         assert_same((one.depth, one.opacity, one.unfinished), (other.depth, other.opacity, other.unfinished))
         np.testing.assert_allclose(one.normal, other.normal, atol=1e-4)  # compiled otherwise, it rounds otherwise
         shadow_edge = np.abs(one.rgb - other.rgb).max(axis=1) > 1e-3
         assert shadow_edge.sum() < 3
 
 
-def test_a_picture_of_nothing_is_white() -> None:
+def test_a_view_of_nothing_is_white() -> None:
     rays = views()[0]
     picture = draw(replace(rays, direction=-rays.direction))
     np.testing.assert_array_equal(picture.rgb, 1)
@@ -376,13 +374,14 @@ def test_a_picture_of_nothing_is_white() -> None:
 def test_all_views_and_the_shadows_share_the_programs() -> None:
     traced = []
 
-    def make_distance(params: Any) -> tracing.DistanceFn:
-        traced.append(params)
-        return make_bodies(params)
+    def counted(distance: Partial, position: jax.Array) -> jax.Array:
+        traced.append(position.shape)
+        return distance(position)
 
     first, second = views()
-    draw(first, make_distance)
-    assert len(traced) == 2  # the walk, of both kinds of rays, and the normals
-    draw(second, make_distance)
-    draw(second, make_distance, shadows=False)
-    assert len(traced) == 2
+    distance = Partial(counted, SHADED.field)
+    draw(first, distance, shadows=False)
+    programs = len(traced)  # the walk and the normals
+    draw(first, distance)
+    draw(second, distance)
+    assert len(traced) == programs > 0
