@@ -33,9 +33,7 @@ def poses(draw: st.DrawFn) -> np.ndarray:
 
 
 @given(any_camera(), poses(), arrays32((16, 2), 0, 7), arrays32(16, 0.25, 8))
-def test_a_point_on_the_ray_of_a_pixel_projects_to_that_pixel(
-    camera: Camera, c2w: np.ndarray, pixel: np.ndarray, t: np.ndarray
-) -> None:
+def test_project_inverts_unproject(camera: Camera, c2w: np.ndarray, pixel: np.ndarray, t: np.ndarray) -> None:
     rays = to_ray(camera, c2w, pixel)
     found, depth = to_pixel(camera, c2w, rays.origin + t[:, None] * rays.direction)
     np.testing.assert_allclose(found, pixel, atol=2e-3)
@@ -45,7 +43,7 @@ def test_a_point_on_the_ray_of_a_pixel_projects_to_that_pixel(
 
 
 @given(any_camera(), poses(), arrays32((16, 2), 0, 7))
-def test_directions_are_unit_vectors_and_origins_the_camera(camera: Camera, c2w: np.ndarray, pixel: np.ndarray) -> None:
+def test_rays_have_unit_directions_from_the_camera(camera: Camera, c2w: np.ndarray, pixel: np.ndarray) -> None:
     rays = to_ray(camera, c2w, pixel)
     np.testing.assert_allclose(np.linalg.norm(rays.direction, axis=1), 1, atol=1e-6)
     np.testing.assert_array_equal(rays.origin, np.broadcast_to(c2w[:, 3], (16, 3)))
@@ -65,7 +63,7 @@ def test_a_point_in_the_camera_has_a_finite_pixel() -> None:
     assert np.isfinite(pixel).all()
 
 
-def test_the_axes_are_those_of_opengl_with_y_down_in_the_image() -> None:
+def test_axes_are_opengl_with_image_y_down() -> None:
     c2w = np.eye(3, 4, dtype=np.float32)
     camera = make_camera(4, 4, 2.0)
     for pixel, toward in [((2, 2), (0, 0, -1)), ((4, 2), (1, 0, -1)), ((2, 0), (0, 1, -1)), ((0, 4), (-1, -1, -1))]:
@@ -75,7 +73,7 @@ def test_the_axes_are_those_of_opengl_with_y_down_in_the_image() -> None:
 
 
 @given(any_camera(), poses())
-def test_the_rays_of_a_view_go_through_the_centres_of_its_pixels(camera: Camera, c2w: np.ndarray) -> None:
+def test_view_rays_pass_through_pixel_centres(camera: Camera, c2w: np.ndarray) -> None:
     rays = jax.jit(cameras.view_rays)(camera, c2w)
     origin, direction = pixel_rays(camera, c2w)
     assert rays.direction.shape == (HEIGHT, WIDTH, 3)
@@ -86,9 +84,10 @@ def test_the_rays_of_a_view_go_through_the_centres_of_its_pixels(camera: Camera,
 
 
 @given(poses(), arrays32(3, -2, 2), floats32(0.5, 8), any_camera(), arrays32(2, 0, 7))
-def test_world_to_scene_maps_the_box_to_the_unit_cube_and_keeps_what_pixels_see(
+def test_world_to_scene_keeps_what_pixels_see(
     c2w: np.ndarray, centre: np.ndarray, side: float, camera: Camera, pixel: np.ndarray
 ) -> None:
+    """World to scene maps the box to the unit cube and keeps what pixels see."""
     scene = cameras.world_to_scene(jnp.asarray(c2w), tuple(centre.tolist()), side)
     np.testing.assert_array_equal(scene[:, :3], c2w[:, :3])
 
@@ -113,9 +112,8 @@ def test_world_to_scene_takes_many_poses() -> None:
 
 @pytest.mark.parametrize("size", [(14, 10), (7, 5), (20, 5), (3, 40)])
 @given(any_camera(), poses())
-def test_a_resized_camera_keeps_its_vertical_field_of_view_and_square_pixels(
-    size: tuple[int, int], camera: Camera, c2w: np.ndarray
-) -> None:
+def test_a_resized_camera_keeps_its_field_of_view(size: tuple[int, int], camera: Camera, c2w: np.ndarray) -> None:
+    """A resized camera keeps its vertical field of view and square pixels."""
     width, height = size
     resized = cameras.resize_camera(camera, width, height)
     assert (resized.width, resized.height) == size
@@ -131,7 +129,7 @@ def test_a_resized_camera_keeps_its_vertical_field_of_view_and_square_pixels(
 
 
 @given(st.integers(1, 12), arrays32((5, 3), -3, 3))
-def test_orbit_poses_are_rotations_that_look_at_the_middle(num_poses: int, origin: np.ndarray) -> None:
+def test_orbit_poses_look_at_the_middle(num_poses: int, origin: np.ndarray) -> None:
     given_poses = np.stack([look_at(o + np.float32([4, 0, 0]), (-9, 1, 2)) for o in origin])
     orbit = cameras.orbit_poses(given_poses, num_poses)
     assert orbit.shape == (num_poses, 3, 4)
@@ -152,16 +150,15 @@ def test_orbit_poses_are_rotations_that_look_at_the_middle(num_poses: int, origi
         np.testing.assert_allclose(np.exp(1j * angle), np.exp(2j * np.pi * index / num_poses), atol=1e-4)
 
 
-def test_an_orbit_of_cameras_overhead_does_not_collapse() -> None:
+def test_an_orbit_overhead_does_not_collapse() -> None:
     orbit = cameras.orbit_poses(np.stack([look_at((0.5, 0.5, 2.5))]), 4)
     assert np.isfinite(orbit).all()
     assert np.ptp(orbit[:, 0, 3]) > 1
 
 
 @given(arrays32(3, 0.6, 2), arrays32(3, -0.5, 0.5), st.integers(0, 2))
-def test_a_camera_sees_what_it_looks_at_in_the_middle_and_up_upwards(
-    position: np.ndarray, target: np.ndarray, axis: int
-) -> None:
+def test_look_at_centres_its_target_with_up_upwards(position: np.ndarray, target: np.ndarray, axis: int) -> None:
+    """A camera sees what it looks at in the middle and up upwards."""
     up = np.eye(3, dtype=np.float32)[axis]
     c2w = cameras.look_at(position, target, up)
     np.testing.assert_allclose(c2w[:, :3].T @ c2w[:, :3], np.eye(3), atol=1e-5)

@@ -93,9 +93,10 @@ def assert_same_end(workdir: Path, end: Progress) -> None:
 
 
 @pytest.mark.slow
-def test_another_process_with_all_programs_in_its_cache_ends_at_the_same_bits(
+def test_a_process_with_a_warm_cache_ends_alike(
     scene: Path, uninterrupted: tuple[Progress, Path], tmp_path: Path
 ) -> None:
+    """Another process with all programs in its cache ends at the same bits."""
     end, cache = uninterrupted
     finish(start(scene, tmp_path, cache, "--override=train.calls_in_flight=3", "--log_every=200"))
     assert_same_end(tmp_path, end)
@@ -105,7 +106,7 @@ def test_another_process_with_all_programs_in_its_cache_ends_at_the_same_bits(
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_at_the_same_bits(
+def test_a_killed_run_goes_on_to_the_same_bits(
     scene: Path, uninterrupted: tuple[Progress, Path], tmp_path: Path
 ) -> None:
     """Every second time in the middle of a save, else a random time after the first sign of training."""
@@ -140,9 +141,10 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_and_ends_at_the_same_bits(
 
 
 @pytest.mark.slow
-def test_a_second_training_in_a_workdir_is_refused_and_the_first_ends_as_asked(
+def test_a_second_training_in_a_workdir_is_refused(
     scene: Path, uninterrupted: tuple[Progress, Path], tmp_path: Path
 ) -> None:
+    """A second training in a workdir is refused and the first ends as asked."""
     _, cache = uninterrupted
     first = start(scene, tmp_path, cache, "--override=train.max_steps=10000000")
     wait_for(first, tmp_path / "metrics.jsonl")

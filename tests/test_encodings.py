@@ -119,7 +119,8 @@ def inside_cells(position: np.ndarray, grid: HashGridConfig) -> np.ndarray:
 
 @pytest.mark.parametrize("num_dims", [2, 3])
 @given(data=st.data())
-def test_weights_are_a_partition_of_unity_and_the_product_of_their_axes(num_dims: int, data: st.DataObject) -> None:
+def test_weights_are_products_that_sum_to_one(num_dims: int, data: st.DataObject) -> None:
+    """Weights are a partition of unity and the product of their axes."""
     fraction = data.draw(arrays32(num_dims, 0, 1))
     weights = np.asarray(encodings.multilinear_weights(jnp.asarray(fraction)))
     offsets = hashing.corner_offsets(num_dims)
@@ -170,9 +171,7 @@ def test_a_constant_table_gives_a_constant_code(grid: HashGridConfig, data: st.D
 @pytest.mark.parametrize("num_dims", [2, 3])
 @settings(max_examples=10)
 @given(data=st.data())
-def test_a_linear_function_on_a_dense_level_is_reproduced(
-    half_voxel_offset: bool, num_dims: int, data: st.DataObject
-) -> None:
+def test_a_linear_function_is_reproduced(half_voxel_offset: bool, num_dims: int, data: st.DataObject) -> None:
     grid = replace(
         _3D,
         num_dims=num_dims,
@@ -197,7 +196,7 @@ def test_a_linear_function_on_a_dense_level_is_reproduced(
 @some("3d", "2d", "all_hashed", "half_voxel", "smoothstep")
 @settings(max_examples=20)
 @given(data=st.data())
-def test_the_code_is_continuous_across_the_faces_of_cells(grid: HashGridConfig, data: st.DataObject) -> None:
+def test_the_code_is_continuous_across_cell_faces(grid: HashGridConfig, data: st.DataObject) -> None:
     position = data.draw(unit_points(grid))
     resolution = data.draw(st.sampled_from(hashing.level_resolutions(grid)))
     axis, face = data.draw(st.integers(0, grid.num_dims - 1)), data.draw(st.integers(1, resolution))
@@ -217,7 +216,7 @@ def test_the_code_is_continuous_across_the_faces_of_cells(grid: HashGridConfig, 
 @gradient_grids
 @settings(max_examples=8)
 @given(data=st.data())
-def test_the_custom_gradients_are_those_of_the_definition(grid: HashGridConfig, data: st.DataObject) -> None:
+def test_custom_gradients_are_those_of_the_definition(grid: HashGridConfig, data: st.DataObject) -> None:
     position, seed = data.draw(unit_points(grid)), data.draw(seeds)
     args = random_table(grid, seed), position, random_cotangent(grid, seed)
     table_gradient, position_gradient = compiled(grid)["hash_vjp"](*args)
@@ -231,9 +230,8 @@ def test_the_custom_gradients_are_those_of_the_definition(grid: HashGridConfig, 
 @gradient_grids
 @settings(max_examples=8)
 @given(data=st.data())
-def test_the_table_gradient_is_the_transpose_and_touches_only_visited_entries(
-    grid: HashGridConfig, data: st.DataObject
-) -> None:
+def test_the_table_gradient_is_the_transpose(grid: HashGridConfig, data: st.DataObject) -> None:
+    """The table gradient is the transpose and touches only visited entries."""
     position, cotangent = data.draw(unit_points(grid)), random_cotangent(grid)
     row, weight = rows_and_weights(position, grid)
     expected = np.zeros((hashing.level_offsets(grid)[-1] + 1, grid.num_features))
@@ -271,7 +269,7 @@ def test_gradients_agree_with_finite_differences(grid: HashGridConfig) -> None:
 
 
 @some("one_smooth_level")
-def test_the_gradient_in_position_can_be_differentiated_again(grid: HashGridConfig) -> None:
+def test_the_position_gradient_is_differentiable(grid: HashGridConfig) -> None:
     """As the losses of a signed distance field need: the slope's own gradient in position and in the table."""
     table = random_table(grid)
     position = np.random.default_rng(0).uniform(size=(NUM, grid.num_dims)).astype(np.float32)
@@ -309,9 +307,8 @@ def test_encoding_may_be_mapped(grid: HashGridConfig) -> None:
 @some("3d", "all_hashed", "half_voxel_smoothstep", "one_cell")
 @settings(max_examples=10)
 @given(data=st.data())
-def test_a_position_outside_the_cube_is_that_of_the_nearest_point_in_it(
-    grid: HashGridConfig, data: st.DataObject
-) -> None:
+def test_positions_outside_the_cube_are_clamped(grid: HashGridConfig, data: st.DataObject) -> None:
+    """A position outside the cube is that of the nearest point in it."""
     beyond = floats32(-3, 4) | st.sampled_from([0.0, 1.0, -np.inf, np.inf, -1e30, 1e30])
     flat = data.draw(st.lists(beyond, min_size=NUM * grid.num_dims, max_size=NUM * grid.num_dims))
     position = np.array(flat, np.float32).reshape(NUM, grid.num_dims)
@@ -331,7 +328,7 @@ def test_the_corners_of_the_cube_are_encoded(grid: HashGridConfig) -> None:
 
 
 @some("3d", "smoothstep", "half_voxel")
-def test_a_position_that_is_no_number_shows_and_stays_in_bounds(grid: HashGridConfig) -> None:
+def test_a_nan_position_shows_and_stays_in_bounds(grid: HashGridConfig) -> None:
     position = np.random.default_rng(0).uniform(size=(NUM, grid.num_dims)).astype(np.float32)
     encode, table = compiled(grid)["hash"], random_table(grid)
     clean = encode(table, position)
@@ -360,7 +357,8 @@ def test_shapes_are_checked() -> None:
             encodings.hash_encode(table, jnp.zeros(shape), grid=TINY_GRID)
 
 
-def test_a_fresh_table_is_uniform_in_its_range_and_differs_by_key() -> None:
+def test_a_fresh_table_is_uniform_and_differs_by_key() -> None:
+    """A fresh table is uniform in its range and differs by key."""
     grid = replace(TINY_GRID, init_scale=1e-2)
     table = np.asarray(encodings.init_table(jax.random.key(0), grid=grid))
     assert table.shape == (hashing.level_offsets(grid)[-1], grid.num_features)
@@ -384,7 +382,7 @@ def test_harmonics_are_orthonormal_on_the_sphere() -> None:
 
 
 @given(directions(8))
-def test_the_first_nine_harmonics_are_their_closed_forms(direction: np.ndarray) -> None:
+def test_the_first_nine_harmonics_in_closed_form(direction: np.ndarray) -> None:
     x, y, z = direction.T.astype(np.float64)
     expected = [
         0.28209479177387814 + 0 * x,
@@ -401,7 +399,8 @@ def test_the_first_nine_harmonics_are_their_closed_forms(direction: np.ndarray) 
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4, 8])
-def test_a_degree_has_its_square_of_harmonics_and_begins_with_those_of_a_lower_one(degree: int) -> None:
+def test_a_higher_degree_appends_harmonics(degree: int) -> None:
+    """A degree has its square of harmonics and begins with those of a lower one."""
     direction = np.array([[0.6, 0.0, 0.8], [0.0, -1.0, 0.0]], np.float32)
     code = encodings.sh_encode(direction, degree=degree)
     assert code.shape == (2, degree**2)
@@ -415,9 +414,8 @@ def test_harmonics_have_at_least_one_band() -> None:
 
 @pytest.mark.parametrize("num_frequencies", [0, 1, 4])
 @given(direction=directions(4))
-def test_frequencies_are_the_input_then_sine_and_cosine_of_its_doublings(
-    num_frequencies: int, direction: np.ndarray
-) -> None:
+def test_frequencies_are_sines_of_doublings(num_frequencies: int, direction: np.ndarray) -> None:
+    """Frequencies are the input then sine and cosine of its doublings."""
     parts = [direction.astype(np.float64)]
     for j in range(num_frequencies):
         parts += [np.sin(2.0**j * parts[0]), np.cos(2.0**j * parts[0])]
@@ -443,7 +441,7 @@ def test_half_precision_positions_have_a_gradient() -> None:
 # Less precision.
 
 
-def test_a_shadow_is_read_and_the_table_gets_the_gradient() -> None:
+def test_the_half_table_is_read_the_table_is_trained() -> None:
     grid = GRIDS["four_features"]
     table = random_table(grid)
     half_table, cotangent = jnp.asarray(table, jnp.float16), random_cotangent(grid)

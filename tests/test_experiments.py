@@ -75,7 +75,7 @@ def test_nothing_of_a_program_is_left_out() -> None:
         (PROGRAM + "import no_such_module\n", "no_such_module, which is not installed: pip install .[bench]"),
     ],
 )
-def test_a_file_without_the_reference_is_refused_in_one_line(tmp_path: Path, text: str, says: str) -> None:
+def test_a_file_without_the_reference_is_one_line(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "source.txt").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=re.escape(says)) as info:
         reference.load_reference(tmp_path / "source.txt")
@@ -150,7 +150,8 @@ def judged(budget: float, stop_psnr: float, psnr_of_second: dict[float, float]) 
     raise AssertionError("the budget has no end")
 
 
-def test_a_curve_is_evaluated_at_growing_intervals_and_ends_with_the_budget_or_the_level() -> None:
+def test_a_curve_is_evaluated_at_growing_intervals() -> None:
+    """A curve is evaluated at growing intervals and ends with the budget or the level."""
     seconds = {s / 4: s / 4 for s in range(1, 100)}
     assert judged(6, 0, seconds).seconds == [1, 1.5, 2, 3, 5, 6]
     assert judged(6, 2.5, seconds).seconds == [1, 1.5, 2, 3]
@@ -188,7 +189,7 @@ def train(model, optimizer, data_loader, device, hn, hf, nb_epochs, nb_bins):
 """
 
 
-def test_the_reference_trains_itself_until_the_judge_ends_it(tmp_path: Path) -> None:
+def test_the_reference_trains_until_the_judge_ends_it(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="the reference needs pip install .[bench]")
     (tmp_path / "source.py").write_text(TORCH_REFERENCE, encoding="utf-8")
 
@@ -294,7 +295,8 @@ def test_the_limit_is_the_time_of_what_takes_longest(work: throughput.Work, expe
     assert bound_by == expected[1]
 
 
-def test_a_row_states_rates_and_how_far_from_the_limit_a_stage_is() -> None:
+def test_a_row_states_rates_and_distance_to_the_limit() -> None:
+    """A row states rates and how far from the limit a stage is."""
     work = throughput.Work(flops=3e8, num_bytes=1e7)
     row = throughput.stage_row("stage", 6.0, 12_000, work, CEILINGS)
     assert_allclose([row.msamples_per_s, row.gflop_per_s, row.gb_per_s], [2.0, 50.0, 10 / 6], rtol=1e-12)
@@ -305,7 +307,8 @@ def test_a_row_states_rates_and_how_far_from_the_limit_a_stage_is() -> None:
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_what_is_iterated_goes_on_where_it_ended_and_leaves_its_input_alone() -> None:
+def test_iterated_calls_go_on_and_keep_their_input() -> None:
+    """What is iterated goes on where it ended and leaves its input alone."""
     start = jnp.arange(3.0)
     call = timing.iterated(lambda x, step: x + step, start, jnp.float32(2), rounds=5)
     assert_allclose(call(), np.arange(3) + 10)

@@ -35,9 +35,8 @@ def hash_by_definition(cell: list[int], table_size: int) -> int:
 @pytest.mark.parametrize("num_dims", [2, 3])
 @pytest.mark.parametrize("table_size", [1, 2**14, 2**19, 2**28])
 @given(cell=cells)
-def test_hash_is_the_xor_of_products_modulo_2_to_32_modulo_table_size(
-    num_dims: int, table_size: int, cell: np.ndarray
-) -> None:
+def test_the_hash_is_an_xor_of_products(num_dims: int, table_size: int, cell: np.ndarray) -> None:
+    """Hash is the xor of products modulo 2 to 32 modulo table size."""
     found = hashing.spatial_hash(jnp.asarray(cell[:num_dims]), table_size=table_size)
     assert found.dtype == jnp.uint32
     assert found.tolist() == [hash_by_definition(column.tolist(), table_size) for column in cell[:num_dims].T]
@@ -57,7 +56,8 @@ def test_dense_index_reaches_the_largest_table() -> None:
 
 
 @given(st.integers(1, 2**10), st.integers(0, 2**20 - 2**10), st.integers(1, 32))
-def test_levels_rise_from_exactly_the_coarsest_to_exactly_the_finest(low: int, more: int, num_levels: int) -> None:
+def test_levels_rise_from_coarsest_to_finest_exactly(low: int, more: int, num_levels: int) -> None:
+    """Levels rise from exactly the coarsest to exactly the finest."""
     grid = HashGridConfig(num_levels=num_levels, min_resolution=low, max_resolution=low + more)
     levels = hashing.level_resolutions(grid)
     assert len(levels) == num_levels
@@ -67,7 +67,8 @@ def test_levels_rise_from_exactly_the_coarsest_to_exactly_the_finest(low: int, m
 
 
 @given(st.integers(1, 2**10), st.integers(0, 2**12), st.integers(2, 32))
-def test_levels_are_the_floor_of_equation_2_wherever_float64_can_tell(low: int, more: int, num_levels: int) -> None:
+def test_levels_are_the_floor_of_equation_2(low: int, more: int, num_levels: int) -> None:
+    """Levels are the floor of equation 2 wherever float64 can tell."""
     grid = HashGridConfig(num_levels=num_levels, min_resolution=low, max_resolution=low + more)
     growth = math.exp((math.log(low + more) - math.log(low)) / (num_levels - 1))
     for level, resolution in enumerate(hashing.level_resolutions(grid)):
@@ -80,7 +81,7 @@ def test_levels_are_the_floor_of_equation_2_wherever_float64_can_tell(low: int, 
 
 @pytest.mark.parametrize("low", [1, 3, 16])
 @pytest.mark.parametrize("growth", [2, 3, 4, 5, 6, 7, 10])
-def test_levels_of_a_growth_that_is_a_whole_number_are_exactly_its_powers(low: int, growth: int) -> None:
+def test_levels_of_an_integer_growth_are_its_powers(low: int, growth: int) -> None:
     """Where the floor is of a whole number, floating point ends now at it and now one below."""
     powers = [low]
     while powers[-1] * growth <= 2**20:
@@ -96,7 +97,7 @@ def test_levels_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_a_level_is_dense_exactly_where_its_vertices_fit(grid: HashGridConfig) -> None:
+def test_a_level_is_dense_iff_its_vertices_fit(grid: HashGridConfig) -> None:
     sizes = hashing.level_sizes(grid)
     for resolution, size in zip(hashing.level_resolutions(grid), sizes, strict=True):
         vertices = (resolution + 1 + grid.half_voxel_offset) ** grid.num_dims
@@ -119,7 +120,8 @@ def test_offsets_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_dense_levels_give_every_vertex_its_own_row_and_hashed_ones_stay_in_the_table(grid: HashGridConfig) -> None:
+def test_dense_rows_are_unique_and_hashed_in_bounds(grid: HashGridConfig) -> None:
+    """Dense levels give every vertex its own row and hashed ones stay in the table."""
     for level, (resolution, size) in enumerate(
         zip(hashing.level_resolutions(grid), hashing.level_sizes(grid), strict=True)
     ):
@@ -142,7 +144,7 @@ def test_rows_of_the_finest_grid_stay_in_the_table(resolution: int) -> None:
 
 
 @pytest.mark.parametrize("num_dims", [2, 3])
-def test_corners_are_all_offsets_with_x_in_the_lowest_bit(num_dims: int) -> None:
+def test_corner_offsets_have_x_in_the_lowest_bit(num_dims: int) -> None:
     offsets = hashing.corner_offsets(num_dims)
     assert offsets.tolist() == [list(o[::-1]) for o in itertools.product((0, 1), repeat=num_dims)]
 

@@ -22,9 +22,8 @@ def test_l2_is_the_squared_error(prediction: np.ndarray, target: np.ndarray) -> 
 
 
 @given(values, values)
-def test_huber_is_half_the_square_up_to_delta_and_goes_on_as_its_tangent(
-    prediction: np.ndarray, target: np.ndarray
-) -> None:
+def test_huber_is_half_the_square_then_its_tangent(prediction: np.ndarray, target: np.ndarray) -> None:
+    """Huber is half the square up to delta and goes on as its tangent."""
     size = np.abs(prediction.astype(np.float64) - target)
     # The integral of the slope, which is the error and at most delta.
     near = np.minimum(size, HUBER_DELTA)
@@ -33,21 +32,21 @@ def test_huber_is_half_the_square_up_to_delta_and_goes_on_as_its_tangent(
 
 
 @given(values, values)
-def test_the_slope_of_huber_is_the_error_and_at_most_delta(prediction: np.ndarray, target: np.ndarray) -> None:
+def test_the_slope_of_huber_is_the_clipped_error(prediction: np.ndarray, target: np.ndarray) -> None:
     slope = jax.grad(lambda p: jnp.sum(colour_loss(p, target, loss="huber")))(prediction)
     expected = np.clip(prediction.astype(np.float64) - target, -HUBER_DELTA, HUBER_DELTA)
     np.testing.assert_allclose(slope, expected, atol=1e-6)
 
 
 @given(values, values)
-def test_a_relative_error_is_a_share_of_the_size_of_the_target(prediction: np.ndarray, target: np.ndarray) -> None:
+def test_a_relative_error_is_a_share_of_the_target(prediction: np.ndarray, target: np.ndarray) -> None:
     wide = target.astype(np.float64)
     expected = np.abs(prediction - wide) / (np.abs(wide) + 0.01)
     np.testing.assert_allclose(relative_error(prediction, target), expected, rtol=1e-5, atol=1e-9)
 
 
 @given(values, values)
-def test_the_slope_of_a_relative_error_is_its_sign_over_the_size(prediction: np.ndarray, target: np.ndarray) -> None:
+def test_the_slope_of_a_relative_error(prediction: np.ndarray, target: np.ndarray) -> None:
     slope = jax.grad(lambda p: jnp.sum(relative_error(p, target)))(prediction)
     expected = np.sign(prediction.astype(np.float64) - target) / (np.abs(target) + RELATIVE_FLOOR)
     differs = prediction != target

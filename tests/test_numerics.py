@@ -245,7 +245,7 @@ def adversarial(rays: str) -> tuple[np.ndarray, dict[str, Any]]:
 
 @both_backends
 @pytest.mark.parametrize("rays", EVEN)
-def test_compositing_keeps_its_digits_on_adversarial_samples(backend: str, rays: str) -> None:
+def test_compositing_keeps_its_digits(backend: str, rays: str) -> None:
     """A ray's sums are of n products in float32, each addition off by up to 2^-25 of the sum, which is 1 at most; for
     equal summands all may err one way. Depth is a quotient of two. The fixed point of a GPU rounds each thickness to
     3e-8: fog of 1e-11 a sample is none in front of others, which is 1e-7 of what gets through."""
@@ -275,7 +275,7 @@ extremes = st.sampled_from([0.0, 1e-45, 1e-38, 1e-36, 1e-30, 1e-20, 1e-8, 1.0, 6
     rgb=hnp.arrays(np.float32, (24, 3), elements=st.sampled_from([0.0, 0.5, 1.0])),
     start=st.sampled_from([0.0, 1.0]),
 )
-def test_no_gradient_of_compositing_is_other_than_finite(
+def test_gradients_of_compositing_are_finite(
     backend: str, density: np.ndarray, dt: np.ndarray, rgb: np.ndarray, start: float
 ) -> None:
     # A field has densities up to e^15 = 3.3e6, and the cube distances up to 3.
@@ -375,7 +375,8 @@ def encoding_slopes(fraction: jax.Array, direction: jax.Array, x: jax.Array) -> 
     directions(8),
     hnp.arrays(np.float32, 8, elements=st.sampled_from([0.0, -0.0, 0.1, -1.0, 15.0, -1e4, 1e4, 1e15])),
 )
-def test_no_gradient_of_an_encoding_or_a_loss_is_other_than_finite(
+def test_gradients_of_encodings_and_losses_are_finite(
     fraction: np.ndarray, direction: np.ndarray, x: np.ndarray
 ) -> None:
+    """No gradient of an encoding or a loss is other than finite."""
     assert all(np.isfinite(g).all() for g in encoding_slopes(fraction, direction, x))

@@ -35,7 +35,7 @@ def gradient(shape: Shape, points: np.ndarray) -> np.ndarray:
 
 
 @every_shape
-def test_the_gradient_is_of_unit_length_and_leads_to_the_surface(shape: Shape) -> None:
+def test_the_gradient_is_unit_and_leads_to_the_surface(shape: Shape) -> None:
     points = anywhere(20000)
     slope = gradient(shape, points)
     smooth = np.abs(np.linalg.norm(slope, axis=1) - 1) < 1e-6
@@ -54,7 +54,7 @@ def test_the_distance_grows_no_faster_than_a_step(shape: Shape, seed: int, scale
 
 
 @every_shape
-def test_the_distance_is_that_to_the_nearest_of_many_points(shape: Shape) -> None:
+def test_the_distance_is_that_to_the_nearest_point(shape: Shape) -> None:
     samples, _ = shape.surface(rng(), 100_000)
     points = anywhere(5000)
     nearest, _ = cKDTree(samples).query(points)
@@ -65,7 +65,7 @@ def test_the_distance_is_that_to_the_nearest_of_many_points(shape: Shape) -> Non
 
 
 @every_shape
-def test_samples_lie_on_the_surface_and_normals_point_out(shape: Shape) -> None:
+def test_samples_lie_on_the_surface_with_outer_normals(shape: Shape) -> None:
     points, normals = shape.surface(rng(), 5000)
     assert points.shape == normals.shape == (5000, 3)
     np.testing.assert_allclose(shape.distance(points), 0, atol=1e-15)
@@ -75,7 +75,7 @@ def test_samples_lie_on_the_surface_and_normals_point_out(shape: Shape) -> None:
 
 
 @every_shape
-def test_the_box_is_that_of_the_surface_and_a_little_more(shape: Shape) -> None:
+def test_the_box_holds_the_surface_and_little_more(shape: Shape) -> None:
     points, _ = shape.surface(rng(), 200_000)
     low, high = points.min(axis=0), points.max(axis=0)
     margin = solids.INFLATION * (high - low).max()
@@ -198,7 +198,7 @@ def test_inside_a_part_the_union_has_its_distance() -> None:
 # Samples.
 
 
-def test_three_of_four_samples_are_near_and_one_is_anywhere() -> None:
+def test_three_of_four_samples_are_near_the_surface() -> None:
     shape, count = SHAPES["sphere"], 40_000
     position, distance = solids.distance_samples(shape, 3, count, offset=1e-4)
     assert position.shape == (count, 3)
@@ -214,7 +214,7 @@ def test_three_of_four_samples_are_near_and_one_is_anywhere() -> None:
     assert_fraction(distance[~near] < 0, inside)
 
 
-def test_near_samples_are_off_the_surface_by_a_logistic_distance() -> None:
+def test_near_samples_have_logistic_distances() -> None:
     shape, offset = SHAPES["box"], 1e-5
     _, distance = solids.distance_samples(shape, 0, 40_000, offset=offset)
     deviation = offset * np.linalg.norm(shape.box[1] - shape.box[0]) / 2
