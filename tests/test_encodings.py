@@ -20,10 +20,10 @@ from jaxngp.config import HashGridConfig
 
 NUM = 32
 _3D = TINY_GRID
-_2D = replace(TINY_GRID, num_dims=2, num_levels=3, table_size=2**7)
+_2D = replace(TINY_GRID, num_dims=2, table_size=2**7)
 GRIDS = {
     "3d": _3D,
-    "2d": _2D,
+    "2d": replace(_2D, num_levels=3),
     "one_level": replace(_3D, num_levels=1, num_features=1),
     "four_features": replace(_2D, num_features=4),
     "eight_features": replace(_2D, num_features=8, max_resolution=60),
@@ -42,7 +42,14 @@ def some(*names: str) -> pytest.MarkDecorator:
 
 every_grid = some(*GRIDS)
 # A gradient takes seconds to compile.
-gradient_grids = some("3d", "one_level", "four_features", "half_voxel_smoothstep")
+gradient_grids = some("3d", "four_features", "half_voxel_smoothstep")
+
+
+# A position times N rounds by up to 2^-24 N, 1.2e-6 for N = 20, before or after a fused addition, and along each of D
+# axes a feature changes by up to 2 a cell, or 3 with smoothstep: 1.1e-5 in all.
+VALUE = 4e-5
+# The slope along one axis rounds as a value does, and then is times N and summed over levels and up to eight features.
+SLOPE = 1e-3
 
 
 def random_table(grid: HashGridConfig, seed: int = 0) -> np.ndarray:
@@ -97,7 +104,6 @@ def compiled(grid: HashGridConfig) -> dict[str, Any]:
     return {
         **{name: jax.jit(functools.partial(function, grid=grid)) for name, function in encode.items()},
         **{f"{name}_vjp": jax.jit(functools.partial(gradients, function)) for name, function in encode.items()},
-        "unrolled_transpose": jax.jit(functools.partial(encodings.table_gradient_unrolled, grid=grid)),
         "wide_transpose": jax.jit(functools.partial(encodings.table_gradient_broadcast, grid=grid)),
     }
 
@@ -120,7 +126,7 @@ def inside_cells(position: np.ndarray, grid: HashGridConfig) -> np.ndarray:
 @pytest.mark.parametrize("num_dims", [2, 3])
 @given(data=st.data())
 def test_weights_are_products_that_sum_to_one(num_dims: int, data: st.DataObject) -> None:
-    """Weights are a partition of unity and the product of their axes."""
+    """The weight of a corner is the product over the axes, and all are a partition of unity."""
     fraction = data.draw(arrays32(num_dims, 0, 1))
     weights = np.asarray(encodings.multilinear_weights(jnp.asarray(fraction)))
     offsets = hashing.corner_offsets(num_dims)
@@ -138,7 +144,7 @@ def test_every_way_of_encoding_is_the_definition(grid: HashGridConfig, data: st.
     for name in ("hash", "wide"):
         found = compiled(grid)[name](table, position)
         assert found.shape == (NUM, grid.num_outputs)
-        np.testing.assert_allclose(found, expected, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(found, expected, atol=VALUE, err_msg=name)
 
 
 @some("3d", "half_voxel_smoothstep")
@@ -146,7 +152,7 @@ def test_both_backends_encode_alike(grid: HashGridConfig) -> None:
     """hash_encode takes one of them, as the device is."""
     position = np.random.default_rng(0).uniform(size=(NUM, grid.num_dims)).astype(np.float32)
     unrolled = jax.jit(functools.partial(encodings.encode_unrolled, grid=grid))(random_table(grid), position)
-    np.testing.assert_allclose(unrolled, compiled(grid)["wide"](random_table(grid), position), atol=1e-6)
+    np.testing.assert_allclose(unrolled, compiled(grid)["wide"](random_table(grid), position), atol=VALUE)
 
 
 @some("3d", "all_hashed")
@@ -154,7 +160,7 @@ def test_many_points_encode_by_the_definition(grid: HashGridConfig) -> None:
     position = np.random.default_rng(0).uniform(size=(4000, grid.num_dims)).astype(np.float32)
     table = random_table(grid)
     found = jax.jit(functools.partial(encodings.hash_encode, grid=grid))(table, position)
-    np.testing.assert_allclose(found, encode_by_definition(table, position, grid), atol=2e-5)
+    np.testing.assert_allclose(found, encode_by_definition(table, position, grid), atol=VALUE)
 
 
 @some("3d", "eight_features", "half_voxel", "one_cell")
@@ -222,16 +228,15 @@ def test_custom_gradients_are_those_of_the_definition(grid: HashGridConfig, data
     table_gradient, position_gradient = compiled(grid)["hash_vjp"](*args)
     expected_table, expected_position = compiled(grid)["wide_vjp"](*args)
     np.testing.assert_allclose(table_gradient, expected_table, atol=1e-4)
-    np.testing.assert_allclose(position_gradient, expected_position, rtol=1e-5, atol=2e-4)
-    for name in ("unrolled_transpose", "wide_transpose"):
-        np.testing.assert_allclose(compiled(grid)[name](position, args[2]), expected_table, atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(position_gradient, expected_position, rtol=1e-5, atol=SLOPE)
+    np.testing.assert_allclose(compiled(grid)["wide_transpose"](position, args[2]), expected_table, atol=1e-4)
 
 
 @gradient_grids
 @settings(max_examples=8)
 @given(data=st.data())
 def test_the_table_gradient_is_the_transpose(grid: HashGridConfig, data: st.DataObject) -> None:
-    """The table gradient is the transpose and touches only visited entries."""
+    """It is so exactly at the entries that a point visits, and 0 at others."""
     position, cotangent = data.draw(unit_points(grid)), random_cotangent(grid)
     row, weight = rows_and_weights(position, grid)
     expected = np.zeros((hashing.level_offsets(grid)[-1] + 1, grid.num_features))
@@ -292,13 +297,15 @@ def test_encoding_may_be_mapped(grid: HashGridConfig) -> None:
     position = np.random.default_rng(0).uniform(size=(3, NUM, grid.num_dims)).astype(np.float32)
     table, cotangent = random_table(grid), random_cotangent(grid)
     mapped = jax.jit(jax.vmap(functools.partial(encodings.hash_encode, grid=grid), in_axes=(None, 0)))
-    np.testing.assert_allclose(mapped(table, position), [compiled(grid)["hash"](table, p) for p in position], atol=1e-6)
+    np.testing.assert_allclose(
+        mapped(table, position), [compiled(grid)["hash"](table, p) for p in position], atol=VALUE
+    )
 
     def table_gradient(position: jax.Array) -> jax.Array:
         return jax.grad(lambda table: jnp.sum(cotangent * encodings.hash_encode(table, position, grid=grid)))(table)
 
     expected = [compiled(grid)["hash_vjp"](table, p, cotangent)[0] for p in position]
-    np.testing.assert_allclose(jax.jit(jax.vmap(table_gradient))(position), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.vmap(table_gradient))(position), expected, atol=1e-4)
 
 
 # The edges.
@@ -308,7 +315,7 @@ def test_encoding_may_be_mapped(grid: HashGridConfig) -> None:
 @settings(max_examples=10)
 @given(data=st.data())
 def test_positions_outside_the_cube_are_clamped(grid: HashGridConfig, data: st.DataObject) -> None:
-    """A position outside the cube is that of the nearest point in it."""
+    """A position outside the cube has the code of the nearest point in it."""
     beyond = floats32(-3, 4) | st.sampled_from([0.0, 1.0, -np.inf, np.inf, -1e30, 1e30])
     flat = data.draw(st.lists(beyond, min_size=NUM * grid.num_dims, max_size=NUM * grid.num_dims))
     position = np.array(flat, np.float32).reshape(NUM, grid.num_dims)
@@ -358,7 +365,6 @@ def test_shapes_are_checked() -> None:
 
 
 def test_a_fresh_table_is_uniform_and_differs_by_key() -> None:
-    """A fresh table is uniform in its range and differs by key."""
     grid = replace(TINY_GRID, init_scale=1e-2)
     table = np.asarray(encodings.init_table(jax.random.key(0), grid=grid))
     assert table.shape == (hashing.level_offsets(grid)[-1], grid.num_features)
@@ -400,7 +406,7 @@ def test_the_first_nine_harmonics_in_closed_form(direction: np.ndarray) -> None:
 
 @pytest.mark.parametrize("degree", [1, 2, 4, 8])
 def test_a_higher_degree_appends_harmonics(degree: int) -> None:
-    """A degree has its square of harmonics and begins with those of a lower one."""
+    """Of a degree there are its square, and they begin with those of a lower one."""
     direction = np.array([[0.6, 0.0, 0.8], [0.0, -1.0, 0.0]], np.float32)
     code = encodings.sh_encode(direction, degree=degree)
     assert code.shape == (2, degree**2)
@@ -415,7 +421,7 @@ def test_harmonics_have_at_least_one_band() -> None:
 @pytest.mark.parametrize("num_frequencies", [0, 1, 4])
 @given(direction=directions(4))
 def test_frequencies_are_sines_of_doublings(num_frequencies: int, direction: np.ndarray) -> None:
-    """Frequencies are the input then sine and cosine of its doublings."""
+    """The input, then sine and cosine of each of its doublings."""
     parts = [direction.astype(np.float64)]
     for j in range(num_frequencies):
         parts += [np.sin(2.0**j * parts[0]), np.cos(2.0**j * parts[0])]
@@ -454,11 +460,11 @@ def test_the_half_table_is_read_the_table_is_trained() -> None:
         return features, *pull(cotangent)
 
     features, of_table, of_position = both(table, position)
-    np.testing.assert_allclose(features, encode_by_definition(np.asarray(half_table), position, grid), atol=2e-5)
+    np.testing.assert_allclose(features, encode_by_definition(np.asarray(half_table), position, grid), atol=VALUE)
     plain_table, _ = compiled(grid)["hash_vjp"](table, position, cotangent)
-    np.testing.assert_array_equal(of_table, plain_table)
+    np.testing.assert_allclose(of_table, plain_table, atol=1e-4)  # two programs may round a position differently
     _, expected = compiled(grid)["hash_vjp"](half_table.astype(jnp.float32), position, cotangent)
-    np.testing.assert_allclose(of_position, expected, atol=1e-4)
+    np.testing.assert_allclose(of_position, expected, atol=SLOPE)
     # What the table holds, nobody looks at.
     np.testing.assert_array_equal(both(np.full_like(table, np.nan), position)[0], features)
 
@@ -470,18 +476,21 @@ def test_features_in_fewer_bits_are_rounded_once(encode: Any) -> None:
     found = jax.jit(functools.partial(encode, grid=grid, dtype=jnp.bfloat16))(table, position)
     assert found.dtype == jnp.bfloat16
     exact = encode_by_definition(table, position, grid)
-    np.testing.assert_array_less(np.abs(np.asarray(found, np.float64) - exact), 2.0**-8 * np.abs(exact) + 2e-5)
+    np.testing.assert_array_less(np.abs(np.asarray(found, np.float64) - exact), 2.0**-8 * np.abs(exact) + VALUE)
 
 
 @pytest.mark.parametrize("transpose", [encodings.table_gradient_unrolled, encodings.table_gradient_broadcast])
 def test_gradients_in_fewer_bits_are_summed_in_float32(transpose: Any) -> None:
-    """A thousand points in one cell: in bfloat16 the sum would stop growing at 256 times a summand."""
+    """A thousand points in one cell: in bfloat16 the sum would stop growing at 256 times a summand.
+
+    A quarter into the cell all weights are multiples of 1/64, of which float32 holds the sums exactly.
+    """
     grid = GRIDS["one_level"]
-    position = jnp.full((1000, 3), 1e-4)
+    position = jnp.full((1000, 3), 1 / 16)
     gradient = jnp.ones((1000, grid.num_outputs), jnp.bfloat16)
     found = jax.jit(functools.partial(transpose, grid=grid))(position, gradient)
     assert found.dtype == jnp.float32
-    np.testing.assert_allclose(jnp.sum(found), 1000, rtol=1e-5)
+    assert jnp.sum(found) == 1000
 
 
 def test_a_shadow_of_another_shape_is_refused() -> None:
