@@ -493,7 +493,7 @@ def test_gradients_in_fewer_bits_are_summed_in_float32(transpose: Any) -> None:
     assert jnp.sum(found) == 1000
 
 
-def test_a_shadow_of_another_shape_is_refused() -> None:
+def test_a_half_table_of_another_shape_is_refused() -> None:
     grid = GRIDS["2d"]
     table = random_table(grid)
     with pytest.raises(ValueError, match="half_table has shape"):
