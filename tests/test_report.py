@@ -39,8 +39,7 @@ def test_every_byte_survives_the_way_to_float_and_back() -> None:
     np.testing.assert_array_equal(report.to_uint8(jnp.asarray(levels) / 255), levels)
 
 
-def test_an_error_image_grows_with_error_and_gain() -> None:
-    """Error image is black where equal and grows with the gain."""
+def test_error_image_is_black_where_equal_and_grows_with_the_gain() -> None:
     truth = np.full((2, 2, 3), 0.5, np.float32)
     assert not report.error_image(truth, truth).any()
     assert np.all(report.error_image(truth + 0.1, truth, gain=4) == round(0.4 * 255))
@@ -181,7 +180,7 @@ def test_log_lines_add_up(tmp_path: Path) -> None:
     assert lines == [{"step": step, "loss": None} for step in range(3)]
 
 
-def test_a_cut_log_line_does_not_swallow_the_next(tmp_path: Path) -> None:
+def test_a_log_line_cut_short_does_not_swallow_the_next(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st')
     report.append_jsonl(path, {"step": 2})
