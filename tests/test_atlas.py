@@ -39,7 +39,7 @@ def test_every_part_is_a_part_of_one_picture(picture: np.ndarray, y: int, x: int
 
 @settings(max_examples=8)
 @given(st.integers(0, LARGE[1] - 120), st.integers(0, LARGE[0] - 120), st.integers(1, 119), st.integers(1, 119))
-def test_every_part_of_a_large_picture_fits_its_neighbours(y: int, x: int, down: int, across: int) -> None:
+def test_parts_of_a_large_picture_fit_together(y: int, x: int, down: int, across: int) -> None:
     whole = atlas.draw(y, x, 120, 120, size=LARGE)
     parts = [
         [atlas.draw(y + a, x + b, h, w, size=LARGE) for b, w in ((0, across), (across, 120 - across))]

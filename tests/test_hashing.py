@@ -33,11 +33,10 @@ def hash_by_definition(cell: list[int], table_size: int) -> int:
 
 
 @pytest.mark.parametrize("num_dims", [2, 3])
-@pytest.mark.parametrize("table_size", [1, 2**14, 2**19, 2**28])
+@pytest.mark.parametrize("table_size", [1, 2**14, 2**28])
 @given(cell=cells)
-def test_hash_is_the_xor_of_products_modulo_2_to_32_modulo_table_size(
-    num_dims: int, table_size: int, cell: np.ndarray
-) -> None:
+def test_the_hash_is_an_xor_of_products(num_dims: int, table_size: int, cell: np.ndarray) -> None:
+    """The xor of coordinate times prime, modulo 2^32, modulo the table size."""
     found = hashing.spatial_hash(jnp.asarray(cell[:num_dims]), table_size=table_size)
     assert found.dtype == jnp.uint32
     assert found.tolist() == [hash_by_definition(column.tolist(), table_size) for column in cell[:num_dims].T]
@@ -57,7 +56,7 @@ def test_dense_index_reaches_the_largest_table() -> None:
 
 
 @given(st.integers(1, 2**10), st.integers(0, 2**20 - 2**10), st.integers(1, 32))
-def test_levels_rise_from_exactly_the_coarsest_to_exactly_the_finest(low: int, more: int, num_levels: int) -> None:
+def test_levels_rise_from_coarsest_to_finest_exactly(low: int, more: int, num_levels: int) -> None:
     grid = HashGridConfig(num_levels=num_levels, min_resolution=low, max_resolution=low + more)
     levels = hashing.level_resolutions(grid)
     assert len(levels) == num_levels
@@ -67,7 +66,8 @@ def test_levels_rise_from_exactly_the_coarsest_to_exactly_the_finest(low: int, m
 
 
 @given(st.integers(1, 2**10), st.integers(0, 2**12), st.integers(2, 32))
-def test_levels_are_the_floor_of_equation_2_wherever_float64_can_tell(low: int, more: int, num_levels: int) -> None:
+def test_levels_are_the_floor_of_equation_2(low: int, more: int, num_levels: int) -> None:
+    """Wherever float64 can tell."""
     grid = HashGridConfig(num_levels=num_levels, min_resolution=low, max_resolution=low + more)
     growth = math.exp((math.log(low + more) - math.log(low)) / (num_levels - 1))
     for level, resolution in enumerate(hashing.level_resolutions(grid)):
@@ -78,15 +78,14 @@ def test_levels_are_the_floor_of_equation_2_wherever_float64_can_tell(low: int, 
             assert round(real) - 1 <= resolution <= round(real)
 
 
-@pytest.mark.parametrize("low", [1, 3, 16])
-@pytest.mark.parametrize("growth", [2, 3, 4, 5, 6, 7, 10])
-def test_levels_of_a_growth_that_is_a_whole_number_are_exactly_its_powers(low: int, growth: int) -> None:
+def test_levels_of_an_integer_growth_are_its_powers() -> None:
     """Where the floor is of a whole number, floating point ends now at it and now one below."""
-    powers = [low]
-    while powers[-1] * growth <= 2**20:
-        powers.append(powers[-1] * growth)
-        grid = HashGridConfig(num_levels=len(powers), min_resolution=low, max_resolution=powers[-1])
-        assert list(hashing.level_resolutions(grid)) == powers
+    for low, growth in itertools.product([1, 3, 16], [2, 3, 4, 5, 6, 7, 10]):
+        powers = [low]
+        while powers[-1] * growth <= 2**20:
+            powers.append(powers[-1] * growth)
+            grid = HashGridConfig(num_levels=len(powers), min_resolution=low, max_resolution=powers[-1])
+            assert list(hashing.level_resolutions(grid)) == powers
 
 
 def test_levels_of_the_paper() -> None:
@@ -96,7 +95,7 @@ def test_levels_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_a_level_is_dense_exactly_where_its_vertices_fit(grid: HashGridConfig) -> None:
+def test_a_level_is_dense_iff_its_vertices_fit(grid: HashGridConfig) -> None:
     sizes = hashing.level_sizes(grid)
     for resolution, size in zip(hashing.level_resolutions(grid), sizes, strict=True):
         vertices = (resolution + 1 + grid.half_voxel_offset) ** grid.num_dims
@@ -119,7 +118,8 @@ def test_offsets_do_not_overflow() -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_dense_levels_give_every_vertex_its_own_row_and_hashed_ones_stay_in_the_table(grid: HashGridConfig) -> None:
+def test_dense_rows_are_unique_and_hashed_in_bounds(grid: HashGridConfig) -> None:
+    """Dense levels give every vertex a row of its own, hashed ones the row of the hash."""
     for level, (resolution, size) in enumerate(
         zip(hashing.level_resolutions(grid), hashing.level_sizes(grid), strict=True)
     ):
@@ -130,11 +130,12 @@ def test_dense_levels_give_every_vertex_its_own_row_and_hashed_ones_stay_in_the_
         if hashing.is_dense(grid, resolution):
             assert sorted(rows.tolist()) == list(range(size))
         else:
-            assert rows.tolist() == [hash_by_definition(v, size) for v in vertices.T.tolist()]
+            some = slice(None, None, 37)  # Python's integers are slow
+            assert rows[some].tolist() == [hash_by_definition(v, size) for v in vertices.T[some].tolist()]
 
 
-@pytest.mark.parametrize("resolution", [2**19, 2**20])
-def test_rows_of_the_finest_grid_stay_in_the_table(resolution: int) -> None:
+def test_rows_of_the_finest_grid_stay_in_the_table() -> None:
+    resolution = 2**20
     grid = HashGridConfig(num_levels=1, min_resolution=resolution, max_resolution=resolution, half_voxel_offset=True)
     extremes = [0, 1, resolution, resolution + 1]
     vertices = jnp.asarray(list(itertools.product(extremes, repeat=3)), jnp.uint32).T
@@ -142,7 +143,7 @@ def test_rows_of_the_finest_grid_stay_in_the_table(resolution: int) -> None:
 
 
 @pytest.mark.parametrize("num_dims", [2, 3])
-def test_corners_are_all_offsets_with_x_in_the_lowest_bit(num_dims: int) -> None:
+def test_corner_offsets_have_x_in_the_lowest_bit(num_dims: int) -> None:
     offsets = hashing.corner_offsets(num_dims)
     assert offsets.tolist() == [list(o[::-1]) for o in itertools.product((0, 1), repeat=num_dims)]
 

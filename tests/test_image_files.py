@@ -432,7 +432,7 @@ def test_a_broken_large_image_leaves_no_file(tmp_path: Path, cache: Path, monkey
     assert not [*cache.iterdir()]
 
 
-def test_more_pixels_than_the_memory_holds_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_pixels_than_memory_holds_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 

@@ -169,7 +169,7 @@ def test_one_point_has_one_distance_in_any_company(read: Read, monkeypatch: pyte
     np.testing.assert_array_equal(mesh.inside(points), together < 0)
 
 
-def test_samples_of_the_surface_are_uniform_and_their_normals_look_out(read: Read) -> None:
+def test_surface_samples_are_uniform_and_normals_outer(read: Read) -> None:
     mesh, exact = read(box()), exact_box()
     points, normals = mesh.surface(rng(), 40_000)
     np.testing.assert_allclose(exact.distance(points), 0, atol=1e-12)
@@ -189,6 +189,7 @@ def test_samples_with_distances(read: Read) -> None:
     position, distance = solids.distance_samples(mesh, 0, 4000)
     np.testing.assert_array_equal(distance, mesh.distance(position.astype(np.float64)).astype(np.float32))
     assert 0.72 < (np.abs(distance) < 0.01).mean() < 0.8
+    # Coordinates up to 1 in float32 are off by 2^-25 each, and so a point by up to 5.2e-8.
     assert np.abs(mesh.distance(solids.surface_samples(mesh, 0, 1000).astype(np.float64))).max() < 1e-7
 
 
@@ -213,7 +214,7 @@ def test_every_format_gives_one_solid(kind: str, read: Read) -> None:
     assert mesh.faces.shape == (12, 3)
 
 
-def test_an_obj_of_polygons_normals_and_relative_indices(read: Read) -> None:
+def test_an_obj_of_polygons_and_relative_indices(read: Read) -> None:
     vertices, _ = box()
     lines = ["# Größe: 1", "mtllib /etc/passwd", "vt 0 0", "vn 0 0 1", "o body", "usemtl secret"]
     for quad in ((0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)):
@@ -224,7 +225,7 @@ def test_an_obj_of_polygons_normals_and_relative_indices(read: Read) -> None:
     assert_equal(mesh, exact_box(), 1e-12)
 
 
-def test_a_ply_that_names_a_texture_has_no_other_file_opened(read: Read, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_texture_named_by_a_ply_is_not_opened(read: Read, caplog: pytest.LogCaptureFixture) -> None:
     content = exported(box(), "ply").replace(b"element vertex", b"comment TextureFile /etc/passwd\nelement vertex", 1)
     assert_equal(read(content, ".ply"), exact_box(), 1e-12)
     assert not caplog.messages
@@ -242,9 +243,9 @@ def test_an_stl_of_another_alphabet(read: Read) -> None:
     assert_equal(read(content, ".stl"), exact_box(), 1e-12)
 
 
-@pytest.mark.parametrize("suffix", [".glb", ".txt", ".npy", ""])
-def test_another_suffix_is_refused(suffix: str, read: Read) -> None:
-    assert "ends in one of .obj, .off, .ply, .stl" in refusal(read, box(), suffix)
+def test_another_suffix_is_refused(read: Read) -> None:
+    for suffix in (".glb", ".txt", ".npy", ""):
+        assert "ends in one of .obj, .off, .ply, .stl" in refusal(read, box(), suffix)
 
 
 @pytest.mark.parametrize("suffix", meshes.SUFFIXES)
@@ -256,11 +257,11 @@ def test_what_is_no_file_is_refused(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", meshes.SUFFIXES)
-@pytest.mark.parametrize("content", [b"", b"\n", b"solid\nendsolid\n", b"OFF\n0 0 0\n", rng().bytes(5000), b"\0" * 84])
-def test_what_holds_no_mesh_is_refused(content: bytes, suffix: str, read: Read) -> None:
-    message = refusal(read, content, suffix)
-    assert message.startswith(("no ", "holds 0 vertices and no face"))
-    assert "module" not in message
+def test_what_holds_no_mesh_is_refused(suffix: str, read: Read) -> None:
+    for content in (b"", b"\n", b"solid\nendsolid\n", b"OFF\n0 0 0\n", rng().bytes(5000), b"\0" * 84):
+        message = refusal(read, content, suffix)
+        assert message.startswith(("no ", "holds 0 vertices and no face")), content
+        assert "module" not in message
 
 
 def test_points_are_no_solid(read: Read) -> None:
@@ -294,17 +295,12 @@ def test_vertices_that_no_face_uses_do_not_count(read: Read) -> None:
     assert (mesh.notes, len(mesh.vertices)) == ((), 8)
 
 
-@pytest.mark.parametrize("index", [0, 9, -9, 10**6, 2**62, -(2**62)])
-def test_faces_of_vertices_that_are_not_there_are_counted(index: int, read: Read) -> None:
-    content = obj(*box()) + f"f 1 2 {index}\n".encode()
-    assert refusal(read, content).startswith("1 face of vertices that are not in the file")
-
-
-@pytest.mark.parametrize("index", [8, -1, 2**31 - 1])
-def test_the_same_in_a_ply(index: int, read: Read) -> None:
-    content = exported(box(), "ply")
-    content = content[:-4] + struct.pack("<i", index)
-    assert "1 face of vertices that are not in the file" in refusal(read, content, ".ply")
+def test_faces_of_missing_vertices_are_counted(read: Read) -> None:
+    message = "1 face of vertices that are not in the file"
+    for index in (0, 9, -9, 10**6, 2**62, -(2**62)):
+        assert refusal(read, obj(*box()) + f"f 1 2 {index}\n".encode()).startswith(message)
+    for index in (8, -1, 2**31 - 1):
+        assert message in refusal(read, exported(box(), "ply")[:-4] + struct.pack("<i", index), ".ply")
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30, 1e300])
@@ -319,7 +315,7 @@ def test_what_overflows_is_refused(read: Read) -> None:
     assert "up to 1.7e+308 are too large" in refusal(read, (np.where(vertices > 0, 1.7e308, -1.7e308), faces))
 
 
-def test_far_from_the_origin_doubles_are_fine_and_floats_are_not(read: Read) -> None:
+def test_far_from_the_origin_floats_are_refused(read: Read) -> None:
     far = moved(ball(2), (1e9, 1e9, 0.0), 0.5)
     assert_equal(read(far), Shape("exact", (Placed(Sphere(0.5 * SIDE)),)), 0.02)
     message = refusal(read, exported(far, "stl"), ".stl")
@@ -402,15 +398,15 @@ def test_a_cavity_stays_one(turn: Callable[[Arrays], Arrays], read: Read) -> Non
     np.testing.assert_allclose(hollow.distance(np.full((1, 3), 0.5)), 0.3 * SIDE, rtol=0.1)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_a_cavity_of_faces_at_odds_goes_by_the_most_of_them(seed: int, read: Read) -> None:
+def test_a_cavity_goes_by_most_of_its_faces(read: Read) -> None:
     vertices, faces = inside_out(moved(ball(2), (0.5, 0.5, 0.5), 0.3))
-    odd = rng(seed).random(len(faces)) < 1 / 3
-    odd[0] = True
-    cavity = vertices, np.where(odd[:, None], faces[:, ::-1], faces)
-    mesh = read(joined(box((1.0, 1.0, 1.0)), cavity))
-    assert mesh.notes == (f"{odd.sum()} of 332 faces turned to look out",)
-    assert not mesh.inside(np.full((1, 3), 0.5)).any()
+    for seed in range(4):
+        odd = rng(seed).random(len(faces)) < 1 / 3
+        odd[0] = True
+        cavity = vertices, np.where(odd[:, None], faces[:, ::-1], faces)
+        mesh = read(joined(box((1.0, 1.0, 1.0)), cavity))
+        assert mesh.notes == (f"{odd.sum()} of 332 faces turned to look out",)
+        assert not mesh.inside(np.full((1, 3), 0.5)).any()
 
 
 def test_two_objects_of_one_file(read: Read) -> None:
@@ -429,7 +425,7 @@ def test_holes_are_closed_by_the_winding_number(read: Read) -> None:
     np.testing.assert_array_equal(mesh.inside(points)[away], (np.linalg.norm(points - 0.5, axis=1) < 0.5)[away])
 
 
-def test_inside_is_where_the_winding_number_is_above_a_half(read: Read) -> None:
+def test_inside_is_a_winding_number_above_a_half(read: Read) -> None:
     """Also where it is no whole number: a bowl is open at the top, and points of all numbers from 0 to 1 are near."""
     vertices, faces = ball(3)
     mesh = read((vertices, faces[vertices[faces, 2].max(axis=1) < 0.3]))
