@@ -11,12 +11,12 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
-import importlib.machinery
 import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
@@ -54,42 +54,30 @@ class Fault:
         path = _PACKAGE.joinpath(*self.module.split("."))
         return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
-    def plant(self) -> tuple[CodeType, dict[str, object]]:
-        """The code of the module with the fault in it, and the names that it needs. Raises ValueError."""
-        tree = ast.parse(self.path.read_text(encoding="utf-8"))
+    def plant(self, source: str) -> tuple[CodeType, dict[str, object]]:
+        """The faulty code of the module, and a name that it needs. Raises ValueError where the fault does not fit."""
+        tree = ast.parse(source)
         try:
             planted = self.change(tree)
         except LookupError as error:
             raise ValueError(f"fault {self.name} does not fit jaxngp.{self.module}: {error.args[0]}") from None
         return compile(ast.fix_missing_locations(tree), str(self.path), "exec"), {_PLANTED: planted}
 
-
-# Planting.
-
-
-class Planter:
-    """A finder of modules, for `sys.meta_path`: it finds one module, with a fault in it."""
-
-    def __init__(self, fault: Fault) -> None:
-        self._fault = fault
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if name != f"jaxngp.{self._fault.module}" or spec is None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """As a finder in `sys.meta_path`, find the module with the fault in it."""
+        if name != f"jaxngp.{self.module}" or (spec := PathFinder.find_spec(name, path, target)) is None:
             return None
-        spec.loader = _Loader(name, str(self._fault.path), self._fault)
+        spec.loader = _Loader(self, name, str(self.path))
         return spec
 
 
-class _Loader(importlib.machinery.SourceFileLoader):
-    def __init__(self, name: str, path: str, fault: Fault) -> None:
+class _Loader(SourceFileLoader):
+    def __init__(self, fault: Fault, name: str, path: str) -> None:
         super().__init__(name, path)
         self._fault = fault
 
     def exec_module(self, module: ModuleType) -> None:
-        code, names = self._fault.plant()
+        code, names = self._fault.plant(self._fault.path.read_text(encoding="utf-8"))
         module.__dict__.update(names)
         exec(code, module.__dict__)
 
@@ -102,7 +90,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """A hook of pytest, called before anything is imported that imports the package: plants the fault."""
     name = early_config.known_args_namespace.fault
-    sys.meta_path[:0] = [Planter(fault) for fault in FAULTS if fault.name == name]
+    sys.meta_path[:0] = [fault for fault in FAULTS if fault.name == name]
 
 
 # Changes.
