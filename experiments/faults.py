@@ -227,6 +227,14 @@ def _transposed(taps: Any) -> Any:
     return taps.replace(row=taps.column, column=taps.row)
 
 
+def _without_moments(progress: Any) -> Any:
+    """A `Progress` whose optimiser knows of no gradient yet; None as it is."""
+    if progress is None:
+        return None
+    fresh = jax.tree.map(jnp.zeros_like, progress.state.opt_state)
+    return replace(progress, state=replace(progress.state, opt_state=fresh))
+
+
 FAULTS = [
     *faults(
         "hashing",
@@ -286,8 +294,8 @@ FAULTS = [
         last_sample_dropped=rewrite("pack_steps", "slot < num_kept", "slot < num_kept - 1"),
         full_buffer_refused=rewrite("pack_steps", "end <= size", "end < size"),
         jitter_ignored=wrap(
-            "pack_steps",
-            lambda f, candidates, jitter, *, config: f(candidates, jnp.full_like(jitter, 0.5), config=config),
+            "march_rays",
+            lambda f, rays, grid, jitter, *, config: f(rays, grid, jnp.full_like(jitter, 0.5), config=config),
         ),
         opaque_bits_read_as_occupied=wrap(
             "_test_steps", lambda f, rays, grid, sets, *rest: f(rays, grid, sets[:1] * len(sets), *rest)
@@ -308,7 +316,7 @@ FAULTS = [
         density_never_decays=rewrite("update_occupancy", "config.occupancy.decay", "1.0"),
         larger_threshold=rewrite("_threshold", "jnp.minimum", "jnp.maximum"),
         mean_over_empty_cells=rewrite("_threshold", "jnp.maximum(density, 0)", "density"),
-        looks_at_centres_only=rewrite("update_occupancy", "offset / grid.resolution", "0 * offset"),
+        looks_at_centres_only=rewrite("update_occupancy", "... * 2.0**-24 - 0.5", "jnp.zeros((len(rank), 3))"),
         cells_in_z_order=wrap("cells_at", lambda f, *args, **kwargs: f(*args, **kwargs)[::-1]),
     ),
     *faults(
@@ -335,13 +343,26 @@ FAULTS = [
         ),
     ),
     *faults(
-        "data",
-        "data",
-        evaluation_views_shifted=wrap("_evaluation_views", lambda f, *args: np.roll(f(*args), -1)),
-        held_out_views_trained_on=wrap("_training_views", lambda _, _location, count: np.arange(count)),
+        "cameras",
+        "training",
+        half_a_pixel_missing_in_training=wrap(
+            "PosedImages.pixel",
+            lambda f, self, number: (lambda view, xy, rgba: (view, xy - 0.5, rgba))(*f(self, number)),
+        ),
     ),
     *faults(
-        "data.blender",
+        "data.splits",
+        "data",
+        evaluation_views_shifted=rewrite(
+            "load_evaluation", "views[...]", "np.roll(views, -1)[np.arange(num_views) * len(views) // num_views]"
+        ),
+        held_out_views_trained_on=wrap(
+            "_view_numbers",
+            lambda f, name, count, hold_out_every: f(name, count, hold_out_every if name == "held-out" else 0),
+        ),
+    ),
+    *faults(
+        "data.photos",
         "data",
         box_filter_without_alpha=rewrite("box_downscale", "block[..., 3:].astype(...)", "np.int32(255)"),
     ),
@@ -354,7 +375,7 @@ FAULTS = [
         ),
         relu_lets_gradients_through=rewrite("_relu_jvp", "jnp.where(y != 0, tangent, 0)", "tangent"),
         no_mask_in_the_density_alone=rewrite(
-            "NerfField.density", "jnp.where(_inside(position), density, 0)", "density"
+            "NerfNetwork.density", "jnp.where(_inside(position), density, 0)", "density"
         ),
     ),
     *faults(
@@ -396,8 +417,8 @@ FAULTS = [
     *faults(
         "tracing",
         "tracing",
-        started_in_the_solid=rewrite("trace_rays", "(distance < 0) & (t <= first)", "False"),
-        ray_not_taken_back=rewrite("trace_rays", "t + distance", "t + jnp.abs(distance)"),
+        started_in_the_solid=rewrite("trace_rays", "(to_surface < 0) & (t <= first)", "False"),
+        ray_not_taken_back=rewrite("trace_rays", "t + to_surface", "t + jnp.abs(to_surface)"),
         normals_inwards=wrap("surface_normals", lambda f, *args, **kwargs: -f(*args, **kwargs)),
         no_shadow=wrap("_shade", lambda f, hits, normal, shadow, *rest: f(hits, normal, shadow & False, *rest)),
         lanes_write_over_others=rewrite("trace_rays", "num_rays + jnp.arange(...)", "num_rays - 1"),
@@ -434,5 +455,66 @@ FAULTS = [
                 config, data, resume=resume and replace(resume, step=resume.step + 1)
             ),
         ),
+    ),
+    *faults(
+        "training.state",
+        "training",
+        weights_evaluated_not_their_average=wrap("TrainState.eval_params", lambda _, self: self.params),
+    ),
+    *faults(
+        "training.step",
+        "training",
+        same_noise_all_dispatch=wrap(
+            "draw_bits",
+            lambda f, step, key, shape, *, num_steps: jnp.broadcast_to(
+                f(step, key, shape, num_steps=1), (num_steps, *shape)
+            ),
+        ),
+        steps_beyond_the_last=rewrite("repeat", "jax.tree.map(...)", "one(i, run)"),
+        half_table_not_updated=rewrite("apply_gradient", "make_half_table(...)", "run.half_table"),
+        update_of_non_finite=rewrite(
+            "apply_gradient", "jnp.isfinite(metrics.loss) & _is_finite(gradient)", "jnp.bool_(True)"
+        ),
+        average_of_one_step=rewrite("finish", "num_steps.astype(...)", "1.0"),
+        means_over_steps_not_taken=rewrite("finish", "jnp.maximum(num_steps, 1)", "max_steps"),
+    ),
+    *faults(
+        "training.nerf",
+        "training",
+        background_not_in_the_target=rewrite("nerf_loss", "noise.background * (1 - alpha)", "0"),
+        alpha_taken_as_premultiplied=rewrite("nerf_loss", "batch.rgba[:, :3] * alpha", "batch.rgba[:, :3]"),
+        loss_over_all_rays=rewrite("nerf_loss", "jnp.maximum(num_used, 1)", "len(alpha)"),
+        incomplete_rays_in_the_loss=rewrite("nerf_loss", "jnp.where(samples.ray_complete, terms, 0)", "terms"),
+        same_noise_every_step=wrap("draw_batches", lambda f, step_, *rest, **options: f(0 * step_, *rest, **options)),
+        refresh_without_the_step=rewrite("refresh_occupancy", "jax.random.fold_in(state.key, state.step)", "state.key"),
+        warmup_never_ends=rewrite("refresh_occupancy", "config.sampler.occupancy.warmup_steps", "2**30"),
+        refresh_of_the_average=rewrite("refresh_occupancy", "state.params", "state.eval_params"),
+        grid_of_the_hull_not_used=rewrite("compile_programs", "replace(state, occupancy=grid)", "state"),
+    ),
+    *faults(
+        "training.image",
+        "points",
+        same_points_every_step=wrap("draw_taps", lambda f, step_, key, **options: f(0 * step_, key, **options)),
+        pixels_transposed=wrap("ImagePixels.values", lambda f, self, taps: f(self, _transposed(taps))),
+        one_batch_for_all_steps=rewrite("image_steps", "a[i]", "a[0]"),
+        never_snapped=rewrite("draw_taps", "config.train.snap", "False"),
+        fetched_for_step_0=rewrite("_Fetcher._start", "np.int32(step_)", "np.int32(0)"),
+    ),
+    *faults(
+        "training.sdf",
+        "points",
+        all_points_off_the_surface=rewrite("draw_batches", "data.surface[on]", "data.position[on]"),
+        distance_of_another_point=rewrite("draw_batches", "data.distance[off]", "data.distance[on]"),
+    ),
+    *faults(
+        "checkpoints",
+        "training",
+        optimiser_starts_anew_on_resume=wrap("Checkpoints.restore", lambda f, *args: _without_moments(f(*args))),
+    ),
+    *faults(
+        "evaluation",
+        "end_to_end",
+        names_of_views_shifted=rewrite("evaluate_views", "split.views[first:]", "split.views"),
+        truth_over_no_background=wrap("_view", lambda f, split, index, _background: f(split, index, 0.0)),
     ),
 ]
