@@ -26,7 +26,7 @@ from absl import flags as absl_flags
 from experiments.faults import FAULTS, Fault
 from jaxngp import flags
 from jaxngp.config import InputError
-from jaxngp.training.report import environment, write_json
+from jaxngp.records import environment, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
