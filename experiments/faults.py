@@ -100,8 +100,8 @@ def constant(name: str, value: object) -> Change:
     """Give a constant of the module another value."""
 
     def change(tree: ast.Module) -> object:
-        named = lambda node: isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name  # noqa: E731
-        assignments = [node for node in tree.body if named(node)]
+        assignments = [node for node in tree.body if isinstance(node, ast.Assign)]
+        assignments = [node for node in assignments if ast.unparse(node.targets[0]) == name]
         if len(assignments) != 1:
             raise LookupError(f"{name} is assigned {len(assignments)} times")
         assignments[0].value = ast.Name(_PLANTED, ast.Load())
@@ -207,9 +207,8 @@ def _function(tree: ast.AST, name: str) -> ast.FunctionDef:
 def _check_parameters(expected: ast.arguments, faulty: Callable[..., Any]) -> None:
     """Raise LookupError unless `faulty`, behind its first parameter, has those of a function, or * for some of them."""
     own = [*inspect.signature(faulty).parameters.values()][1:]
-    names = [argument.arg for argument in (*expected.args, *expected.kwonlyargs)]
-    given = [p.name for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    given = [name if name in names else name.removeprefix("_") for name in given]
+    names = [argument.arg.strip("_") for argument in (*expected.args, *expected.kwonlyargs)]
+    given = [p.name.strip("_") for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     starred = len(given) < len(own)
     if given != [name for name in names if name in given or not starred]:
         raise LookupError(f"its parameters are {', '.join(names)}; the fault takes {', '.join(given)}")
@@ -470,13 +469,13 @@ FAULTS = [
                 f(step, key, shape, num_steps=1), (num_steps, *shape)
             ),
         ),
-        steps_beyond_the_last=rewrite("repeat", "jax.tree.map(...)", "one(i, run)"),
+        steps_beyond_the_last=rewrite("repeat_steps", "jax.tree.map(...)", "one(i, run)"),
         half_table_not_updated=rewrite("apply_gradient", "make_half_table(...)", "run.half_table"),
         update_of_non_finite=rewrite(
             "apply_gradient", "jnp.isfinite(metrics.loss) & _is_finite(gradient)", "jnp.bool_(True)"
         ),
-        average_of_one_step=rewrite("finish", "num_steps.astype(...)", "1.0"),
-        means_over_steps_not_taken=rewrite("finish", "jnp.maximum(num_steps, 1)", "max_steps"),
+        average_of_one_step=rewrite("finish_steps", "num_steps.astype(...)", "1.0"),
+        means_over_steps_not_taken=rewrite("finish_steps", "jnp.maximum(num_steps, 1)", "max_steps"),
     ),
     *faults(
         "training.nerf",
@@ -485,7 +484,7 @@ FAULTS = [
         alpha_taken_as_premultiplied=rewrite("nerf_loss", "batch.rgba[:, :3] * alpha", "batch.rgba[:, :3]"),
         loss_over_all_rays=rewrite("nerf_loss", "jnp.maximum(num_used, 1)", "len(alpha)"),
         incomplete_rays_in_the_loss=rewrite("nerf_loss", "jnp.where(samples.ray_complete, terms, 0)", "terms"),
-        same_noise_every_step=wrap("draw_batches", lambda f, step_, *rest, **options: f(0 * step_, *rest, **options)),
+        same_noise_every_step=wrap("draw_batches", lambda f, step, *rest, **options: f(0 * step, *rest, **options)),
         refresh_without_the_step=rewrite("refresh_occupancy", "jax.random.fold_in(state.key, state.step)", "state.key"),
         warmup_never_ends=rewrite("refresh_occupancy", "config.sampler.occupancy.warmup_steps", "2**30"),
         refresh_of_the_average=rewrite("refresh_occupancy", "state.params", "state.eval_params"),
@@ -494,11 +493,11 @@ FAULTS = [
     *faults(
         "training.image",
         "points",
-        same_points_every_step=wrap("draw_taps", lambda f, step_, key, **options: f(0 * step_, key, **options)),
+        same_points_every_step=wrap("draw_taps", lambda f, step, key, **options: f(0 * step, key, **options)),
         pixels_transposed=wrap("ImagePixels.values", lambda f, self, taps: f(self, _transposed(taps))),
         one_batch_for_all_steps=rewrite("image_steps", "a[i]", "a[0]"),
         never_snapped=rewrite("draw_taps", "config.train.snap", "False"),
-        fetched_for_step_0=rewrite("_Fetcher._start", "np.int32(step_)", "np.int32(0)"),
+        fetched_for_step_0=wrap("_Fetcher._start", lambda f, self, step: (step, f(self, 0)[1])),
     ),
     *faults(
         "training.sdf",
