@@ -111,22 +111,36 @@ def constant(name: str, value: object) -> Change:
 
 
 def wrap(function: str, faulty: Callable[..., Any]) -> Change:
-    """Call `faulty` with the function and its arguments in place of the function; a method is named Class.method.
+    """Call `faulty` in place of a function; a method is named Class.method.
 
-    It has the parameters of the function; an underscore before one says that it is unused. What decorates the function,
-    such as jax.jit, decorates the faulty one.
+    faulty(call, ...) is given the arguments of the function that its parameters name. call() is what the function
+    returns; call(name=value) with other arguments. What decorates the function, jax.jit for one, decorates the faulty
+    one.
     """
+    wanted = [*inspect.signature(faulty).parameters][1:]
 
     def decorate(original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
         @functools.wraps(original)
         def planted(*args: Any, **kwargs: Any) -> Any:
-            return faulty(original, *args, **kwargs)
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+
+            def call(**changes: Any) -> Any:
+                if not changes.keys() <= bound.arguments.keys():
+                    pytest.exit(f"{function}{signature} does not have all of {', '.join(changes)}", returncode=3)
+                bound.arguments.update(changes)
+                return original(*bound.args, **bound.kwargs)
+
+            return faulty(call, *(bound.arguments[name] for name in wanted))
 
         return planted
 
     def change(tree: ast.Module) -> object:
         node = _function(tree, function)
-        _check_parameters(node.args, faulty)
+        if missing := set(wanted) - {part.arg for part in ast.walk(node.args) if isinstance(part, ast.arg)}:
+            raise LookupError(f"{function} has no parameter {min(missing)}")
         node.decorator_list.append(ast.Name(_PLANTED, ast.Load()))
         return decorate
 
@@ -204,16 +218,6 @@ def _function(tree: ast.AST, name: str) -> ast.FunctionDef:
     return node
 
 
-def _check_parameters(expected: ast.arguments, faulty: Callable[..., Any]) -> None:
-    """Raise LookupError unless `faulty`, behind its first parameter, has those of a function, or * for some of them."""
-    own = [*inspect.signature(faulty).parameters.values()][1:]
-    names = [argument.arg.strip("_") for argument in (*expected.args, *expected.kwonlyargs)]
-    given = [p.name.strip("_") for p in own if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    starred = len(given) < len(own)
-    if given != [name for name in names if name in given or not starred]:
-        raise LookupError(f"its parameters are {', '.join(names)}; the fault takes {', '.join(given)}")
-
-
 # Faults.
 
 
@@ -228,10 +232,9 @@ def _transposed(taps: Any) -> Any:
 
 def _without_moments(progress: Any) -> Any:
     """A `Progress` whose optimiser knows of no gradient yet; None as it is."""
-    if progress is None:
-        return None
-    fresh = jax.tree.map(jnp.zeros_like, progress.state.opt_state)
-    return replace(progress, state=replace(progress.state, opt_state=fresh))
+    state = progress and progress.state
+    fresh = jax.tree.map(jnp.zeros_like, state and state.opt_state)
+    return progress and replace(progress, state=replace(state, opt_state=fresh))
 
 
 FAULTS = [
@@ -239,51 +242,32 @@ FAULTS = [
         "hashing",
         "hashing encodings",
         hash_prime=constant("PRIMES", (1, 2654435767, 805459861)),
-        hash_without_modulo=wrap("spatial_hash", lambda f, cell, *, table_size: f(cell, table_size=table_size + 1)),
+        hash_without_modulo=wrap("spatial_hash", lambda call, table_size: call(table_size=table_size + 1)),
         resolutions_in_floating_point=wrap("_integer_root", lambda _, value, degree: int(value ** (1 / degree))),
         dense_index_off_by_one=wrap(
-            "dense_index", lambda f, cell, *, vertices_per_axis: f(cell, vertices_per_axis=vertices_per_axis - 1)
+            "dense_index", lambda call, vertices_per_axis: call(vertices_per_axis=vertices_per_axis - 1)
         ),
-        corners_in_z_order=wrap("corner_offsets", lambda f, num_dims: f(num_dims)[:, ::-1]),
+        corners_in_z_order=wrap("corner_offsets", lambda call: call()[:, ::-1]),
     ),
     *faults(
         "encodings",
         "encodings",
-        weight_of_the_opposite_corner=wrap("_corner_weight", lambda f, fraction, offset: f(fraction, 1 - offset)),
-        far_face_beyond_the_last_cell=wrap(
-            "_cell_along", lambda f, x, resolution, last_cell, grid: f(x, resolution, last_cell + 1, grid)
-        ),
-        levels_of_a_gpu_shifted_by_one=wrap(
-            "_levels", lambda f, grid: replace(f(grid), start=np.roll(f(grid).start, -1))
-        ),
-        harmonics_without_their_sign=wrap(
-            "sh_encode",
-            lambda f, direction, *, degree: f(direction * np.array([-1, -1, 1], np.float32), degree=degree),
-        ),
-        half_table_not_read=wrap(
-            "_encode", lambda f, grid, dtype, table, _half_table, position: f(grid, dtype, table, None, position)
-        ),
+        weight_of_the_opposite_corner=wrap("_corner_weight", lambda call, offset: call(offset=1 - offset)),
+        far_face_beyond_the_last_cell=wrap("_cell_along", lambda call, last_cell: call(last_cell=last_cell + 1)),
+        levels_of_a_gpu_shifted_by_one=wrap("_levels", lambda call: replace(call(), start=np.roll(call().start, -1))),
+        harmonics_without_their_sign=rewrite("sh_encode", "(-1) ** m", "1"),
+        half_table_not_read=wrap("_encode", lambda call: call(half_table=None)),
     ),
     *faults(
         "compositing",
         "compositing",
         density_as_weight=rewrite("composite", "-jnp.expm1(...)", "thickness"),
         no_transmittance=rewrite("composite", "optical_depth_before(...)", "jnp.zeros_like(thickness)"),
-        background_not_dimmed=wrap(
-            "blend",
-            lambda f, rgb, opacity, depth, background: f(
-                rgb + opacity[..., None] * background, opacity, depth, background
-            ),
-        ),
-        depth_not_divided=wrap(
-            "blend", lambda f, rgb, opacity, depth, background: f(rgb, opacity, depth * opacity, background)
-        ),
+        background_not_dimmed=rewrite("blend", "(1 - opacity)[..., None] * background", "background"),
+        depth_not_divided=wrap("blend", lambda call, opacity, depth: call(depth=depth * opacity)),
         lower_half_lost=rewrite("exclusive_fixed_point", "upper * 2**15 + lower", "upper * 2**15"),
-        sum_not_restarted=wrap("exclusive_scan", lambda f, value, ray: f(value, jnp.zeros_like(ray))),
-        gradient_of_depth_forwards=wrap(
-            "_exclusive_sum_bwd",
-            lambda f, num_rays, behind, *rest: f(num_rays, not behind, *rest),
-        ),
+        sum_not_restarted=wrap("exclusive_scan", lambda call, ray: call(ray=jnp.zeros_like(ray))),
+        gradient_of_depth_forwards=wrap("_exclusive_sum_bwd", lambda call, behind: call(behind=not behind)),
     ),
     # From rays to samples.
     *faults(
@@ -292,13 +276,8 @@ FAULTS = [
         last_step_dropped=rewrite("_test_steps", "t < t_leave[:, None]", "t < t_leave[:, None] - config.step_size"),
         last_sample_dropped=rewrite("pack_steps", "slot < num_kept", "slot < num_kept - 1"),
         full_buffer_refused=rewrite("pack_steps", "end <= size", "end < size"),
-        jitter_ignored=wrap(
-            "march_rays",
-            lambda f, rays, grid, jitter, *, config: f(rays, grid, jnp.full_like(jitter, 0.5), config=config),
-        ),
-        opaque_bits_read_as_occupied=wrap(
-            "_test_steps", lambda f, rays, grid, sets, *rest: f(rays, grid, sets[:1] * len(sets), *rest)
-        ),
+        jitter_ignored=wrap("march_rays", lambda call, jitter: call(jitter=jnp.full_like(jitter, 0.5))),
+        opaque_bits_read_as_occupied=wrap("_test_steps", lambda call, sets: call(sets=sets[:1] * len(sets))),
         nth_candidate_off_by_one=rewrite("nth_candidate", "ends[ray, middle - 1] <= n", "ends[ray, middle - 1] < n"),
         bins_of_equal_length=rewrite("stratified_samples", "jnp.diff(t, axis=1)", "jnp.diff(lower) + 0 * t[:, 1:]"),
     ),
@@ -316,7 +295,7 @@ FAULTS = [
         larger_threshold=rewrite("_threshold", "jnp.minimum", "jnp.maximum"),
         mean_over_empty_cells=rewrite("_threshold", "jnp.maximum(density, 0)", "density"),
         looks_at_centres_only=rewrite("update_occupancy", "... * 2.0**-24 - 0.5", "jnp.zeros((len(rank), 3))"),
-        cells_in_z_order=wrap("cells_at", lambda f, *args, **kwargs: f(*args, **kwargs)[::-1]),
+        cells_in_z_order=wrap("cells_at", lambda call: call()[::-1]),
     ),
     *faults(
         "visual_hull",
@@ -329,24 +308,15 @@ FAULTS = [
         "cameras",
         "cameras",
         half_a_pixel_missing_in_views=wrap(
-            "_view_rays",
-            lambda f, camera, *, width, height: f(
-                camera.replace(centre_xy=camera.centre_xy + 0.5), width=width, height=height
-            ),
+            "_view_rays", lambda call, camera: call(camera=camera.replace(centre_xy=camera.centre_xy + 0.5))
         ),
-        y_mirrored=wrap(
-            "unproject",
-            lambda f, cameras, pixel_xy: f(
-                cameras.replace(focal_xy=cameras.focal_xy * np.array([1, -1], np.float32)), pixel_xy
-            ),
-        ),
+        y_mirrored=rewrite("unproject", "-xy[..., 1]", "xy[..., 1]"),
     ),
     *faults(
         "cameras",
         "training",
         half_a_pixel_missing_in_training=wrap(
-            "PosedImages.pixel",
-            lambda f, self, number: (lambda view, xy, rgba: (view, xy - 0.5, rgba))(*f(self, number)),
+            "PosedImages.pixel", lambda call: (lambda view, xy, rgba: (view, xy - 0.5, rgba))(*call())
         ),
     ),
     *faults(
@@ -356,8 +326,7 @@ FAULTS = [
             "load_evaluation", "views[...]", "np.roll(views, -1)[np.arange(num_views) * len(views) // num_views]"
         ),
         held_out_views_trained_on=wrap(
-            "_view_numbers",
-            lambda f, name, count, hold_out_every: f(name, count, hold_out_every if name == "held-out" else 0),
+            "_view_numbers", lambda call, name, count: call() if name == "held-out" else np.arange(count)
         ),
     ),
     *faults(
@@ -365,7 +334,7 @@ FAULTS = [
         "data",
         box_filter_without_alpha=rewrite("box_downscale", "block[..., 3:].astype(...)", "np.int32(255)"),
     ),
-    # From samples to a colour.
+    # From samples to a loss.
     *faults(
         "fields",
         "fields",
@@ -382,33 +351,33 @@ FAULTS = [
         "rendering",
         rays_end_early=rewrite("_render_marched", "sampler.min_transmittance", "1e-2"),
         rays_end_while_transparent=rewrite(
-            "_render_marched",
-            "lanes.transmittance < sampler.min_transmittance",
-            "lanes.transmittance > sampler.min_transmittance",
+            "_render_marched", "lanes.transmittance < ...", "lanes.transmittance > sampler.min_transmittance"
         ),
         transmittance_of_the_round_before=rewrite("_take_samples", "lanes.transmittance * through", "through"),
-        ray_without_a_lane=wrap("_refill", lambda f, lanes, ended, next_place: f(lanes, ended, next_place + 1)),
+        ray_without_a_lane=wrap("_refill", lambda call, next_place: call(next_place=next_place + 1)),
         samples_where_steps_begin=rewrite("_take_samples", "step + 0.5", "step"),
     ),
     *faults(
         "losses",
         "losses",
         huber_not_continuous=rewrite("colour_loss", "size - 0.5 * HUBER_DELTA", "size"),
-        relative_to_the_prediction=wrap("relative_error", lambda f, prediction, target: f(target, prediction)),
+        relative_to_the_prediction=wrap(
+            "relative_error", lambda call, prediction, target: call(prediction=target, target=prediction)
+        ),
     ),
     *faults(
         "metrics",
         "metrics",
         psnr_by_natural_logarithm=rewrite("psnr", "jnp.log10", "jnp.log"),
         window_of_ssim_too_wide=constant("SSIM_WINDOW_SIGMA", 2.0),
-        covariance_of_means_missing=rewrite("_pool_window", "jnp.stack([a * a, b * b, a * b])", "0"),
+        covariance_of_means_missing=rewrite("_pool_window", "jnp.stack(...)", "0"),
     ),
     # Images and signed distances.
     *faults(
         "images",
         "images",
         image_mirrored=rewrite("pixel_taps", "rows[:, :, None]", "rows[:, ::-1, None]"),
-        rows_for_columns=wrap("pixel_taps", lambda f, *args, **kwargs: _transposed(f(*args, **kwargs))),
+        rows_for_columns=wrap("pixel_taps", lambda call: _transposed(call())),
         centres_at_corners=rewrite("pixel_taps", "pixel.astype(jnp.float32) + 0.5", "pixel.astype(jnp.float32)"),
         tiles_without_half_a_pixel=rewrite("tile_centres", "xy + 0.5", "xy"),
         no_stratification=wrap("stratified_positions", lambda _, bits: bits.astype(jnp.float32) * 2.0**-32),
@@ -416,64 +385,31 @@ FAULTS = [
     *faults(
         "tracing",
         "tracing",
-        started_in_the_solid=rewrite("trace_rays", "(to_surface < 0) & (t <= first)", "False"),
+        started_in_the_solid=rewrite("trace_rays", "... & (t <= first)", "False"),
         ray_not_taken_back=rewrite("trace_rays", "t + to_surface", "t + jnp.abs(to_surface)"),
-        normals_inwards=wrap("surface_normals", lambda f, *args, **kwargs: -f(*args, **kwargs)),
-        no_shadow=wrap("_shade", lambda f, hits, normal, shadow, *rest: f(hits, normal, shadow & False, *rest)),
+        normals_inwards=wrap("surface_normals", lambda call: -call()),
+        no_shadow=wrap("_shade", lambda call, shadow: call(shadow=jnp.zeros_like(shadow))),
         lanes_write_over_others=rewrite("trace_rays", "num_rays + jnp.arange(...)", "num_rays - 1"),
     ),
     *faults(
         "meshing",
         "meshing",
-        faces_inwards=rewrite("extract_surface", "'descent'", "'ascent'"),
+        faces_inwards=wrap(
+            "extract_surface", lambda call: (lambda vertices, faces: (vertices, faces[:, ::-1]))(*call())
+        ),
         far_blocks_too_near=constant("SAFETY", 0.5),
-        open_at_the_box=wrap("_beyond", lambda f, *args: np.full_like(f(*args), -np.inf)),
+        open_at_the_box=wrap("_beyond", lambda call: np.full_like(call(), -np.inf)),
     ),
     # Training.
-    *faults(
-        "training.optimizer",
-        "optimizer",
-        decay_after_adam=rewrite("make_optimizer", "optax.chain", "lambda *parts: optax.chain(*reversed(parts))"),
-        decay_of_the_table=wrap("_is_mlp_weight", lambda _, params: jax.tree.map(lambda _: True, params)),
-    ),
-    *faults(
-        "training.loop",
-        "loop",
-        rate_by_dispatch=rewrite("_learning_rates", "np.arange(size)", "np.zeros(size)"),
-        rate_by_step_only=wrap(
-            "_learning_rates", lambda f, step, fraction, size, config: f(step, 0 * fraction, size, config)
-        ),
-        refresh_every_dispatch=rewrite("_dispatch", "(step + num_steps) // every > step // every", "True"),
-    ),
-    *faults(
-        "training.loop",
-        "training",
-        step_more_on_resume=wrap(
-            "train",
-            lambda f, config, data, *, resume=None: f(
-                config, data, resume=resume and replace(resume, step=resume.step + 1)
-            ),
-        ),
-    ),
-    *faults(
-        "training.state",
-        "training",
-        weights_evaluated_not_their_average=wrap("TrainState.eval_params", lambda _, self: self.params),
-    ),
     *faults(
         "training.step",
         "training",
         same_noise_all_dispatch=wrap(
-            "draw_bits",
-            lambda f, step, key, shape, *, num_steps: jnp.broadcast_to(
-                f(step, key, shape, num_steps=1), (num_steps, *shape)
-            ),
+            "draw_bits", lambda call, shape, num_steps: jnp.broadcast_to(call(num_steps=1), (num_steps, *shape))
         ),
         steps_beyond_the_last=rewrite("repeat_steps", "jax.tree.map(...)", "one(i, run)"),
         half_table_not_updated=rewrite("apply_gradient", "make_half_table(...)", "run.half_table"),
-        update_of_non_finite=rewrite(
-            "apply_gradient", "jnp.isfinite(metrics.loss) & _is_finite(gradient)", "jnp.bool_(True)"
-        ),
+        update_of_non_finite=rewrite("apply_gradient", "... & _is_finite(gradient)", "jnp.bool_(True)"),
         average_of_one_step=rewrite("finish_steps", "num_steps.astype(...)", "1.0"),
         means_over_steps_not_taken=rewrite("finish_steps", "jnp.maximum(num_steps, 1)", "max_steps"),
     ),
@@ -484,20 +420,20 @@ FAULTS = [
         alpha_taken_as_premultiplied=rewrite("nerf_loss", "batch.rgba[:, :3] * alpha", "batch.rgba[:, :3]"),
         loss_over_all_rays=rewrite("nerf_loss", "jnp.maximum(num_used, 1)", "len(alpha)"),
         incomplete_rays_in_the_loss=rewrite("nerf_loss", "jnp.where(samples.ray_complete, terms, 0)", "terms"),
-        same_noise_every_step=wrap("draw_batches", lambda f, step, *rest, **options: f(0 * step, *rest, **options)),
-        refresh_without_the_step=rewrite("refresh_occupancy", "jax.random.fold_in(state.key, state.step)", "state.key"),
-        warmup_never_ends=rewrite("refresh_occupancy", "config.sampler.occupancy.warmup_steps", "2**30"),
+        same_noise_every_step=wrap("draw_batches", lambda call, step: call(step=0 * step)),
+        refresh_without_the_step=rewrite("refresh_occupancy", "jax.random.fold_in(..., state.step)", "state.key"),
+        warmup_never_ends=rewrite("refresh_occupancy", "state.step < ...", "jnp.bool_(True)"),
         refresh_of_the_average=rewrite("refresh_occupancy", "state.params", "state.eval_params"),
         grid_of_the_hull_not_used=rewrite("compile_programs", "replace(state, occupancy=grid)", "state"),
     ),
     *faults(
         "training.image",
         "points",
-        same_points_every_step=wrap("draw_taps", lambda f, step, key, **options: f(0 * step, key, **options)),
-        pixels_transposed=wrap("ImagePixels.values", lambda f, self, taps: f(self, _transposed(taps))),
+        same_points_every_step=wrap("draw_taps", lambda call, step: call(step=0 * step)),
+        pixels_transposed=wrap("ImagePixels.values", lambda call, taps: call(taps=_transposed(taps))),
         one_batch_for_all_steps=rewrite("image_steps", "a[i]", "a[0]"),
         never_snapped=rewrite("draw_taps", "config.train.snap", "False"),
-        fetched_for_step_0=wrap("_Fetcher._start", lambda f, self, step: (step, f(self, 0)[1])),
+        fetched_for_step_0=wrap("_Fetcher._start", lambda call, step: (step, call(step=0)[1])),
     ),
     *faults(
         "training.sdf",
@@ -506,14 +442,39 @@ FAULTS = [
         distance_of_another_point=rewrite("draw_batches", "data.distance[off]", "data.distance[on]"),
     ),
     *faults(
+        "training.optimizer",
+        "optimizer",
+        decay_after_adam=rewrite("make_optimizer", "optax.chain", "lambda *parts: optax.chain(*reversed(parts))"),
+        decay_of_the_table=wrap("_is_mlp_weight", lambda _, params: jax.tree.map(lambda _: True, params)),
+    ),
+    *faults(
+        "training.loop",
+        "loop",
+        rate_by_dispatch=rewrite("_learning_rates", "np.arange(size)", "np.zeros(size)"),
+        rate_by_step_only=wrap("_learning_rates", lambda call: call(fraction=0.0)),
+        refresh_every_dispatch=rewrite("_dispatch", "(step + num_steps) // every > step // every", "True"),
+    ),
+    *faults(
+        "training.loop",
+        "training",
+        step_more_on_resume=wrap(
+            "train", lambda call, resume: call(resume=resume and replace(resume, step=resume.step + 1))
+        ),
+    ),
+    *faults(
+        "training.state",
+        "training",
+        weights_evaluated_not_their_average=wrap("TrainState.eval_params", lambda _, self: self.params),
+    ),
+    *faults(
         "checkpoints",
         "training",
-        optimiser_starts_anew_on_resume=wrap("Checkpoints.restore", lambda f, *args: _without_moments(f(*args))),
+        optimiser_starts_anew_on_resume=wrap("Checkpoints.restore", lambda call: _without_moments(call())),
     ),
     *faults(
         "evaluation",
         "end_to_end",
         names_of_views_shifted=rewrite("evaluate_views", "split.views[first:]", "split.views"),
-        truth_over_no_background=wrap("_view", lambda f, split, index, _background: f(split, index, 0.0)),
+        truth_over_no_background=wrap("_view", lambda call: call(background=0.0)),
     ),
 ]
