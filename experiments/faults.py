@@ -151,10 +151,11 @@ def rewrite(function: str, old: str, new: str) -> Change:
     """Replace the one expression `old` in a function. In it, ... stands for any expression, or for all arguments."""
 
     def change(tree: ast.Module) -> None:
+        node = _function(tree, function)
         replacement = _Replacement(_expression(old), _expression(new))
         if unknown := _names(replacement.new, ast.Load) - _names(tree) - _names(replacement.new) - set(dir(builtins)):
             raise LookupError(f"{function}: no {min(unknown)}, which {new!r} needs")
-        replacement.visit(_function(tree, function))
+        replacement.visit(node)
         if replacement.count != 1:
             raise LookupError(f"{function}: {old!r} occurs {replacement.count} times")
 
@@ -271,6 +272,12 @@ FAULTS = [
     ),
     # From rays to samples.
     *faults(
+        "bitsets",
+        "bitsets",
+        nth_set_bit_off_by_one=rewrite("nth_set_bit", "n >= below", "n > below"),
+        nth_candidate_off_by_one=rewrite("nth_bit_of_row", "end[row, middle - 1] <= n", "end[row, middle - 1] < n"),
+    ),
+    *faults(
         "marching",
         "marching",
         last_step_dropped=rewrite("_test_steps", "t < t_leave[:, None]", "t < t_leave[:, None] - config.step_size"),
@@ -278,7 +285,6 @@ FAULTS = [
         full_buffer_refused=rewrite("pack_steps", "end <= size", "end < size"),
         jitter_ignored=wrap("march_rays", lambda call, jitter: call(jitter=jnp.full_like(jitter, 0.5))),
         opaque_bits_read_as_occupied=wrap("_test_steps", lambda call, sets: call(sets=sets[:1] * len(sets))),
-        nth_candidate_off_by_one=rewrite("nth_candidate", "ends[ray, middle - 1] <= n", "ends[ray, middle - 1] < n"),
         bins_of_equal_length=rewrite("stratified_samples", "jnp.diff(t, axis=1)", "jnp.diff(lower) + 0 * t[:, 1:]"),
     ),
     *faults(
@@ -289,18 +295,19 @@ FAULTS = [
     *faults(
         "occupancy",
         "occupancy",
-        nth_set_bit_off_by_one=rewrite("nth_set_bit", "n >= below", "n > below"),
         empty_cells_decay=rewrite("update_occupancy", "grid.density < 0", "False"),
         density_never_decays=rewrite("update_occupancy", "config.occupancy.decay", "1.0"),
         larger_threshold=rewrite("_threshold", "jnp.minimum", "jnp.maximum"),
-        mean_over_empty_cells=rewrite("_threshold", "jnp.maximum(density, 0)", "density"),
+        mean_over_empty_cells=rewrite("_threshold", "jnp.maximum(cascade, 0)", "cascade"),
         looks_at_centres_only=rewrite("update_occupancy", "... * 2.0**-24 - 0.5", "jnp.zeros((len(rank), 3))"),
-        cells_in_z_order=wrap("cells_at", lambda call: call()[::-1]),
+        cells_in_z_order=wrap("Cells.at", lambda call: (lambda x, y, z, cascade: (z, y, x, cascade))(*call())),
     ),
     *faults(
         "visual_hull",
         "visual_hull",
-        faint_pixels_ignored=rewrite("_look", "alpha > 0", "alpha > 127"),
+        faint_pixels_ignored=wrap(
+            "candidate_cells", lambda call, images: call(images=images.replace(rgba=images.rgba // 128))
+        ),
         cells_without_extent=rewrite("_footprint", "jnp.sqrt(1 + jnp.maximum(slope_x, slope_y) ** 2)", "0"),
     ),
     # Cameras and data.
@@ -355,7 +362,7 @@ FAULTS = [
         ),
         transmittance_of_the_round_before=rewrite("_take_samples", "lanes.transmittance * through", "through"),
         ray_without_a_lane=wrap("_refill", lambda call, next_place: call(next_place=next_place + 1)),
-        samples_where_steps_begin=rewrite("_take_samples", "step + 0.5", "step"),
+        samples_where_steps_begin=rewrite("_render_marched", "jnp.full(...)", "jnp.zeros(num_rays)"),
     ),
     *faults(
         "losses",
