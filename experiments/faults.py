@@ -148,16 +148,16 @@ def wrap(function: str, faulty: Callable[..., Any]) -> Change:
 
 
 def rewrite(function: str, old: str, new: str) -> Change:
-    """Replace the one expression `old` in a function. In it, ... stands for any expression, or for all arguments."""
+    """Replace the one expression `old` in a function. In it, ... is any expression, and f(...) any call of f."""
 
     def change(tree: ast.Module) -> None:
         node = _function(tree, function)
         replacement = _Replacement(_expression(old), _expression(new))
-        if unknown := _names(replacement.new, ast.Load) - _names(tree) - _names(replacement.new) - set(dir(builtins)):
-            raise LookupError(f"{function}: no {min(unknown)}, which {new!r} needs")
         replacement.visit(node)
         if replacement.count != 1:
             raise LookupError(f"{function}: {old!r} occurs {replacement.count} times")
+        if unknown := _names(replacement.new, ast.Load) - _names(tree) - _names(replacement.new) - set(dir(builtins)):
+            raise LookupError(f"{function}: no {min(unknown)}, which {new!r} needs")
 
     return change
 
