@@ -1,547 +1,487 @@
-"""Typical faults, which the tests should notice: see `experiments.mutants`."""
+"""Typical faults, which the tests should notice: see `experiments.mutants`.
+
+A fault changes one function or constant of a module while the module is imported, so that everything that uses it sees
+the change, and no file is touched. As a plugin of pytest, this module plants one:
+
+    python -m pytest -p experiments.faults --fault=hash_prime tests/test_hashing.py
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ast
+import builtins
+import functools
+import inspect
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+_PACKAGE = Path(__file__).resolve().parents[1] / "jaxngp"
+_PLANTED = "planted_fault"  # what a changed module calls the object that its new code refers to
+
+Change = Callable[[ast.Module], object]
+"""Edits the tree of a module; returns the object that its new code refers to as `_PLANTED`.
+
+Raises LookupError where the tree does not have exactly one place for the change.
+"""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A wrong `replacement` of a `text` that a file below jaxngp/ holds exactly once, and the tests that may notice.
+    """A change of a module below jaxngp, and the tests that may notice it.
 
     tests: what pytest is given, below tests/ and without the test_ and .py of a file.
     """
 
     name: str
-    file: str
-    text: str
-    replacement: str
+    module: str
+    change: Change
     tests: tuple[str, ...]
 
-    def plant(self, source: str) -> str:
-        """The source with the fault in it. Raises ValueError where its text is not there, or not once."""
-        if (count := source.count(self.text)) != 1:
-            raise ValueError(
-                f"fault {self.name}: its text occurs {count} times in jaxngp/{self.file}: expected once; {self.text!r}"
-            )
-        return source.replace(self.text, self.replacement)
+    @property
+    def path(self) -> Path:
+        """The file of the module."""
+        path = _PACKAGE.joinpath(*self.module.split("."))
+        return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+    def plant(self, source: str) -> tuple[CodeType, dict[str, object]]:
+        """The faulty code of the module, and a name that it needs. Raises ValueError where the fault does not fit."""
+        tree = ast.parse(source)
+        try:
+            planted = self.change(tree)
+        except LookupError as error:
+            raise ValueError(f"fault {self.name} does not fit jaxngp.{self.module}: {error.args[0]}") from None
+        return compile(ast.fix_missing_locations(tree), str(self.path), "exec"), {_PLANTED: planted}
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """As a finder in `sys.meta_path`, find the module with the fault in it."""
+        if name != f"jaxngp.{self.module}" or (spec := PathFinder.find_spec(name, path, target)) is None:
+            return None
+        spec.loader = _Loader(self, name, str(self.path))
+        return spec
 
 
-FAULTS = (
-    # Hashing and encodings.
-    Fault("hash_prime", "hashing.py", "2654435761", "2654435767", ("hashing",)),
-    Fault("hash_without_modulo", "hashing.py", "np.uint32(table_size - 1)", "np.uint32(table_size)", ("hashing",)),
-    Fault(
-        "resolutions_in_floating_point",
-        "hashing.py",
-        "_integer_root(grid.min_resolution ** (last - level) * grid.max_resolution**level, last)",
-        "int(grid.min_resolution * (grid.max_resolution / grid.min_resolution) ** (level / last))",
-        ("hashing",),
+class _Loader(SourceFileLoader):
+    def __init__(self, fault: Fault, name: str, path: str) -> None:
+        super().__init__(name, path)
+        self._fault = fault
+
+    def exec_module(self, module: ModuleType) -> None:
+        code, names = self._fault.plant(self._fault.path.read_text(encoding="utf-8"))
+        module.__dict__.update(names)
+        exec(code, module.__dict__)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """A hook of pytest: defines --fault."""
+    parser.addoption("--fault", choices=[fault.name for fault in FAULTS], help="plant a fault of experiments.faults")
+
+
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """A hook of pytest, called before anything is imported that imports the package: plants the fault."""
+    name = early_config.known_args_namespace.fault
+    sys.meta_path[:0] = [fault for fault in FAULTS if fault.name == name]
+
+
+# Changes.
+
+
+def constant(name: str, value: object) -> Change:
+    """Give a constant of the module another value."""
+
+    def change(tree: ast.Module) -> object:
+        assignments = [node for node in tree.body if isinstance(node, ast.Assign)]
+        assignments = [node for node in assignments if ast.unparse(node.targets[0]) == name]
+        if len(assignments) != 1:
+            raise LookupError(f"{name} is assigned {len(assignments)} times")
+        assignments[0].value = ast.Name(_PLANTED, ast.Load())
+        return value
+
+    return change
+
+
+def wrap(function: str, faulty: Callable[..., Any]) -> Change:
+    """Call `faulty` in place of a function; a method is named Class.method.
+
+    faulty(call, ...) is given the arguments of the function that its parameters name. call() is what the function
+    returns; call(name=value) with other arguments. What decorates the function, jax.jit for one, decorates the faulty
+    one.
+    """
+    wanted = [*inspect.signature(faulty).parameters][1:]
+
+    def decorate(original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def planted(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+
+            def call(**changes: Any) -> Any:
+                if not changes.keys() <= bound.arguments.keys():
+                    pytest.exit(f"{function}{signature} does not have all of {', '.join(changes)}", returncode=3)
+                bound.arguments.update(changes)
+                return original(*bound.args, **bound.kwargs)
+
+            return faulty(call, *(bound.arguments[name] for name in wanted))
+
+        return planted
+
+    def change(tree: ast.Module) -> object:
+        node = _function(tree, function)
+        if missing := set(wanted) - {part.arg for part in ast.walk(node.args) if isinstance(part, ast.arg)}:
+            raise LookupError(f"{function} has no parameter {min(missing)}")
+        node.decorator_list.append(ast.Name(_PLANTED, ast.Load()))
+        return decorate
+
+    return change
+
+
+def rewrite(function: str, old: str, new: str) -> Change:
+    """Replace the one expression `old` in a function. In it, ... is any expression, and f(...) any call of f."""
+
+    def change(tree: ast.Module) -> None:
+        node = _function(tree, function)
+        replacement = _Replacement(_expression(old), _expression(new))
+        replacement.visit(node)
+        if replacement.count != 1:
+            raise LookupError(f"{function}: {old!r} occurs {replacement.count} times")
+        if unknown := _names(replacement.new, ast.Load) - _names(tree) - _names(replacement.new) - set(dir(builtins)):
+            raise LookupError(f"{function}: no {min(unknown)}, which {new!r} needs")
+
+    return change
+
+
+class _Replacement(ast.NodeTransformer):
+    def __init__(self, old: ast.expr, new: ast.expr) -> None:
+        self.old, self.new, self.count = old, new, 0
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        if _matches(node, self.old):
+            self.count += 1
+            return self.new
+        return self.generic_visit(node)
+
+
+def _matches(node: Any, pattern: Any) -> bool:
+    """Whether two trees, or parts of them, are equal but for what ... stands for in the second."""
+    if isinstance(pattern, ast.Constant) and pattern.value is ...:
+        return isinstance(node, ast.expr)
+    if type(node) is not type(pattern):
+        return False
+    if isinstance(pattern, list):
+        return len(node) == len(pattern) and all(map(_matches, node, pattern))
+    if not isinstance(pattern, ast.AST):
+        return bool(node == pattern)
+    fields = pattern._fields
+    if isinstance(pattern, ast.Call) and ast.unparse(pattern).endswith("(...)"):
+        fields = ("func",)
+    return all(_matches(getattr(node, field), getattr(pattern, field)) for field in fields)
+
+
+def _expression(source: str) -> ast.expr:
+    return ast.parse(source, mode="eval").body
+
+
+def _names(tree: ast.AST, context: type[ast.expr_context] = ast.Store) -> set[str]:
+    """The names that a tree defines, or those that it reads (ast.Load)."""
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, context)}
+    if context is ast.Load:
+        return names
+    for node in ast.walk(tree):
+        if isinstance(node, ast.alias):
+            names.add(node.asname or node.name.partition(".")[0])
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+    return names
+
+
+def _function(tree: ast.AST, name: str) -> ast.FunctionDef:
+    """The function of a name, or the method Class.method."""
+    node: Any = tree
+    for part in name.split("."):
+        found = [child for child in node.body if getattr(child, "name", None) == part]
+        if len(found) != 1:
+            raise LookupError(f"{len(found)} functions are called {name}")
+        (node,) = found
+    return node
+
+
+# Faults.
+
+
+def faults(module: str, tests: str, **changes: Change) -> list[Fault]:
+    """Faults of one module that the same files of tests may notice."""
+    return [Fault(name, module, change, tuple(tests.split())) for name, change in changes.items()]
+
+
+def _transposed(taps: Any) -> Any:
+    return taps.replace(row=taps.column, column=taps.row)
+
+
+def _without_moments(progress: Any) -> Any:
+    """A `Progress` whose optimiser knows of no gradient yet; None as it is."""
+    state = progress and progress.state
+    fresh = jax.tree.map(jnp.zeros_like, state and state.opt_state)
+    return progress and replace(progress, state=replace(state, opt_state=fresh))
+
+
+FAULTS = [
+    *faults(
+        "hashing",
+        "hashing encodings",
+        hash_prime=constant("PRIMES", (1, 2654435767, 805459861)),
+        hash_without_modulo=wrap("spatial_hash", lambda call, table_size: call(table_size=table_size + 1)),
+        resolutions_in_floating_point=wrap("_integer_root", lambda _, value, degree: int(value ** (1 / degree))),
+        dense_index_off_by_one=wrap(
+            "dense_index", lambda call, vertices_per_axis: call(vertices_per_axis=vertices_per_axis - 1)
+        ),
+        corners_in_z_order=wrap("corner_offsets", lambda call: call()[:, ::-1]),
     ),
-    Fault(
-        "dense_index_off_by_one",
-        "hashing.py",
-        "stride * np.asarray(vertices_per_axis, np.uint64)",
-        "stride * (np.asarray(vertices_per_axis, np.uint64) - 1)",
-        ("hashing", "encodings"),
+    *faults(
+        "encodings",
+        "encodings",
+        weight_of_the_opposite_corner=wrap("_corner_weight", lambda call, offset: call(offset=1 - offset)),
+        far_face_beyond_the_last_cell=wrap("_cell_along", lambda call, last_cell: call(last_cell=last_cell + 1)),
+        levels_of_a_gpu_shifted_by_one=wrap("_levels", lambda call: replace(call(), start=np.roll(call().start, -1))),
+        harmonics_without_their_sign=rewrite("sh_encode", "(-1) ** m", "1"),
+        half_table_not_read=wrap("_encode", lambda call: call(half_table=None)),
     ),
-    Fault(
-        "corners_in_z_order",
-        "hashing.py",
-        ">> np.arange(num_dims)) & 1",
-        ">> np.arange(num_dims)[::-1]) & 1",
-        ("hashing", "encodings"),
+    *faults(
+        "compositing",
+        "compositing",
+        density_as_weight=rewrite("composite", "-jnp.expm1(...)", "thickness"),
+        no_transmittance=rewrite("composite", "optical_depth_before(...)", "jnp.zeros_like(thickness)"),
+        background_not_dimmed=rewrite("blend", "(1 - opacity)[..., None] * background", "background"),
+        depth_not_divided=wrap("blend", lambda call, opacity, depth: call(depth=depth * opacity)),
+        lower_half_lost=rewrite("exclusive_fixed_point", "upper * 2**15 + lower", "upper * 2**15"),
+        sum_not_restarted=wrap("exclusive_scan", lambda call, ray: call(ray=jnp.zeros_like(ray))),
+        gradient_of_depth_forwards=wrap("_exclusive_sum_bwd", lambda call, behind: call(behind=not behind)),
     ),
-    Fault(
-        "weight_of_the_opposite_corner",
-        "encodings.py",
-        "f if o else 1 - f for",
-        "1 - f if o else f for",
-        ("encodings",),
+    # From rays to samples.
+    *faults(
+        "bitsets",
+        "bitsets",
+        nth_set_bit_off_by_one=rewrite("nth_set_bit", "n >= below", "n > below"),
+        nth_candidate_off_by_one=rewrite("nth_bit_of_row", "end[row, middle - 1] <= n", "end[row, middle - 1] < n"),
     ),
-    Fault(
-        "far_face_beyond_the_last_cell",
-        "encodings.py",
-        "jnp.clip(jnp.floor(scaled).astype(jnp.int32), 0, last_cell)",
-        "jnp.maximum(jnp.floor(scaled).astype(jnp.int32), 0)",
-        ("encodings",),
+    *faults(
+        "marching",
+        "marching",
+        last_step_dropped=rewrite("_test_steps", "t < t_leave[:, None]", "t < t_leave[:, None] - config.step_size"),
+        last_sample_dropped=rewrite("pack_steps", "slot < num_kept", "slot < num_kept - 1"),
+        full_buffer_refused=rewrite("pack_steps", "end <= size", "end < size"),
+        jitter_ignored=wrap("march_rays", lambda call, jitter: call(jitter=jnp.full_like(jitter, 0.5))),
+        opaque_bits_read_as_occupied=wrap("_test_steps", lambda call, sets: call(sets=sets[:1] * len(sets))),
+        bins_of_equal_length=rewrite("stratified_samples", "jnp.diff(t, axis=1)", "jnp.diff(lower) + 0 * t[:, 1:]"),
     ),
-    Fault(
-        "levels_of_a_gpu_shifted_by_one",
-        "encodings.py",
-        "start=np.array(level_offsets(grid)[:-1], np.uint32)",
-        "start=np.array(level_offsets(grid)[1:], np.uint32)",
-        ("encodings",),
+    *faults(
+        "config",
+        "config marching",
+        opaque_steps_for_cells=wrap("MarchConfig.opaque_steps", lambda _, self: math.ceil(self.opaque_cells - 0.5)),
     ),
-    Fault("harmonics_without_their_sign", "encodings.py", "(-1) ** m * math", "math", ("encodings",)),
-    Fault(
-        "shadow_not_read",
-        "encodings.py",
-        "fusion_barrier(features, table if half_table is None else half_table, position)",
-        "fusion_barrier(features, table, position)",
-        ("encodings",),
+    *faults(
+        "occupancy",
+        "occupancy",
+        empty_cells_decay=rewrite("update_occupancy", "grid.density < 0", "False"),
+        density_never_decays=rewrite("update_occupancy", "config.occupancy.decay", "1.0"),
+        larger_threshold=rewrite("_threshold", "jnp.minimum", "jnp.maximum"),
+        mean_over_empty_cells=rewrite("_threshold", "jnp.maximum(cascade, 0)", "cascade"),
+        looks_at_centres_only=rewrite("update_occupancy", "... * 2.0**-24 - 0.5", "jnp.zeros((len(rank), 3))"),
+        cells_in_z_order=wrap("Cells.at", lambda call: (lambda x, y, z, cascade: (z, y, x, cascade))(*call())),
     ),
-    # Compositing.
-    Fault(
-        "density_as_weight",
-        "compositing.py",
-        "weight = jnp.exp(-optical_depth_before(thickness, ray, background.shape[0])) * -jnp.expm1(-thickness)",
-        "weight = jnp.exp(-optical_depth_before(thickness, ray, background.shape[0])) * thickness",
-        ("compositing",),
-    ),
-    Fault(
-        "no_transmittance",
-        "compositing.py",
-        "weight = jnp.exp(-optical_depth_before(thickness, ray, background.shape[0])) * -jnp.expm1(-thickness)",
-        "weight = -jnp.expm1(-thickness)",
-        ("compositing",),
-    ),
-    Fault(
-        "background_not_dimmed",
-        "compositing.py",
-        "rgb + (1 - opacity)[..., None] * background",
-        "rgb + background",
-        ("compositing",),
-    ),
-    Fault("depth_not_divided", "compositing.py", "depth * scale / (safe * scale)", "depth", ("compositing",)),
-    Fault(
-        "lower_half_lost",
-        "compositing.py",
-        "return (upper * 2**15 + lower) *",
-        "return upper * 2**15 *",
-        ("compositing",),
-    ),
-    Fault(
-        "sum_not_restarted",
-        "compositing.py",
-        "jnp.where(right[1], right[0], left[0] + right[0])",
-        "left[0] + right[0]",
-        ("compositing",),
-    ),
-    Fault(
-        "gradient_of_depth_forwards",
-        "compositing.py",
-        "_exclusive_sum(cotangent, ray, num_rays, not behind, None)",
-        "_exclusive_sum(cotangent, ray, num_rays, behind, None)",
-        ("compositing",),
-    ),
-    # Marching.
-    Fault(
-        "last_step_dropped",
-        "marching.py",
-        "inside = t < t_leave[:, None]",
-        "inside = t < t_leave[:, None] - config.step_size",
-        ("marching",),
-    ),
-    Fault(
-        "last_sample_dropped", "marching.py", "valid = slot < num_kept", "valid = slot < num_kept - 1", ("marching",)
-    ),
-    Fault("full_buffer_refused", "marching.py", "complete = end <= size", "complete = end < size", ("marching",)),
-    Fault("jitter_ignored", "marching.py", "(step + jitter[ray]) *", "(step + 0.5) *", ("marching",)),
-    Fault("opaque_bits_read_as_occupied", "marching.py", "even_bits(halves >> i)", "even_bits(halves)", ("marching",)),
-    Fault("nth_candidate_off_by_one", "marching.py", "middle - 1] <= n", "middle - 1] < n", ("marching",)),
-    Fault(
-        "opaque_steps_for_cells",
-        "config.py",
-        "math.ceil(self.opaque_cells / self.occupancy.resolution / self.step_size - 0.5)",
-        "math.ceil(self.opaque_cells - 0.5)",
-        ("config", "marching"),
-    ),
-    Fault(
-        "bins_of_equal_length", "marching.py", "jnp.diff(t, axis=1)", "jnp.diff(lower) + 0 * t[:, 1:]", ("marching",)
-    ),
-    # The occupancy grid, and what is known before the first step.
-    Fault("nth_set_bit_off_by_one", "occupancy.py", "above = n >= below", "above = n > below", ("occupancy",)),
-    Fault(
-        "empty_cells_decay",
-        "occupancy.py",
-        "jnp.where(grid.density < 0, EMPTY, jnp.maximum(grid.density * config.occupancy.decay, fresh))",
-        "jnp.maximum(grid.density * config.occupancy.decay, fresh)",
-        ("occupancy",),
-    ),
-    Fault(
-        "density_never_decays", "occupancy.py", "grid.density * config.occupancy.decay", "grid.density", ("occupancy",)
-    ),
-    Fault("larger_threshold", "occupancy.py", "return jnp.minimum(mean, ", "return jnp.maximum(mean, ", ("occupancy",)),
-    Fault(
-        "mean_over_empty_cells",
-        "occupancy.py",
-        "jnp.mean(jnp.maximum(density, 0))",
-        "jnp.mean(density)",
-        ("occupancy",),
-    ),
-    Fault(
-        "looks_at_centres_only",
-        "occupancy.py",
-        "cell_centre(cell, resolution=grid.resolution) + offset / grid.resolution",
-        "cell_centre(cell, resolution=grid.resolution) + 0 * offset",
-        ("occupancy",),
-    ),
-    Fault("cells_in_z_order", "occupancy.py", "return column, row, layer", "return layer, row, column", ("occupancy",)),
-    Fault(
-        "carving_ignores_faint_pixels",
-        "visual_hull.py",
-        "_summed_area(alpha > 0)",
-        "_summed_area(alpha > 127)",
-        ("visual_hull",),
-    ),
-    Fault(
-        "cells_without_extent",
-        "visual_hull.py",
-        "jnp.sqrt(1 + jnp.maximum(slope_x, slope_y) ** 2) + 0.5",
-        "0 + 0.5",
-        ("visual_hull",),
+    *faults(
+        "visual_hull",
+        "visual_hull",
+        faint_pixels_ignored=wrap(
+            "candidate_cells", lambda call, images: call(images=images.replace(rgba=images.rgba // 128))
+        ),
+        cells_without_extent=rewrite("_footprint", "jnp.sqrt(1 + jnp.maximum(slope_x, slope_y) ** 2)", "0"),
     ),
     # Cameras and data.
-    Fault(
-        "half_a_pixel_missing_in_views",
-        "cameras.py",
-        "jnp.arange(camera.width) + 0.5",
-        "jnp.arange(camera.width)",
-        ("cameras",),
+    *faults(
+        "cameras",
+        "cameras",
+        half_a_pixel_missing_in_views=wrap(
+            "_view_rays", lambda call, camera: call(camera=camera.replace(centre_xy=camera.centre_xy + 0.5))
+        ),
+        y_mirrored=rewrite("unproject", "-xy[..., 1]", "xy[..., 1]"),
     ),
-    Fault(
-        "half_a_pixel_missing_in_training",
-        "training/steps.py",
-        "jnp.stack([x, y], axis=-1) + 0.5",
-        "jnp.stack([x, y], axis=-1) + 0.0",
-        ("training",),
+    *faults(
+        "cameras",
+        "training",
+        half_a_pixel_missing_in_training=wrap(
+            "PosedImages.pixel", lambda call: (lambda view, xy, rgba: (view, xy - 0.5, rgba))(*call())
+        ),
     ),
-    Fault("y_mirrored", "cameras.py", "xy[..., 0], -xy[..., 1]", "xy[..., 0], xy[..., 1]", ("cameras",)),
-    Fault(
-        "evaluation_views_shifted",
-        "data/__init__.py",
-        "views[np.arange(num_views) * len(views) // num_views]",
-        "views[(np.arange(num_views) * len(views) // num_views + 1) % len(views)]",
-        ("data",),
+    *faults(
+        "data.splits",
+        "data",
+        evaluation_views_shifted=rewrite(
+            "load_evaluation", "views[...]", "np.roll(views, -1)[np.arange(num_views) * len(views) // num_views]"
+        ),
+        held_out_views_trained_on=wrap(
+            "_view_numbers", lambda call, name, count: call() if name == "held-out" else np.arange(count)
+        ),
     ),
-    Fault("held_out_views_trained_on", "data/__init__.py", "if not held_out or view % HOLD_OUT_EVERY]", "]", ("data",)),
-    Fault(
-        "box_filter_without_alpha",
-        "data/blender.py",
-        "block[..., :3] * block[..., 3:].astype(np.int32)",
-        "block[..., :3] * np.int32(255)",
-        ("data",),
+    *faults(
+        "data.photos",
+        "data",
+        box_filter_without_alpha=rewrite("box_downscale", "block[..., 3:].astype(...)", "np.int32(255)"),
     ),
-    # Fields.
-    Fault(
-        "gradient_of_density_dies",
-        "fields.py",
-        "tangent * jnp.exp(jnp.clip(x, -MAX_LOG_DENSITY, MAX_LOG_DENSITY))",
-        "tangent * jnp.where(x < MAX_LOG_DENSITY, jnp.exp(x), 0)",
-        ("fields",),
+    # From samples to a loss.
+    *faults(
+        "fields",
+        "fields",
+        gradient_of_density_dies=rewrite(
+            "_clamped_exp_jvp", "jnp.exp(...)", "jnp.where(x < MAX_LOG_DENSITY, jnp.exp(x), 0)"
+        ),
+        relu_lets_gradients_through=rewrite("_relu_jvp", "jnp.where(y != 0, tangent, 0)", "tangent"),
+        no_mask_in_the_density_alone=rewrite(
+            "NerfNetwork.density", "jnp.where(_inside(position), density, 0)", "density"
+        ),
     ),
-    Fault("relu_lets_gradients_through", "fields.py", "jnp.where(y != 0, tangent, 0)", "tangent", ("fields",)),
-    Fault(
-        "no_mask_in_the_density_alone",
-        "fields.py",
-        "jnp.where(_inside(position), density, 0) if self.config.mask_outside_box else density",
-        "density",
-        ("fields",),
+    *faults(
+        "rendering",
+        "rendering",
+        rays_end_early=rewrite("_render_marched", "sampler.min_transmittance", "1e-2"),
+        rays_end_while_transparent=rewrite(
+            "_render_marched", "lanes.transmittance < ...", "lanes.transmittance > sampler.min_transmittance"
+        ),
+        transmittance_of_the_round_before=rewrite("_take_samples", "lanes.transmittance * through", "through"),
+        ray_without_a_lane=wrap("_refill", lambda call, next_place: call(next_place=next_place + 1)),
+        samples_where_steps_begin=rewrite("_render_marched", "jnp.full(...)", "jnp.zeros(num_rays)"),
     ),
-    # Rendering.
-    Fault(
-        "rays_end_early",
-        "rendering.py",
-        "(lanes.transmittance < sampler.min_transmittance)",
-        "(lanes.transmittance < 1e-2)",
-        ("rendering",),
+    *faults(
+        "losses",
+        "losses",
+        huber_not_continuous=rewrite("colour_loss", "size - 0.5 * HUBER_DELTA", "size"),
+        relative_to_the_prediction=wrap(
+            "relative_error", lambda call, prediction, target: call(prediction=target, target=prediction)
+        ),
     ),
-    Fault(
-        "rays_end_while_transparent",
-        "rendering.py",
-        "(lanes.transmittance < sampler.min_transmittance)",
-        "(lanes.transmittance > sampler.min_transmittance)",
-        ("rendering",),
-    ),
-    Fault(
-        "transmittance_of_the_round_before",
-        "rendering.py",
-        "transmittance=lanes.transmittance * through",
-        "transmittance=through",
-        ("rendering",),
-    ),
-    Fault(
-        "two_lanes_on_a_ray",
-        "rendering.py",
-        "jnp.cumsum(ended.astype(jnp.int32)) - 1",
-        "jnp.cumsum(ended.astype(jnp.int32))",
-        ("rendering",),
-    ),
-    Fault(
-        "samples_where_steps_begin",
-        "rendering.py",
-        "(step + 0.5) * sampler.step_size",
-        "step * sampler.step_size",
-        ("rendering",),
-    ),
-    # The loss.
-    Fault("huber_not_continuous", "losses.py", "(size - 0.5 * HUBER_DELTA)", "size", ("losses",)),
-    Fault(
-        "background_not_in_the_target",
-        "training/steps.py",
-        "batch.rgba[:, :3] * alpha + noise.background * (1 - alpha)",
-        "batch.rgba[:, :3] * alpha",
-        ("training",),
-    ),
-    Fault(
-        "alpha_taken_as_premultiplied",
-        "training/steps.py",
-        "batch.rgba[:, :3] * alpha + noise",
-        "batch.rgba[:, :3] + noise",
-        ("training",),
-    ),
-    Fault(
-        "loss_over_all_rays",
-        "training/steps.py",
-        "count = 3 * jnp.maximum(num_used, 1)",
-        "count = 3 * len(alpha)",
-        ("training",),
-    ),
-    Fault(
-        "incomplete_rays_in_the_loss",
-        "training/steps.py",
-        "jnp.where(samples.ray_complete, terms, 0)",
-        "terms",
-        ("training",),
-    ),
-    # Steps.
-    Fault(
-        "same_noise_every_step",
-        "training/steps.py",
-        "(step + jnp.arange(num_steps))",
-        "(0 * step + jnp.arange(num_steps))",
-        ("training",),
-    ),
-    Fault(
-        "same_noise_all_dispatch",
-        "training/steps.py",
-        "(step + jnp.arange(num_steps))",
-        "(step + jnp.zeros(num_steps, jnp.int32))",
-        ("training",),
-    ),
-    Fault(
-        "steps_beyond_the_last",
-        "training/updates.py",
-        "jax.tree.map(functools.partial(jnp.where, taken), tuple(new), carry)",
-        "tuple(new)",
-        ("training",),
-    ),
-    Fault(
-        "shadow_not_updated",
-        "training/updates.py",
-        "return state, make_half_table(params, config=config.field), metrics",
-        "return state, half_table, metrics",
-        ("training",),
-    ),
-    Fault(
-        "update_of_no_number",
-        "training/updates.py",
-        "sound = jnp.isfinite(metrics.loss) & _is_finite(gradient)",
-        "sound = jnp.bool_(True)",
-        ("training",),
-    ),
-    Fault(
-        "average_of_one_step",
-        "training/updates.py",
-        "config.optimizer.ema_decay ** num_steps.astype(jnp.float32)",
-        "config.optimizer.ema_decay",
-        ("training",),
-    ),
-    Fault(
-        "means_over_steps_not_taken",
-        "training/updates.py",
-        "sums / jnp.maximum(num_steps, 1)",
-        "sums / max_steps",
-        ("training",),
-    ),
-    Fault(
-        "refresh_without_the_step",
-        "training/steps.py",
-        "jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2**31)",
-        "jax.random.fold_in(state.key, 2**31)",
-        ("training",),
-    ),
-    Fault(
-        "warmup_never_ends",
-        "training/steps.py",
-        "state.step < config.sampler.occupancy.warmup_steps",
-        "state.step >= 0",
-        ("training",),
-    ),
-    Fault(
-        "refresh_of_the_average",
-        "training/steps.py",
-        "evaluate_density, state.params, config",
-        "evaluate_density, state.eval_params, config",
-        ("training",),
-    ),
-    # The optimiser and the loop.
-    Fault(
-        "decay_after_adam",
-        "training/optimizer.py",
-        "        optax.masked(optax.add_decayed_weights(config.weight_decay), _is_mlp_weight),\n"
-        "        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),\n",
-        "        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon),\n"
-        "        optax.masked(optax.add_decayed_weights(config.weight_decay), _is_mlp_weight),\n",
-        ("optimizer",),
-    ),
-    Fault("decay_of_the_table", "training/optimizer.py", 'path[-1].key != "table"', "True", ("optimizer",)),
-    Fault(
-        "rate_by_dispatch",
-        "training/loop.py",
-        "steps = step + np.arange(size)",
-        "steps = np.full(size, step)",
-        ("loop",),
-    ),
-    Fault(
-        "rate_by_step_only",
-        "training/loop.py",
-        "np.maximum(steps / config.train.max_steps, fraction)",
-        "steps / config.train.max_steps",
-        ("loop",),
-    ),
-    Fault(
-        "refresh_every_dispatch",
-        "training/loop.py",
-        "if every and (step + num_steps) // every > step // every:",
-        "if every:",
-        ("loop",),
-    ),
-    Fault(
-        "grid_of_the_survey_not_used",
-        "training/programs.py",
-        "return replace(state, occupancy=grid)",
-        "return state",
-        ("training",),
-    ),
-    Fault(
-        "step_more_on_resume",
-        "training/loop.py",
-        "progress = resume\n",
-        "progress = dataclasses.replace(resume, step=resume.step + 1)\n",
-        ("training",),
-    ),
-    Fault(
-        "optimiser_starts_anew_on_resume",
-        "training/checkpoints.py",
-        "args=args).state\n",
-        "args=args).state\n            state = replace(state, opt_state=init_state(0, config=config).opt_state)\n",
-        ("training",),
-    ),
-    # Evaluation.
-    Fault(
-        "weights_evaluated_not_their_average",
-        "training/state.py",
-        "return self.ema_params or self.params",
-        "return self.params",
-        ("training",),
-    ),
-    Fault("names_of_views_shifted", "training/evaluation.py", "split.views[first:]", "split.views", ("end_to_end",)),
-    Fault(
-        "truth_over_no_background", "training/evaluation.py", " + background * (1 - rgba[..., 3:])", "", ("end_to_end",)
-    ),
-    Fault("psnr_by_natural_logarithm", "metrics.py", "-10.0 * jnp.log10(mse)", "-10.0 * jnp.log(mse)", ("metrics",)),
-    Fault("window_of_ssim_too_wide", "metrics.py", "SSIM_WINDOW_SIGMA = 1.5", "SSIM_WINDOW_SIGMA = 2.0", ("metrics",)),
-    Fault(
-        "covariance_of_means_missing",
-        "metrics.py",
-        "part(covariance, k) + jnp.stack([a * a, b * b, a * b])",
-        "part(covariance, k)",
-        ("metrics",),
+    *faults(
+        "metrics",
+        "metrics",
+        psnr_by_natural_logarithm=rewrite("psnr", "jnp.log10", "jnp.log"),
+        window_of_ssim_too_wide=constant("SSIM_WINDOW_SIGMA", 2.0),
+        covariance_of_means_missing=rewrite("_pool_window", "jnp.stack(...)", "0"),
     ),
     # Images and signed distances.
-    Fault("image_mirrored", "images.py", "rows[:, :, None]", "rows[:, ::-1, None]", ("images",)),
-    Fault(
-        "rows_for_columns",
-        "images.py",
-        "Taps(centre, pixel[:, 1:], pixel[:, :1]",
-        "Taps(centre, pixel[:, :1], pixel[:, 1:]",
-        ("images",),
+    *faults(
+        "images",
+        "images",
+        image_mirrored=rewrite("pixel_taps", "rows[:, :, None]", "rows[:, ::-1, None]"),
+        rows_for_columns=wrap("pixel_taps", lambda call: _transposed(call())),
+        centres_at_corners=rewrite("pixel_taps", "pixel.astype(jnp.float32) + 0.5", "pixel.astype(jnp.float32)"),
+        tiles_without_half_a_pixel=rewrite("tile_centres", "xy + 0.5", "xy"),
+        no_stratification=wrap("stratified_positions", lambda _, bits: bits.astype(jnp.float32) * 2.0**-32),
     ),
-    Fault(
-        "centres_at_corners",
-        "images.py",
-        "(pixel.astype(jnp.float32) + 0.5) / size",
-        "pixel.astype(jnp.float32) / size",
-        ("images",),
+    *faults(
+        "tracing",
+        "tracing",
+        started_in_the_solid=rewrite("trace_rays", "... & (t <= first)", "False"),
+        ray_not_taken_back=rewrite("trace_rays", "t + to_surface", "t + jnp.abs(to_surface)"),
+        normals_inwards=wrap("surface_normals", lambda call: -call()),
+        no_shadow=wrap("_shade", lambda call, shadow: call(shadow=jnp.zeros_like(shadow))),
+        lanes_write_over_others=rewrite("trace_rays", "num_rays + jnp.arange(...)", "num_rays - 1"),
     ),
-    Fault("tiles_without_half_a_pixel", "images.py", "return (xy + 0.5) /", "return xy /", ("images",)),
-    Fault(
-        "no_stratification",
-        "images.py",
-        "return (corner + jitter) / jnp.array([columns, rows], jnp.float32)",
-        "return jitter",
-        ("images",),
+    *faults(
+        "meshing",
+        "meshing",
+        faces_inwards=wrap(
+            "extract_surface", lambda call: (lambda vertices, faces: (vertices, faces[:, ::-1]))(*call())
+        ),
+        far_blocks_too_near=constant("SAFETY", 0.5),
+        open_at_the_box=wrap("_beyond", lambda call: np.full_like(call(), -np.inf)),
     ),
-    Fault(
-        "relative_to_the_prediction",
-        "losses.py",
-        "(jnp.abs(target) + RELATIVE_FLOOR)",
-        "(jnp.abs(prediction) + RELATIVE_FLOOR)",
-        ("losses",),
+    # Training.
+    *faults(
+        "training.step",
+        "training",
+        same_noise_all_dispatch=wrap(
+            "draw_bits", lambda call, shape, num_steps: jnp.broadcast_to(call(num_steps=1), (num_steps, *shape))
+        ),
+        steps_beyond_the_last=rewrite("repeat_steps", "jax.tree.map(...)", "one(i, run)"),
+        half_table_not_updated=rewrite("apply_gradient", "make_half_table(...)", "run.half_table"),
+        update_of_non_finite=rewrite("apply_gradient", "... & _is_finite(gradient)", "jnp.bool_(True)"),
+        average_of_one_step=rewrite("finish_steps", "num_steps.astype(...)", "1.0"),
+        means_over_steps_not_taken=rewrite("finish_steps", "jnp.maximum(num_steps, 1)", "max_steps"),
     ),
-    Fault(
-        "all_points_off_the_surface",
-        "training/points.py",
-        "[data.surface[on], data.position[off]]",
-        "[data.position[on], data.position[off]]",
-        ("points",),
+    *faults(
+        "training.nerf",
+        "training",
+        background_not_in_the_target=rewrite("nerf_loss", "noise.background * (1 - alpha)", "0"),
+        alpha_taken_as_premultiplied=rewrite("nerf_loss", "batch.rgba[:, :3] * alpha", "batch.rgba[:, :3]"),
+        loss_over_all_rays=rewrite("nerf_loss", "jnp.maximum(num_used, 1)", "len(alpha)"),
+        incomplete_rays_in_the_loss=rewrite("nerf_loss", "jnp.where(samples.ray_complete, terms, 0)", "terms"),
+        same_noise_every_step=wrap("draw_batches", lambda call, step: call(step=0 * step)),
+        refresh_without_the_step=rewrite("refresh_occupancy", "jax.random.fold_in(..., state.step)", "state.key"),
+        warmup_never_ends=rewrite("refresh_occupancy", "state.step < ...", "jnp.bool_(True)"),
+        refresh_of_the_average=rewrite("refresh_occupancy", "state.params", "state.eval_params"),
+        grid_of_the_hull_not_used=rewrite("compile_programs", "replace(state, occupancy=grid)", "state"),
     ),
-    Fault("distance_of_another_point", "training/points.py", "data.distance[off]]", "data.distance[on]]", ("points",)),
-    Fault(
-        "same_points_every_step",
-        "training/points.py",
-        "(step + jnp.arange(num_steps))",
-        "(0 * step + jnp.arange(num_steps))",
-        ("points",),
+    *faults(
+        "training.image",
+        "points",
+        same_points_every_step=wrap("draw_taps", lambda call, step: call(step=0 * step)),
+        pixels_transposed=wrap("ImagePixels.values", lambda call, taps: call(taps=_transposed(taps))),
+        one_batch_for_all_steps=rewrite("image_steps", "a[i]", "a[0]"),
+        never_snapped=rewrite("draw_taps", "config.train.snap", "False"),
+        fetched_for_step_0=wrap("_Fetcher._start", lambda call, step: (step, call(step=0)[1])),
     ),
-    Fault(
-        "pixels_transposed",
-        "training/points.py",
-        "data.pixels[taps.row, taps.column]",
-        "data.pixels[taps.column, taps.row]",
-        ("points",),
+    *faults(
+        "training.sdf",
+        "points",
+        all_points_off_the_surface=rewrite("draw_batches", "data.surface[on]", "data.position[on]"),
+        distance_of_another_point=rewrite("draw_batches", "data.distance[off]", "data.distance[on]"),
     ),
-    Fault("one_batch_for_all_steps", "training/points.py", "a: a[i], batches", "a: a[0], batches", ("points",)),
-    Fault("never_snapped", "training/points.py", " snap=config.train.snap", " snap=False", ("points",)),
-    Fault("started_in_the_solid", "tracing.py", " | (distance < 0) & (t <= first)", "", ("tracing",)),
-    Fault(
-        "fetched_for_step_0",
-        "training/programs.py",
-        "self._program(jnp.int32(step),",
-        "self._program(jnp.int32(0),",
-        ("points",),
+    *faults(
+        "training.optimizer",
+        "optimizer",
+        decay_after_adam=rewrite("make_optimizer", "optax.chain", "lambda *parts: optax.chain(*reversed(parts))"),
+        decay_of_the_table=wrap("_is_mlp_weight", lambda _, params: jax.tree.map(lambda _: True, params)),
     ),
-    Fault(
-        "ray_not_taken_back",
-        "tracing.py",
-        "jnp.where(going, t + distance, t)",
-        "jnp.where(going, t + jnp.abs(distance), t)",
-        ("tracing",),
+    *faults(
+        "training.loop",
+        "loop",
+        rate_by_dispatch=rewrite("_learning_rates", "np.arange(size)", "np.zeros(size)"),
+        rate_by_step_only=wrap("_learning_rates", lambda call: call(fraction=0.0)),
+        refresh_every_dispatch=rewrite("_dispatch", "(step + num_steps) // every > step // every", "True"),
     ),
-    Fault(
-        "normals_inwards",
-        "tracing.py",
-        "moved = position[:, None] + width",
-        "moved = position[:, None] - width",
-        ("tracing",),
+    *faults(
+        "training.loop",
+        "training",
+        step_more_on_resume=wrap(
+            "train", lambda call, resume: call(resume=resume and replace(resume, step=resume.step + 1))
+        ),
     ),
-    Fault("no_shadow", "tracing.py", "jnp.where(shadow, 0,", "jnp.where(shadow & False, 0,", ("tracing",)),
-    Fault(
-        "lanes_write_over_others",
-        "tracing.py",
-        "index = jnp.where(index < num_rays, index, num_rays + jnp.arange(width))",
-        "index = picked = jnp.minimum(index, num_rays - 1)",
-        ("tracing",),
+    *faults(
+        "training.state",
+        "training",
+        weights_evaluated_not_their_average=wrap("TrainState.eval_params", lambda _, self: self.params),
     ),
-    Fault("faces_inwards", "meshing.py", '"descent"', '"ascent"', ("meshing", "train_sdf")),
-    Fault("far_blocks_too_near", "meshing.py", "SAFETY = 1.5", "SAFETY = 0.5", ("meshing",)),
-    Fault(
-        "open_at_the_box",
-        "meshing.py",
-        "np.where(distance > 0, distance, -np.inf)",
-        "np.full_like(distance, -np.inf)",
-        ("meshing",),
+    *faults(
+        "checkpoints",
+        "training",
+        optimiser_starts_anew_on_resume=wrap("Checkpoints.restore", lambda call: _without_moments(call())),
     ),
-)
+    *faults(
+        "evaluation",
+        "end_to_end",
+        names_of_views_shifted=rewrite("evaluate_views", "split.views[first:]", "split.views"),
+        truth_over_no_background=wrap("_view", lambda call: call(background=0.0)),
+    ),
+]

@@ -1,17 +1,17 @@
-"""Do the tests notice a fault? Plants typical ones, one at a time, in a copy of the repository, and runs the tests.
+"""Do the tests notice a fault? Plants typical ones, one at a time, and runs the tests.
 
     python -m experiments.mutants [--only=hash_prime ...] [--jobs=1] [--list] [--output=runs/mutants.json]
 
 Prints a Markdown table of the faults, of how many tests fail with each and which, and writes it as JSON. The exit code
 is 1 if no test notices one of them. Each fault is tried on the tests of its module and of what builds on it only. These
-have to pass without any fault first, which also compiles, once, all programs that a fault does not change.
+have to pass without any fault first, which also compiles, once, all programs that a fault does not change. Nothing in
+the repository is changed: `experiments.faults` plants a fault in the process that runs the tests.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,10 +26,9 @@ from absl import flags as absl_flags
 from experiments.faults import FAULTS, Fault
 from jaxngp import flags
 from jaxngp.config import InputError
-from jaxngp.training.report import environment, write_json
+from jaxngp.records import environment, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-_COPIED = ("jaxngp", "tests", "experiments", "pyproject.toml", "README.md")
 
 MAX_FAILED = 3
 """Failing tests after which no more are run: by then the fault is noticed."""
@@ -43,7 +42,7 @@ class Outcome:
     """What the tests said of a fault."""
 
     name: str
-    file: str
+    module: str
     failed: tuple[str, ...]  # at most MAX_FAILED
     timed_out: bool
     seconds: float
@@ -57,11 +56,11 @@ class Outcome:
         number = "no end" if self.timed_out else f"{len(self.failed)}{'+' if len(self.failed) == MAX_FAILED else ''}"
         tests = ", ".join(dict.fromkeys(test.partition("[")[0] for test in self.failed))
         return (
-            f"| {self.name} | {self.file} | {number if self.noticed else '**none**'} | {tests} | {self.seconds:.0f} |"
+            f"| {self.name} | {self.module} | {number if self.noticed else '**none**'} | {tests} | {self.seconds:.0f} |"
         )
 
 
-HEADER = "| fault | file | failing tests | first of them | s |\n|---|---|---|---|---|"
+HEADER = "| fault | module | failing tests | first of them | s |\n|---|---|---|---|---|"
 
 
 def check(faults: Sequence[Fault], *, jobs: int = 1) -> Iterator[Outcome]:
@@ -70,14 +69,13 @@ def check(faults: Sequence[Fault], *, jobs: int = 1) -> Iterator[Outcome]:
     Raises ValueError where a fault does not fit the package, and RuntimeError where a test fails without any fault.
     """
     for fault in faults:
-        fault.plant((ROOT / "jaxngp" / fault.file).read_text(encoding="utf-8"))
+        fault.plant(fault.path.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as name, concurrent.futures.ThreadPoolExecutor(jobs) as threads:
         folder = Path(name)
-        sound = _copy(folder / "sound")
         tests = list(dict.fromkeys(test for fault in faults for test in fault.tests))
         try:
-            unplanted = threads.map(lambda test: _failing_tests(sound, (test,), folder / "programs"), tests)
-            for test, failed in zip(tests, unplanted, strict=True):
+            sound = threads.map(lambda test: _failing_tests((test,), folder), tests)
+            for test, failed in zip(tests, sound, strict=True):
                 if failed != ():
                     raise RuntimeError(f"tests of {test} fail without any fault: {', '.join(failed or ('no end',))}")
             yield from threads.map(lambda fault: _try(fault, folder), faults)
@@ -86,60 +84,43 @@ def check(faults: Sequence[Fault], *, jobs: int = 1) -> Iterator[Outcome]:
 
 
 def _try(fault: Fault, folder: Path) -> Outcome:
-    """The outcome of one fault, planted in a copy below `folder`."""
-    copy = _copy(folder / fault.name)
-    path = copy / "jaxngp" / fault.file
-    path.write_text(fault.plant(path.read_text(encoding="utf-8")), encoding="utf-8")
     started = time.perf_counter()
-    failed = _failing_tests(copy, fault.tests, folder / "programs")
-    seconds = time.perf_counter() - started
-    shutil.rmtree(copy)
-    return Outcome(fault.name, fault.file, failed or (), failed is None, seconds)
+    failed = _failing_tests(fault.tests, folder, f"--fault={fault.name}")
+    return Outcome(fault.name, fault.module, failed or (), failed is None, time.perf_counter() - started)
 
 
-def _copy(folder: Path) -> Path:
-    """A copy of the repository, without compiled Python: that is taken for what a file of equal time and size says."""
-    folder.mkdir()
-    for name in _COPIED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, folder / name)
-    return folder
+def _failing_tests(tests: Sequence[str], folder: Path, *options: str) -> tuple[str, ...] | None:
+    """The first tests that fail, pytest being given some options; None if they do not end.
 
-
-def _failing_tests(copy: Path, tests: Sequence[str], programs: Path) -> tuple[str, ...] | None:
-    """The first tests that fail in a copy of the repository; None if they do not end.
-
-    programs: where compiled ones are kept for all copies, unless the environment says where. Raises RuntimeError where
-    no test could be run.
+    folder: for their report and, unless the environment says where, compiled programs. Raises RuntimeError where no
+    test could be run.
     """
-    report = copy / f"{'-'.join(tests).replace(':', '_')}.xml"
     files = [f"tests/test_{file}.py{colons}{rest}" for file, colons, rest in (test.partition("::") for test in tests)]
-    options = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--maxfail={MAX_FAILED}", f"--junitxml={report}"]
     cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(programs),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     }
-    try:
-        result = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *files],
-            cwd=copy,
-            env=cache | os.environ,
-            capture_output=True,
-            text=True,
-            timeout=TIME_LIMIT,
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".xml") as report:
+        plain = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--maxfail={MAX_FAILED}", f"--junitxml={report.name}"]
+        try:
+            result = subprocess.run(
+                [sys.executable, "-m", "pytest", "-p", "experiments.faults", *options, *plain, *files],
+                cwd=ROOT,
+                env=cache | os.environ,
+                capture_output=True,
+                text=True,
+                timeout=TIME_LIMIT,
+            )
+        except subprocess.TimeoutExpired:
+            return None
+        if result.returncode not in (0, 1):  # of pytest: all passed, some failed
+            raise RuntimeError(f"pytest ended with {result.returncode}\n{result.stdout}{result.stderr}")
+        return tuple(
+            case.get("name", "")
+            for case in ElementTree.parse(report.name).iter("testcase")
+            if case.find("failure") is not None or case.find("error") is not None
         )
-    except subprocess.TimeoutExpired:
-        return None
-    if result.returncode not in (0, 1):  # of pytest: all passed, some failed
-        raise RuntimeError(f"{copy.name}: pytest ended with {result.returncode}\n{result.stdout}{result.stderr}")
-    return tuple(
-        case.get("name", "")
-        for case in ElementTree.parse(report).iter("testcase")
-        if case.find("failure") is not None or case.find("error") is not None
-    )
 
 
 def select(names: Sequence[str]) -> list[Fault]:
@@ -160,7 +141,7 @@ def main(values: absl_flags.FlagValues) -> None:
     faults = select(values.only)
     if values.list:
         for fault in faults:
-            print(f"{fault.name}: {fault.file}, tried on the tests of {', '.join(fault.tests)}")
+            print(f"{fault.name}: {fault.module}, tried on the tests of {', '.join(fault.tests)}")
         return
     started, outcomes = time.perf_counter(), []
     print(HEADER, flush=True)
