@@ -1,29 +1,34 @@
 """jaxngp: instant neural graphics primitives as plain JAX functions.
 
-The way of a ray:
+One pixel, in training:
 
-    pixel --cameras--> Rays --marching (+ OccupancyGrid, jitter)--> Samples (packed) --encodings--> features
-                                                                       |                              |
-                                                                       |                           fields
-                                                                   ray index                          |
-                                                                       v                              v
-                 scalar <--losses-- RenderOutput <---------------- compositing <--------------- density, rgb
+    pixel --cameras--> Rays --marching (occupancy, jitter)--> Samples --encodings--> features --fields--> density, rgb
+                                                                                                              |
+                                  scalar <--losses-- RenderOutput <-------------- compositing <---------------+
 
-    flags -> Config -> (data, state0) -> [ step : state -> state, metrics ]* -> metrics.jsonl, checkpoints/, renders/
+    flags -> config -> (data, state) -> [ step: state -> state, metrics ]* -> workdir: log, checkpoints, pictures
 
-`rendering.render_rays` is the upper picture as code, `train` the lower. Every stage is a module of pure functions:
-`cameras`, `hashing`, `encodings`, `occupancy`, `carving`, `fields`, `marching`, `compositing`, `rendering`, then `data`
-and `training`. A module imports only modules that come before it, and importing one touches no device.
+`rendering.render_rays` is the upper picture as code, `train.main` the lower. The modules, each of which imports only
+modules above it:
 
-The other primitives need no rays to be learned:
+    config, presets, device               choices; what depends on the device
+    cameras                               pixels to rays and back
+    hashing, encodings                    position or direction -> features
+    bitsets, occupancy, visual_hull       which cells of the box may hold density
+    fields                                RadianceField, ImageField, DistanceField: callable pytrees
+    marching, compositing, rendering      rays -> samples -> colour
+    images, tracing, meshing              image between its pixels; signed distance -> picture, triangles
+    losses, metrics                       per element; PSNR and SSIM
+    data                                  files -> Capture -> views in scene units; images, meshes, shapes
+    training                              nerf, image, sdf: one task each; step: shared by all; loop: train()
+    records, pictures, console            what a run writes and shows
+    checkpoints, evaluation, runs         state on disk; views beside the truth; a run in its workdir
+    flags                                 command lines -> config
+    train, evaluate, render,              the commands: python -m jaxngp.train
+    train_image, train_sdf
 
-    position --encodings--> features --fields--> colour of an image, or signed distance --losses--> scalar
-
-`images` says which pixels a position means, `tracing` walks along rays to the surface of a signed distance, `meshing`
-turns it into triangles. `training` is the same for all three.
-
-Units: scene units, in which the scene's box is the cube [0, 1]^3, as it is that of a solid, and an image is the square
-[0, 1]^2; t is the distance along a ray of unit direction; density is per scene unit; rgb is sRGB in [0, 1].
+Units: scene units, in which the scene's box is the cube [0, 1]^3 and an image the square [0, 1]^2; t is the distance
+along a ray of unit direction; density is per scene unit; rgb is sRGB in [0, 1]. Importing a module touches no device.
 """
 
 __version__ = "0.1.0"
