@@ -1,0 +1,277 @@
+"""What a program that XLA compiled does on a GPU, read from its text: kernels, the bytes they move, and atomics.
+
+Sizes are in bytes. After XLA's last pass every instruction of the HLO, other than those that only name something, is
+one launch: of a kernel, of a library call or of a copy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+# Instructions.
+
+_LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(?:, ([a-z_]+=.*))?$")
+
+
+@dataclass(frozen=True)
+class Array:
+    """The type of one array, as in f32[262144,8,4]."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the array; a pred takes one byte, and a token none."""
+        bits = re.search(r"\d+", self.dtype)  # also of f8e4m3fn and c64
+        width = int(bits.group()) if bits else 8 * (self.dtype == "pred")
+        return prod(self.dims) * width // 8
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of HLO: name = results opcode(operands), attributes. The elements of a tuple are several results."""
+
+    name: str
+    opcode: str
+    results: tuple[Array, ...]
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(result.num_bytes for result in self.results)
+
+    @property
+    def op_name(self) -> str:
+        """The path in the traced program; empty for what the compiler added."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def trip_count(self) -> int | None:
+        """How often the body of a while loop runs, where the compiler knows."""
+        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.attributes)
+        return int(found[1]) if found else None
+
+    def called(self, *keys: str) -> list[str]:
+        """The computations that attributes such as `body` or `branch_computations` name."""
+        values = re.findall(rf"\b(?:{'|'.join(keys)})=(\{{[^}}]*\}}|%[\w.\-]+)", self.attributes)
+        return _names(" ".join(values))
+
+
+Computation = dict[str, Instruction]
+"""Name -> instruction, in order of execution."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """A compiled program: all its computations, and the name of the one that runs."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+
+def _names(text: str) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", text)
+
+
+def parse_arrays(text: str) -> tuple[Array, ...]:
+    """All arrays of a type, however nested; layouts and comments are passed over."""
+    found = re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", text)
+    return tuple(Array(dtype, tuple(int(d) for d in dims.split(",") if d)) for dtype, dims in found)
+
+
+def parse_instruction(line: str) -> Instruction:
+    """The instruction of a line. Raises ValueError where it is none."""
+    found = _LINE.match(line)
+    if found is None:
+        raise ValueError(f"expected an HLO instruction, got {line[:80]!r}")
+    root, name, kind, opcode, operands, attributes = found.groups()
+    return Instruction(name, opcode, parse_arrays(kind), tuple(_names(operands)), attributes or "", root is not None)
+
+
+def parse_module(text: str) -> Module:
+    """The module that `compiled.as_text()` prints. Raises ValueError where it has no entry computation."""
+    computations: dict[str, Computation] = {}
+    entry, current = None, None
+    for line in text.splitlines():
+        if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            current = computations[header[2]] = {}
+            entry = header[2] if header[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and line.strip():
+            instruction = parse_instruction(line)
+            current[instruction.name] = instruction
+    if entry is None:
+        raise ValueError("expected the HLO of a whole module, with an ENTRY computation")
+    return Module(computations, entry)
+
+
+# Kernels.
+
+_NOT_LAUNCHED = frozenset(
+    ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id")
+)
+_BY_ELEMENT = frozenset(
+    ("bitcast", "reshape", "convert", "add", "subtract", "multiply", "maximum", "minimum", "and", "or", "negate", "not")
+)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a kernel reads and writes.
+
+    streamed: of arrays, or slices of them, that are read or written whole, each once. scattered: of the elements that
+    are gathered from an array or scattered to one, as often as they are, though caches may serve most of them.
+    """
+
+    streamed: int = 0
+    scattered: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.streamed + other.streamed, self.scattered + other.scattered)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch, and whether it is repeated."""
+
+    instruction: Instruction
+    in_loop: bool
+    traffic: Traffic
+
+
+def loops(module: Module) -> list[Instruction]:
+    """The outermost while loops."""
+    return [i for _, i, in_loop in _walk(module, module.entry, False) if i.opcode == "while" and not in_loop]
+
+
+def kernels(module: Module) -> list[Kernel]:
+    """All launches in order: those in a loop once, those of a conditional in all its branches.
+
+    The condition of a loop is launched too where the trip count is not known.
+    """
+    launched = ((c, i, in_loop) for c, i, in_loop in _walk(module, module.entry, False) if i.opcode != "while")
+    return [Kernel(i, in_loop, _traffic(module, computation, i)) for computation, i, in_loop in launched]
+
+
+def _walk(module: Module, name: str, in_loop: bool) -> Iterator[tuple[Computation, Instruction, bool]]:
+    """The loops and launches that a computation leads to, each with its computation and whether it is in a loop."""
+    computation = module.computations[name]
+    for instruction in computation.values():
+        called, looping = [], in_loop
+        if instruction.opcode == "while":
+            yield computation, instruction, in_loop
+            called = instruction.called("body", *(["condition"] if instruction.trip_count is None else []))
+            looping = True
+        elif instruction.opcode == "conditional":
+            called = instruction.called("branch_computations", "true_computation", "false_computation")
+        elif instruction.opcode == "call":
+            called = instruction.called("to_apply")
+        elif instruction.opcode not in _NOT_LAUNCHED and not instruction.opcode.endswith("-done"):
+            yield computation, instruction, in_loop
+        for other in called:
+            yield from _walk(module, other, looping)
+
+
+def _traffic(module: Module, computation: Computation, instruction: Instruction) -> Traffic:
+    """Operands and results, but only the touched elements of what is gathered, scattered to, sliced or updated."""
+    if instruction.opcode == "fusion":
+        (fused,) = instruction.called("calls")
+        return _fused_traffic(module.computations[fused])
+    results = instruction.results
+    if "__cublas" in instruction.attributes and len(results) > 1 and results[-1].dtype == "s8":
+        results = results[:-1]  # the workspace
+    operands = [computation[name] for name in dict.fromkeys(instruction.operands)]
+    return Traffic(sum(array.num_bytes for array in results) + sum(operand.num_bytes for operand in operands))
+
+
+def _fused_traffic(fused: Computation) -> Traffic:
+    total = Traffic()
+    users: dict[str, list[Instruction]] = defaultdict(list)
+    read: dict[str, Traffic | None] = {}  # by name, users before what they use: what is read of a value, None is all
+    for value in reversed(fused.values()):
+        parts = [_read(value, user, read) for user in users[value.name]]
+        some = [part for part in parts if part is not None]
+        read[value.name] = None if value.is_root or len(some) < len(parts) else sum(some, Traffic())
+        for name in set(value.operands):
+            users[name].append(value)
+        if value.opcode == "parameter":
+            part = read[value.name] or Traffic(value.num_bytes)
+            total += Traffic(min(part.streamed, value.num_bytes), part.scattered)  # slices may overlap
+    root = next(i for i in fused.values() if i.is_root)
+    written = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    return sum((_written(fused, value) for value in written), total)
+
+
+def _read(value: Instruction, user: Instruction, read: dict[str, Traffic | None]) -> Traffic | None:
+    """What one user reads of a value; None is all of it."""
+    if user.opcode in _BY_ELEMENT:
+        return read[user.name]
+    if user.operands.index(value.name) > 0 or user.operands.count(value.name) > 1:
+        return None
+    if user.opcode == "gather":
+        return Traffic(scattered=user.num_bytes)
+    if user.opcode in ("slice", "dynamic-slice"):
+        return Traffic(streamed=user.num_bytes)
+    return Traffic() if user.opcode in ("scatter", "dynamic-update-slice") else None  # counted where it is written
+
+
+def _written(fused: Computation, value: Instruction) -> Traffic:
+    origin = value
+    while origin.opcode in ("bitcast", "reshape"):
+        origin = fused[origin.operands[0]]
+    if origin.opcode == "scatter":  # operands, indices, and as many updates as operands
+        updates = origin.operands[(len(origin.operands) + 1) // 2 :]
+        return Traffic(scattered=sum(fused[name].num_bytes for name in updates))
+    if origin.opcode == "dynamic-update-slice":
+        return Traffic(streamed=fused[origin.operands[1]].num_bytes)
+    return Traffic(streamed=value.num_bytes)
+
+
+# Arrays.
+
+
+def num_float64(module: Module) -> int:
+    """Instructions that yield float64 or complex128, inside fusions too."""
+    instructions = (i for computation in module.computations.values() for i in computation.values())
+    return sum(any(array.dtype in ("f64", "c128") for array in i.results) for i in instructions)
+
+
+def is_corner_array(array: Array, *, num_levels: int, num_features: int, num_corners: int = 8) -> bool:
+    """Whether an array holds something for each of N points, L levels and 8 corners, or also each of F features.
+
+    In any order of the axes, N being the largest. Axes of one element do not count; merged axes are not recognised.
+    """
+    small = [sorted((num_corners, num_levels)), sorted((num_corners, num_levels, num_features))]
+    return sorted(d for d in array.dims if d > 1)[:-1] in small
+
+
+# PTX.
+
+
+def parse_atomics(ptx: str) -> list[tuple[str, str]]:
+    """All atomic instructions in a text of PTX, in order: kernel, and instruction as in atom.global.v4.f32.add."""
+    found = []
+    kernel = ""
+    for line in ptx.splitlines():
+        if entry := re.search(r"\.entry (\w+)", line):
+            kernel = entry[1]
+        if atomic := re.match(r"\s*(?:@!?%\w+\s+)?((?:atom|red)\.[\w.:]+)", line):
+            found.append((kernel, atomic[1]))
+    return found
+
+
+def ptx_name(instruction: str) -> str:
+    """The name of an instruction's kernel in PTX, which has no dots and hyphens."""
+    return re.sub(r"[.\-]", "_", instruction)
