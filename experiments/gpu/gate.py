@@ -8,22 +8,21 @@ Needs jax's plugin for CUDA 13 and neither a driver nor a library of CUDA: `pip 
 nothing is timed but the compiler. Programs have the shapes of 100 views of 800x800, a frame of 1920x1080, an image of
 4096x4096 and the samples of the preset for distances.
 
-Prints a Markdown table and writes it as JSON. MB are 2^20 bytes. "a + b" is what one round of a program's loops takes
-(a training step, a round of samples), a loop in a loop counted once, and what the rest of it takes. Streamed are the
-arrays that kernels read and write whole; scattered are the elements that they gather and scatter, each time, whatever
-the caches serve. Compare-and-swap loops are atomic additions for which the GPU has no instruction, many times slower.
-Corner arrays hold something for each sample, level and corner of its cell, and should not exist.
+Prints a Markdown table and writes it as JSON. MB are 2^20 bytes. A round is one of each of a program's loops: a training
+step, a round of samples; a loop in a loop is counted once. Streamed are the arrays that kernels read and write whole;
+scattered are the elements that they gather and scatter, each time, whatever the caches serve. Compare-and-swap loops are
+atomic additions for which the GPU has no instruction, many times slower. Corner arrays hold something for each sample,
+level and corner of its cell, and should not exist.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +47,7 @@ from jaxngp.config import (
     apply_overrides,
     program_config,
 )
-from jaxngp.device import GPU_BATCHING, OPTIONS, jaxlib_version, scatter_workaround
+from jaxngp.device import GPU_BATCHING, Target, compiler_options, jaxlib_version, step_compiler_options
 from jaxngp.fields import DistanceField, RadianceField
 from jaxngp.presets import PRESETS
 from jaxngp.rendering import render_chunk
@@ -57,6 +56,7 @@ from jaxngp.training import image, nerf, sdf
 from jaxngp.training.loop import init_state
 from jaxngp.training.report import environment, write_json
 
+Row = dict[str, Any]
 PLUGIN = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
 MB = 2**20
 NUM_VIEWS, VIEW_SIZE, IMAGE_SIZE = 100, 800, 4096
@@ -207,28 +207,11 @@ def make_views() -> PosedImages:
     return PosedImages(cameras, rgba, offset, (VIEW_SIZE, VIEW_SIZE))
 
 
-# Compiled programs.
+# What they take.
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one program takes; where there are two numbers, (in the loops, outside)."""
-
-    compile_seconds: float
-    kernels: tuple[int, int]
-    trip_counts: list[int | None]  # of the outermost loops; None is not known when compiling
-    temporary_bytes: int
-    streamed_bytes: tuple[int, int]
-    scattered_bytes: tuple[int, int]
-    cas_loops: dict[str, int]  # by the first result and the operation of the kernel that they are in
-    vector_atomics: dict[str, int]  # by instruction
-    corner_arrays: list[str]
-    float64_ops: int
-    launches: list[dict[str, Any]]  # every kernel
-
-
-def measure(program: Program, sharding: NamedSharding, options: Mapping[str, Any], grid: HashGridConfig) -> Row:
-    """Compile for the GPU of the sharding, and read what came out."""
+def measure(program: Program, sharding: NamedSharding, options: dict[str, Any], grid: HashGridConfig) -> Row:
+    """Compile for the GPU of the sharding, and read off what the table shows; "kernel list" holds a row a kernel."""
 
     def on_gpu(array: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
@@ -237,41 +220,38 @@ def measure(program: Program, sharding: NamedSharding, options: Mapping[str, Any
     with tempfile.TemporaryDirectory() as dump:
         lowered = program.function.lower(*jax.tree.map(on_gpu, program.arguments), **program.static)
         # Since 0.11 XLA writes PTX only where this regex asks for it.
-        dumps = {"xla_dump_to": dump, "xla_dump_emitter_re": "ptx"}
-        compiled = lowered.compile(compiler_options={**options, **dumps})
+        compiled = lowered.compile({**options, "xla_dump_to": dump, "xla_dump_emitter_re": "ptx"})
         ptx = [file.read_text() for file in Path(dump).glob("*.ptx")]
     if not ptx:
         raise RuntimeError(f"jax {jax.__version__} wrote no PTX to xla_dump_to")
+    seconds = time.perf_counter() - started
     module = hlo.parse_module(compiled.as_text())
     kernels = hlo.kernels(module)
+    looping = [kernel for kernel in kernels if kernel.in_loop]
     by_ptx_name = {hlo.ptx_name(kernel.instruction.name): kernel.instruction for kernel in kernels}
     atomics = [atomic for text in ptx for atomic in hlo.parse_atomics(text)]
     sizes = {"num_levels": grid.num_levels, "num_features": grid.num_features, "num_corners": 2**grid.num_dims}
-
-    def total(count: Callable[[hlo.Kernel], int]) -> tuple[int, int]:
-        return sum(count(k) for k in kernels if k.in_loop), sum(count(k) for k in kernels if not k.in_loop)
 
     def described(kernel: str) -> str:
         instruction = by_ptx_name.get(kernel)
         return f"{instruction.results[0]} {short_name(instruction.op_name)}" if instruction else kernel
 
-    return Row(
-        compile_seconds=time.perf_counter() - started,
-        kernels=total(lambda _: 1),
-        trip_counts=[loop.trip_count for loop in hlo.loops(module)],
-        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
-        streamed_bytes=total(lambda kernel: kernel.traffic.streamed),
-        scattered_bytes=total(lambda kernel: kernel.traffic.scattered),
-        cas_loops=dict(Counter(described(kernel) for kernel, atomic in atomics if ".cas." in atomic)),
-        vector_atomics=dict(Counter(atomic for _, atomic in atomics if any(f".v{n}." in atomic for n in (2, 4, 8)))),
-        corner_arrays=[
-            str(array) for k in kernels for array in k.instruction.results if hlo.is_corner_array(array, **sizes)
-        ],
-        float64_ops=hlo.num_float64(module),
-        launches=[
+    return {
+        "compile, s": round(seconds, 1),
+        "kernels in a round": len(looping),
+        "kernels outside": len(kernels) - len(looping),
+        "rounds": [loop.trip_count for loop in hlo.loops(module)],
+        "temporaries, MB": compiled.memory_analysis().temp_size_in_bytes // MB,
+        "streamed in a round, MB": sum(kernel.traffic.streamed for kernel in looping) // MB,
+        "scattered in a round, MB": sum(kernel.traffic.scattered for kernel in looping) // MB,
+        "compare-and-swap loops": dict(Counter(described(kernel) for kernel, name in atomics if ".cas." in name)),
+        "vector atomics": dict(Counter(name for _, name in atomics if re.search(r"\.v[248]\.", name))),
+        "corner arrays": [str(a) for k in kernels for a in k.instruction.results if hlo.is_corner_array(a, **sizes)],
+        "float64": hlo.num_float64(module),
+        "kernel list": [
             {
                 "kernel": kernel.instruction.name,
-                "in a loop": "yes" if kernel.in_loop else "",
+                "in a loop": kernel.in_loop,
                 "results": " ".join(map(str, kernel.instruction.results)),
                 "streamed, MB": round(kernel.traffic.streamed / MB, 2),
                 "scattered, MB": round(kernel.traffic.scattered / MB, 2),
@@ -279,7 +259,7 @@ def measure(program: Program, sharding: NamedSharding, options: Mapping[str, Any
             }
             for kernel in kernels
         ],
-    )
+    }
 
 
 def short_name(op_name: str) -> str:
@@ -290,33 +270,18 @@ def short_name(op_name: str) -> str:
 # The command.
 
 
-def cells(name: str, row: Row) -> dict[str, object]:
-    """One line of the table."""
-
-    def both(values: tuple[int, int], unit: int = 1) -> str:
-        return " + ".join(f"{value / unit:,.0f}" for value in values)
-
-    def counts(values: Mapping[str, int]) -> str:
-        return ", ".join(f"{count} {name}" for name, count in values.items()) or "none"
-
-    return {
-        "program": name,
-        "compile, s": f"{row.compile_seconds:.1f}",
-        "kernels": both(row.kernels),
-        "rounds": ", ".join("unknown" if count is None else str(count) for count in row.trip_counts) or "no loop",
-        "temporaries, MB": f"{row.temporary_bytes / MB:,.0f}",
-        "streamed, MB": both(row.streamed_bytes, MB),
-        "scattered, MB": both(row.scattered_bytes, MB),
-        "compare-and-swap loops": counts(row.cas_loops),
-        "vector atomics": counts(row.vector_atomics),
-        "corner arrays": ", ".join(row.corner_arrays) or "none",
-        "float64": row.float64_ops,
-    }
-
-
-def markdown(rows: list[dict[str, object]]) -> str:
-    lines = [[*rows[0]], ["---"] * len(rows[0]), *(map(str, row.values()) for row in rows)]
+def markdown(rows: list[Row]) -> str:
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *(map(_cell, row.values()) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    """Counts of things as "2 things"; a trip count of None as "unknown"."""
+    if isinstance(value, dict):
+        value = [f"{count} {name}" for name, count in value.items()]
+    if isinstance(value, list):
+        return ", ".join("unknown" if item is None else str(item) for item in value) or "none"
+    return str(value)
 
 
 def define_flags(values: flags.Flags) -> None:
@@ -342,19 +307,19 @@ def main(values: flags.Flags) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # a program from the cache leaves no PTX to read
     gpu = GPUS[values.gpu]
-    sharding = gpu.sharding()
-    workaround = scatter_workaround(jaxlib_version(), gpu.capability, config.field.precision)
-    rows = {}
-    for name in values.programs or programs:
-        options = OPTIONS | (workaround if name == "train" else {})  # as the package compiles it
-        rows[name] = measure(programs[name], sharding, options, config.field.encoding)
+    sharding, target = gpu.sharding(), Target(True, jaxlib_version(), gpu.capability)
+    options = {name: compiler_options(target) for name in programs}  # as the package compiles them
+    options["train"] = step_compiler_options(config.field.precision, at=target)
+    rows = {
+        name: measure(programs[name], sharding, options[name], config.field.encoding)
+        for name in values.programs or programs
+    }
     print(f"preset {values.preset}, {gpu.name}, jax {jax.__version__}\n")
-    print(markdown([cells(name, row) for name, row in rows.items()]))
-    if values.kernels:
-        for name, row in rows.items():
-            print(f"\n{name}:\n\n{markdown(row.launches)}")
-    about = {**environment(), "gpu": gpu._asdict(), "preset": values.preset, "overrides": values.override}
-    write_json(values.output, {**about, "programs": {name: asdict(row) for name, row in rows.items()}})
+    write_json(values.output, {**environment(), "gpu": gpu.name, "preset": values.preset, "programs": rows})
+    lists = {name: row.pop("kernel list") for name, row in rows.items()}
+    print(markdown([{"program": name, **row} for name, row in rows.items()]))
+    for name, kernels in lists.items() if values.kernels else ():
+        print(f"\n{name}:\n\n{markdown(kernels)}")
 
 
 if __name__ == "__main__":

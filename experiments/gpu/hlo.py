@@ -64,12 +64,10 @@ class Instruction:
 
     def called(self, *keys: str) -> list[str]:
         """The computations that attributes such as `body` or `branch_computations` name."""
-        values = re.findall(rf"\b(?:{'|'.join(keys)})=(\{{[^}}]*\}}|%[\w.\-]+)", self.attributes)
-        return _names(" ".join(values))
+        return _names(" ".join(re.findall(rf"\b(?:{'|'.join(keys)})=(\{{[^}}]*\}}|%[\w.\-]+)", self.attributes)))
 
 
-Computation = dict[str, Instruction]
-"""Name -> instruction, in order of execution."""
+Computation = dict[str, Instruction]  # by name, in order of execution
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,7 @@ def parse_arrays(text: str) -> tuple[Array, ...]:
 
 def parse_instruction(line: str) -> Instruction:
     """The instruction of a line. Raises ValueError where it is none."""
-    found = _LINE.match(line)
-    if found is None:
+    if (found := _LINE.match(line)) is None:
         raise ValueError(f"expected an HLO instruction, got {line[:80]!r}")
     root, name, kind, opcode, operands, attributes = found.groups()
     return Instruction(name, opcode, parse_arrays(kind), tuple(_names(operands)), attributes or "", root is not None)
@@ -119,12 +116,8 @@ def parse_module(text: str) -> Module:
 
 # Kernels.
 
-_NOT_LAUNCHED = frozenset(
-    ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "opt-barrier", "partition-id")
-)
-_BY_ELEMENT = frozenset(
-    ("bitcast", "reshape", "convert", "add", "subtract", "multiply", "maximum", "minimum", "and", "or", "negate", "not")
-)
+_NO_LAUNCH = re.compile("parameter|constant|get-tuple-element|tuple|bitcast|after-all|opt-barrier|partition-id|.*-done")
+_BY_ELEMENT = re.compile("bitcast|reshape|convert|add|subtract|multiply|maximum|minimum|and|or|negate|not")
 
 
 @dataclass(frozen=True)
@@ -178,7 +171,7 @@ def _walk(module: Module, name: str, in_loop: bool) -> Iterator[tuple[Computatio
             called = instruction.called("branch_computations", "true_computation", "false_computation")
         elif instruction.opcode == "call":
             called = instruction.called("to_apply")
-        elif instruction.opcode not in _NOT_LAUNCHED and not instruction.opcode.endswith("-done"):
+        elif not _NO_LAUNCH.fullmatch(instruction.opcode):
             yield computation, instruction, in_loop
         for other in called:
             yield from _walk(module, other, looping)
@@ -216,7 +209,7 @@ def _fused_traffic(fused: Computation) -> Traffic:
 
 def _read(value: Instruction, user: Instruction, read: dict[str, Traffic | None]) -> Traffic | None:
     """What one user reads of a value; None is all of it."""
-    if user.opcode in _BY_ELEMENT:
+    if _BY_ELEMENT.fullmatch(user.opcode):
         return read[user.name]
     if user.operands.index(value.name) > 0 or user.operands.count(value.name) > 1:
         return None
