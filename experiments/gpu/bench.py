@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,18 +73,9 @@ class Sizes:
 
 
 TOY = Sizes(32, (64, 36), 1, (0.2,), 1, 2**6, 2**14, 2**10, 2**12)
-TOY_OVERRIDES = (
-    "field.encoding.num_levels=2",
-    "field.encoding.table_size=2**10",
-    "field.encoding.max_resolution=64",
-    "field.hidden_width=16",
-    "field.colour_layers=1",
-    "sampler.occupancy.resolution=32",
-    "sampler.num_steps=64",
-    "sampler.num_samples=2**10",
-    "train.num_rays=2**7",
-    "train.steps_per_dispatch=4",
-)
+TOY_OVERRIDES = """field.encoding.num_levels=2 field.encoding.table_size=2**10 field.encoding.max_resolution=64
+    field.hidden_width=16 field.colour_layers=1 sampler.occupancy.resolution=32 sampler.num_steps=64
+    sampler.num_samples=2**10 train.num_rays=2**7 train.steps_per_dispatch=4""".split()
 
 
 @dataclass
@@ -139,15 +129,6 @@ class Dispatch:
 # Sections.
 
 
-def about(_: Bench) -> Iterator[Row]:
-    facts: Row = {**environment(), "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
-    query = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,driver_version"
-    for command in (["git", "rev-parse", "HEAD"], ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]):
-        if shutil.which(command[0]):
-            facts[" ".join(command)] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    yield from ({"fact": name, "value": value} for name, value in facts.items())
-
-
 def steps(bench: Bench) -> Iterator[Row]:
     """Whole steps of training, in the loop and without it."""
     progress, ms = bench.trained
@@ -193,7 +174,7 @@ def render(bench: Bench) -> Iterator[Row]:
 
 
 def correctness(bench: Bench) -> Iterator[Row]:
-    """Results and gradients by a GPU's formulas on this device, beside a CPU's on a CPU, which tests hold to float64."""
+    """Results and gradients by a GPU's formulas here, beside those by a CPU's on a CPU, which tests hold to float64."""
     failed = []
     for name, (function, arguments, tolerance) in checks(bench.config).items():
         for part, error in relative_errors(function, arguments).items():
@@ -353,7 +334,6 @@ Section = tuple[Callable[[Any], Iterator[Row]], float]
 """Rows of a bench, and the seconds that they take on an H100, compilation included."""
 
 SECTIONS: dict[str, Section] = {
-    "about": (about, 1),
     "steps": (steps, 60),
     "psnr": (psnr_over_time, 120),
     "render": (render, 30),
@@ -367,7 +347,9 @@ SECTIONS: dict[str, Section] = {
 
 def run_sections(sections: dict[str, Section], bench: Any, output: Path, *, budget: float) -> dict[str, str]:
     """Run what fits into `budget` seconds, in order; print and write the rows. Returns what became of the others."""
-    end, results, notes = time.monotonic() + budget, dict[str, Any](), dict[str, str]()
+    end, notes = time.monotonic() + budget, dict[str, str]()
+    results: Row = {"about": {**environment(), "nvidia-smi": nvidia_smi()}}
+    print(*results["about"].items(), sep="\n")
     for name, (section, seconds) in sections.items():
         print(f"\n## {name}\n", flush=True)
         rows: list[Row] = []
@@ -386,6 +368,14 @@ def run_sections(sections: dict[str, Section], bench: Any, output: Path, *, budg
         print(f"\n{notes.get(name, '')}")
         write_json(output, results | {"notes": notes})
     return notes
+
+
+def nvidia_smi() -> str:
+    """Clocks, power limit, temperature and driver; nothing where the command is missing."""
+    query = "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,driver_version"
+    if not shutil.which("nvidia-smi"):
+        return ""
+    return subprocess.run(["nvidia-smi", query, "--format=csv"], capture_output=True, text=True).stdout.strip()
 
 
 def print_row(row: Row, first: Row, *, header: bool) -> None:

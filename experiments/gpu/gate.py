@@ -8,11 +8,10 @@ Needs jax's plugin for CUDA 13 and neither a driver nor a library of CUDA: `pip 
 nothing is timed but the compiler. Programs have the shapes of 100 views of 800x800, a frame of 1920x1080, an image of
 4096x4096 and the samples of the preset for distances.
 
-Prints a Markdown table and writes it as JSON. MB are 2^20 bytes. A round is one of each of a program's loops: a training
-step, a round of samples; a loop in a loop is counted once. Streamed are the arrays that kernels read and write whole;
-scattered are the elements that they gather and scatter, each time, whatever the caches serve. Compare-and-swap loops are
-atomic additions for which the GPU has no instruction, many times slower. Corner arrays hold something for each sample,
-level and corner of its cell, and should not exist.
+Prints a Markdown table and writes it as JSON. MB are 2^20 bytes. A round is one of each of a program's loops: a step of
+training, a round of samples; a loop in a loop is counted once. Streamed are the arrays that kernels read and write
+whole. Compare-and-swap loops are atomic additions for which the GPU has no instruction, many times slower. Corner arrays
+hold something for each sample, level and corner of its cell, and should not exist.
 """
 
 from __future__ import annotations
@@ -80,6 +79,13 @@ class Gpu(NamedTuple):
     gb_per_s: int
     clock_ghz: float
 
+    def sharding(self) -> NamedSharding:
+        """Where arrays live on one such GPU. The arrays of one program need the same object."""
+        topology = topologies.get_topology_desc(
+            self.name, platform="cuda", target_config=self.description(), topology="1x1x1"
+        )
+        return NamedSharding(Mesh(np.array(topology.devices[:1]), ("gpu",)), PartitionSpec())
+
     def description(self) -> str:
         """XLA's GpuTargetConfigProto as text."""
         return f"""
@@ -87,12 +93,12 @@ class Gpu(NamedTuple):
               name: "{self.name}"
               cuda_compute_capability {{ major: {self.capability[0]} minor: {self.capability[1]} }}
               core_count: {self.multiprocessors} fpus_per_core: {self.fpus} threads_per_core_limit: {self.threads}
-              shared_memory_per_core: {self.shared_kb << 10}
-              shared_memory_per_block_optin: {(self.shared_kb - 1) << 10} shared_memory_per_block: {48 << 10}
-              registers_per_core_limit: {2**16} registers_per_block_limit: {2**16}
-              threads_per_block_limit: {2**10} threads_per_warp: 32
-              thread_dim_limit_x: {2**10} thread_dim_limit_y: {2**10} thread_dim_limit_z: 64
-              block_dim_limit_x: {2**31 - 1} block_dim_limit_y: {2**16 - 1} block_dim_limit_z: {2**16 - 1}
+              shared_memory_per_core: {self.shared_kb << 10} shared_memory_per_block: {48 << 10}
+              shared_memory_per_block_optin: {(self.shared_kb - 1) << 10}
+              registers_per_core_limit: 65536 registers_per_block_limit: 65536
+              threads_per_block_limit: 1024 threads_per_warp: 32
+              thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+              block_dim_limit_x: {2**31 - 1} block_dim_limit_y: 65535 block_dim_limit_z: 65535
               l2_cache_size: {self.l2_mb << 20} device_memory_size: {self.memory_gb << 30}
               memory_bandwidth: {self.gb_per_s * 10**9} clock_rate_ghz: {self.clock_ghz}
               driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
@@ -101,13 +107,6 @@ class Gpu(NamedTuple):
             dnn_version_info {{ major: 9 minor: 10 }}
             device_description_str: "{self.name}"
         """
-
-    def sharding(self) -> NamedSharding:
-        """Where arrays live on one such GPU. The arrays of one program need the same object."""
-        topology = topologies.get_topology_desc(
-            self.name, platform="cuda", target_config=self.description(), topology="1x1x1"
-        )
-        return NamedSharding(Mesh(np.array(topology.devices[:1]), ("gpu",)), PartitionSpec())
 
 
 GPUS = {
@@ -211,7 +210,7 @@ def make_views() -> PosedImages:
 
 
 def measure(program: Program, sharding: NamedSharding, options: dict[str, Any], grid: HashGridConfig) -> Row:
-    """Compile for the GPU of the sharding, and read off what the table shows; "kernel list" holds a row a kernel."""
+    """Compile for the GPU of the sharding, and read what comes out; "kernel list" has a line for each kernel."""
 
     def on_gpu(array: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
@@ -242,21 +241,14 @@ def measure(program: Program, sharding: NamedSharding, options: dict[str, Any], 
         "kernels outside": len(kernels) - len(looping),
         "rounds": [loop.trip_count for loop in hlo.loops(module)],
         "temporaries, MB": compiled.memory_analysis().temp_size_in_bytes // MB,
-        "streamed in a round, MB": sum(kernel.traffic.streamed for kernel in looping) // MB,
-        "scattered in a round, MB": sum(kernel.traffic.scattered for kernel in looping) // MB,
+        "streamed in a round, MB": sum(kernel.streamed for kernel in looping) // MB,
         "compare-and-swap loops": dict(Counter(described(kernel) for kernel, name in atomics if ".cas." in name)),
         "vector atomics": dict(Counter(name for _, name in atomics if re.search(r"\.v[248]\.", name))),
         "corner arrays": [str(a) for k in kernels for a in k.instruction.results if hlo.is_corner_array(a, **sizes)],
         "float64": hlo.num_float64(module),
         "kernel list": [
-            {
-                "kernel": kernel.instruction.name,
-                "in a loop": kernel.in_loop,
-                "results": " ".join(map(str, kernel.instruction.results)),
-                "streamed, MB": round(kernel.traffic.streamed / MB, 2),
-                "scattered, MB": round(kernel.traffic.scattered / MB, 2),
-                "operation": short_name(kernel.instruction.op_name),
-            }
+            f"{'loop' if kernel.in_loop else '    '} {kernel.streamed / MB:9.2f} MB  {kernel.instruction.name}: "
+            f"{' '.join(map(str, kernel.instruction.results))} {short_name(kernel.instruction.op_name)}"
             for kernel in kernels
         ],
     }
@@ -319,7 +311,7 @@ def main(values: flags.Flags) -> None:
     lists = {name: row.pop("kernel list") for name, row in rows.items()}
     print(markdown([{"program": name, **row} for name, row in rows.items()]))
     for name, kernels in lists.items() if values.kernels else ():
-        print(f"\n{name}:\n\n{markdown(kernels)}")
+        print(f"\n{name}:", *kernels, sep="\n")
 
 
 if __name__ == "__main__":

@@ -121,27 +121,16 @@ _BY_ELEMENT = re.compile("bitcast|reshape|convert|add|subtract|multiply|maximum|
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """Bytes that a kernel reads and writes.
-
-    streamed: of arrays, or slices of them, that are read or written whole, each once. scattered: of the elements that
-    are gathered from an array or scattered to one, as often as they are, though caches may serve most of them.
-    """
-
-    streamed: int = 0
-    scattered: int = 0
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.streamed + other.streamed, self.scattered + other.scattered)
-
-
-@dataclass(frozen=True)
 class Kernel:
-    """One launch, and whether it is repeated."""
+    """One launch, whether it is repeated, and the bytes that it streams.
+
+    Those are of arrays, or slices of them, that are read or written whole, each once; what is gathered from an array or
+    scattered to one is not among them.
+    """
 
     instruction: Instruction
     in_loop: bool
-    traffic: Traffic
+    streamed: int
 
 
 def loops(module: Module) -> list[Instruction]:
@@ -155,7 +144,7 @@ def kernels(module: Module) -> list[Kernel]:
     The condition of a loop is launched too where the trip count is not known.
     """
     launched = ((c, i, in_loop) for c, i, in_loop in _walk(module, module.entry, False) if i.opcode != "while")
-    return [Kernel(i, in_loop, _traffic(module, computation, i)) for computation, i, in_loop in launched]
+    return [Kernel(i, in_loop, _streamed(module, computation, i)) for computation, i, in_loop in launched]
 
 
 def _walk(module: Module, name: str, in_loop: bool) -> Iterator[tuple[Computation, Instruction, bool]]:
@@ -177,59 +166,52 @@ def _walk(module: Module, name: str, in_loop: bool) -> Iterator[tuple[Computatio
             yield from _walk(module, other, looping)
 
 
-def _traffic(module: Module, computation: Computation, instruction: Instruction) -> Traffic:
-    """Operands and results, but only the touched elements of what is gathered, scattered to, sliced or updated."""
+def _streamed(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Bytes of operands and results, but of what is gathered from, scattered to, sliced or updated only that part."""
     if instruction.opcode == "fusion":
         (fused,) = instruction.called("calls")
-        return _fused_traffic(module.computations[fused])
+        return _streamed_by_fusion(module.computations[fused])
     results = instruction.results
     if "__cublas" in instruction.attributes and len(results) > 1 and results[-1].dtype == "s8":
         results = results[:-1]  # the workspace
     operands = [computation[name] for name in dict.fromkeys(instruction.operands)]
-    return Traffic(sum(array.num_bytes for array in results) + sum(operand.num_bytes for operand in operands))
+    return sum(part.num_bytes for part in (*results, *operands))
 
 
-def _fused_traffic(fused: Computation) -> Traffic:
-    total = Traffic()
+def _streamed_by_fusion(fused: Computation) -> int:
+    root = next(i for i in fused.values() if i.is_root)
+    total = sum(_written(fused, fused[name]) for name in (root.operands if root.opcode == "tuple" else [root.name]))
     users: dict[str, list[Instruction]] = defaultdict(list)
-    read: dict[str, Traffic | None] = {}  # by name, users before what they use: what is read of a value, None is all
+    read: dict[str, int | None] = {}  # by name, users before what they use: bytes read of a value, None is all of them
     for value in reversed(fused.values()):
         parts = [_read(value, user, read) for user in users[value.name]]
         some = [part for part in parts if part is not None]
-        read[value.name] = None if value.is_root or len(some) < len(parts) else sum(some, Traffic())
+        read[value.name] = None if value is root or len(some) < len(parts) else sum(some)
         for name in set(value.operands):
             users[name].append(value)
         if value.opcode == "parameter":
-            part = read[value.name] or Traffic(value.num_bytes)
-            total += Traffic(min(part.streamed, value.num_bytes), part.scattered)  # slices may overlap
-    root = next(i for i in fused.values() if i.is_root)
-    written = [fused[name] for name in root.operands] if root.opcode == "tuple" else [root]
-    return sum((_written(fused, value) for value in written), total)
+            part = read[value.name]
+            total += value.num_bytes if part is None else min(part, value.num_bytes)  # slices may overlap
+    return total
 
 
-def _read(value: Instruction, user: Instruction, read: dict[str, Traffic | None]) -> Traffic | None:
-    """What one user reads of a value; None is all of it."""
+def _read(value: Instruction, user: Instruction, read: dict[str, int | None]) -> int | None:
+    """Bytes that one user reads of a value; None is all of them."""
     if _BY_ELEMENT.fullmatch(user.opcode):
         return read[user.name]
     if user.operands.index(value.name) > 0 or user.operands.count(value.name) > 1:
         return None
-    if user.opcode == "gather":
-        return Traffic(scattered=user.num_bytes)
-    if user.opcode in ("slice", "dynamic-slice"):
-        return Traffic(streamed=user.num_bytes)
-    return Traffic() if user.opcode in ("scatter", "dynamic-update-slice") else None  # counted where it is written
+    sizes = {"gather": 0, "scatter": 0, "dynamic-update-slice": 0}
+    return user.num_bytes if user.opcode in ("slice", "dynamic-slice") else sizes.get(user.opcode)
 
 
-def _written(fused: Computation, value: Instruction) -> Traffic:
+def _written(fused: Computation, value: Instruction) -> int:
     origin = value
     while origin.opcode in ("bitcast", "reshape"):
         origin = fused[origin.operands[0]]
-    if origin.opcode == "scatter":  # operands, indices, and as many updates as operands
-        updates = origin.operands[(len(origin.operands) + 1) // 2 :]
-        return Traffic(scattered=sum(fused[name].num_bytes for name in updates))
     if origin.opcode == "dynamic-update-slice":
-        return Traffic(streamed=fused[origin.operands[1]].num_bytes)
-    return Traffic(streamed=value.num_bytes)
+        return fused[origin.operands[1]].num_bytes
+    return 0 if origin.opcode == "scatter" else value.num_bytes
 
 
 # Arrays.
