@@ -272,6 +272,7 @@ def kernels(bench: Bench) -> Iterator[Row]:
 
 def device_events(planes: Any) -> list[tuple[str, float]]:
     """Name and microseconds of what ran on a GPU's streams; without a GPU of all operations, each with its body's."""
+    planes = list(planes)
     gpu = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     lines = [line for plane in gpu or planes for line in plane.lines if not gpu or line.name.startswith("Stream")]
     with warnings.catch_warnings():

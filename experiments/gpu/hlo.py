@@ -14,7 +14,7 @@ from math import prod
 
 # Instructions.
 
-_LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(?:, ([a-z_]+=.*))?$")
+_LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(?:, ([a-z][\w\-]*=.*))?$")
 
 
 @dataclass(frozen=True)
