@@ -31,24 +31,24 @@ import numpy as np
 from absl import flags as absl_flags
 
 from experiments.gpu import hlo
-from experiments.throughput import OPTIMISER_ROUNDS, define_marching_flags, optimiser_calls, training_stages
 from experiments.timing import in_loop, iterated, median_ms, points_on_rays
 from jaxngp import flags, train_image, train_sdf
 from jaxngp.cameras import PosedImages, orbit_poses, resize_cameras, view_rays
 from jaxngp.compositing import composite
 from jaxngp.config import HashGridConfig, InputError, MarchConfig, NerfConfig, apply_overrides, program_config
-from jaxngp.data import load_evaluation, load_training
+from jaxngp.data import Split, load_evaluation, load_training
 from jaxngp.device import compiled, default_batching, default_placement, formulation
 from jaxngp.encodings import all_corners
+from jaxngp.evaluation import evaluate_views
 from jaxngp.fields import RadianceField, init_params
 from jaxngp.hashing import level_offsets
-from jaxngp.metrics import psnr
+from jaxngp.marching import sample_rays
 from jaxngp.presets import PRESETS, scene_config
-from jaxngp.rendering import chunk_program, render_view
+from jaxngp.records import environment, write_json
+from jaxngp.rendering import chunk_program
 from jaxngp.training import nerf, step
 from jaxngp.training.image import ImagePixels
 from jaxngp.training.loop import Progress, train
-from jaxngp.training.report import environment, write_json
 from jaxngp.training.sdf import DistanceSamples
 
 Row = dict[str, Any]
@@ -65,17 +65,18 @@ class Sizes:
     frame: tuple[int, int] = (1920, 1080)
     poses: int = 5
     psnr_seconds: tuple[float, ...] = (2.0, 5.0, 15.0, 60.0)
-    views: int = 4  # to evaluate
     image_size: int = 2**13
     table_size: int = 2**24  # at most, of the fields of an image and of a distance
     num_points: int = 2**18  # that these learn from in a step
     rows: int = 2**22  # of a table, in one round of a ceiling
 
 
-TOY = Sizes(32, (64, 36), 1, (0.2,), 1, 2**6, 2**14, 2**10, 2**12)
-TOY_OVERRIDES = """field.encoding.num_levels=2 field.encoding.table_size=2**10 field.encoding.max_resolution=64
-    field.hidden_width=16 field.colour_layers=1 sampler.occupancy.resolution=32 sampler.num_steps=64
-    sampler.num_samples=2**10 train.num_rays=2**7 train.steps_per_dispatch=4""".split()
+TOY = Sizes(32, (64, 36), 1, (0.2,), 2**6, 2**14, 2**10, 2**12)
+TOY_OVERRIDES = (
+    *("field.encoding.num_levels=2", "field.encoding.table_size=2**10", "field.encoding.max_resolution=64"),
+    *("field.hidden_width=16", "field.colour_layers=1", "train.num_rays=2**7", "train.steps_per_dispatch=4"),
+    *("sampler.occupancy.resolution=32", "sampler.num_steps=64", "sampler.num_samples=2**10"),
+)
 
 
 @dataclass
@@ -85,6 +86,7 @@ class Bench:
     config: NerfConfig
     sizes: Sizes
     images: PosedImages
+    evaluation: Split
 
     @functools.cached_property
     def trained(self) -> tuple[Progress, float]:
@@ -142,20 +144,13 @@ def steps(bench: Bench) -> Iterator[Row]:
 
 def psnr_over_time(bench: Bench) -> Iterator[Row]:
     """A training for each number of seconds, compilation excluded: the learning rate falls towards its end."""
-    split = load_evaluation(bench.config.scene, num_views=bench.sizes.views)
-    views, white = split.images, jnp.ones(3, jnp.float32)
+    split = bench.evaluation
     for seconds in bench.sizes.psnr_seconds:
         limits = replace(bench.config.train, max_seconds=seconds, max_steps=10**7)
         *_, progress = train(replace(bench.config, train=limits), bench.images)
-        found = []
-        for i in range(len(views.cameras)):
-            rgba = views.image(i).astype(np.float32) / 255
-            truth = rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]
-            grid, sampler = progress.state.occupancy, bench.config.sampler
-            out = render_view(progress.field, views.cameras[i], grid, white, sampler=sampler)
-            found.append(float(psnr(np.mean((np.clip(out.rgb, 0, 1) - truth) ** 2))))
-        row = {"seconds": seconds, "steps": progress.step, "PSNR, dB": float(np.mean(found))}
-        yield {**row, "of": f"{len(found)} views of {split.name}", "published": PUBLISHED_PSNR.get(seconds, "")}
+        views = evaluate_views(progress.field, progress.state.occupancy, split, sampler=bench.config.sampler)
+        row = {"seconds": seconds, "steps": progress.step, "PSNR, dB": float(np.mean([s.psnr for s, _ in views]))}
+        yield {**row, "of": f"{split.num_views} views of {split.name}", "published": PUBLISHED_PSNR.get(seconds, "")}
 
 
 def render(bench: Bench) -> Iterator[Row]:
@@ -237,16 +232,42 @@ def relative_errors(function: Callable[..., Row], arguments: tuple) -> dict[str,
 
 
 def stages(bench: Bench) -> Iterator[Row]:
-    """The parts of a step one by one, each in a loop of its own."""
-    state = bench.trained[0].state
-    given = training_stages(bench.config, state, *bench.data)
+    """A step that ends after each of its stages; `steps` has the whole of it, with Adam."""
+    inputs = (bench.trained[0].state, *bench.data)
     with concurrent.futures.ThreadPoolExecutor() as threads:  # XLA compiles several programs at once
-        build = lambda stage: in_loop(stage.function, *stage.arguments, rounds=ROUNDS)  # noqa: E731
-        programs = dict(zip(given, threads.map(build, given.values()), strict=True))
+        build = lambda stage: in_loop(stage, jnp.zeros(1, jnp.float32), *inputs, rounds=ROUNDS)  # noqa: E731
+        prefixes = prefixes_of_step(bench.config)
+        programs = dict(zip(prefixes, threads.map(build, prefixes.values()), strict=True))
+    before = 0.0
     for name, ms in median_ms(programs, runs=RUNS).items():
-        yield {"stage": name, "ms": ms / ROUNDS}
-    adam = optimiser_calls(bench.config, state)[0]
-    yield {"stage": "optimiser", "ms": median_ms({"": adam}, runs=RUNS)[""] / OPTIMISER_ROUNDS}
+        yield {"until": name, "ms": ms / ROUNDS, "ms more": ms / ROUNDS - before}
+        before = ms / ROUNDS
+
+
+def prefixes_of_step(config: NerfConfig) -> dict[str, Callable[..., Any]]:
+    """Functions of x (1,), which the batch depends on, state, views and pixels: the first stages of a step."""
+
+    def draw(x: jax.Array, state: Any, views: PosedImages, pixels: Any) -> Any:
+        number = state.step + x[0].astype(jnp.int32)
+        batches = nerf.draw_batches(number, state.key, views, pixels, num_steps=1, config=config)
+        return jax.tree.map(lambda a: a[0], batches)
+
+    def march(x: jax.Array, state: Any, views: PosedImages, pixels: Any) -> Any:
+        batch, noise = draw(x, state, views, pixels)
+        rays = views.source.cast(batch.view, batch.xy)
+        return sample_rays(rays, state.occupancy, noise.jitter, sampler=config.sampler)
+
+    def loss(params: Any, x: jax.Array, state: Any, views: PosedImages, pixels: Any) -> jax.Array:
+        field = RadianceField.of(params, config=config.field)
+        inputs = draw(x, state, views, pixels)
+        return nerf.nerf_loss(field, views.source, *inputs, state.occupancy, config=config)[0]
+
+    return {
+        "pixels": draw,
+        "samples": march,
+        "loss": lambda x, state, *data: loss(state.params, x, state, *data),
+        "gradient": lambda x, state, *data: jax.grad(loss)(state.params, x, state, *data),
+    }
 
 
 def kernels(bench: Bench) -> Iterator[Row]:
@@ -388,24 +409,28 @@ def print_row(row: Row, first: Row, *, header: bool) -> None:
 
 
 def define_flags(values: flags.Flags) -> None:
-    define_marching_flags(values, preset="base")
+    flags.define_path(values, "scene", "bricks", "As for training.")
+    flags.define_path(values, "data_dir", "", "Folder that holds the scene.")
+    absl_flags.DEFINE_integer("downscale", 1, "Shrink the images by this factor.", 1, flag_values=values)
+    absl_flags.DEFINE_enum("preset", "base", [*PRESETS], "A preset that marches.", flag_values=values)
+    absl_flags.DEFINE_multi_string("override", [], "Set a field of the config.", flag_values=values)
+    absl_flags.DEFINE_integer("eval_views", 4, "Evenly spaced views to evaluate.", 1, flag_values=values)
     absl_flags.DEFINE_float("budget", 570.0, "Seconds for everything.", 1.0, flag_values=values)
     absl_flags.DEFINE_list("sections", [*SECTIONS], f"Of {', '.join(SECTIONS)}.", flag_values=values)
     absl_flags.DEFINE_bool("toy", False, "Everything small enough for a CPU.", flag_values=values)
-    absl_flags.DEFINE_string("output", "runs/gpu_bench.json", "Where the numbers are written.", flag_values=values)
+    flags.define_path(values, "output", "runs/gpu_bench.json", "Where the numbers are written.")
 
 
 def main(values: flags.Flags) -> None:
     if unknown := [name for name in values.sections if name not in SECTIONS]:
         raise InputError(f"--sections: unknown {unknown[0]!r}; there are {', '.join(SECTIONS)}")
-    if values.preset not in PRESETS:
-        raise InputError(f"--preset: unknown {values.preset!r}; there are {', '.join(PRESETS)}")
     scene = replace(scene_config(values.scene), data_dir=values.data_dir, downscale=values.downscale)
     overrides = [*(TOY_OVERRIDES if values.toy else ()), *values.override]
     config = apply_overrides(replace(PRESETS[values.preset], scene=scene), overrides)
     if not isinstance(config.sampler, MarchConfig):
         raise InputError(f"--preset={values.preset} does not march, and this times marching: try base")
-    bench = Bench(config, TOY if values.toy else Sizes(), load_training(scene).images)
+    sizes = TOY if values.toy else Sizes()
+    bench = Bench(config, sizes, load_training(scene).images, load_evaluation(scene, num_views=values.eval_views))
     chosen = {name: section for name, section in SECTIONS.items() if name in values.sections}
     notes = run_sections(chosen, bench, Path(values.output), budget=values.budget)
     if any(note.startswith("failed") for note in notes.values()):

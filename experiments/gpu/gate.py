@@ -49,11 +49,11 @@ from jaxngp.config import (
 from jaxngp.device import GPU_BATCHING, Target, compiler_options, jaxlib_version, step_compiler_options
 from jaxngp.fields import DistanceField, RadianceField
 from jaxngp.presets import PRESETS
+from jaxngp.records import environment, write_json
 from jaxngp.rendering import render_chunk
 from jaxngp.tracing import trace_rays
 from jaxngp.training import image, nerf, sdf
 from jaxngp.training.loop import init_state
-from jaxngp.training.report import environment, write_json
 
 Row = dict[str, Any]
 PLUGIN = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
@@ -282,7 +282,7 @@ def define_flags(values: flags.Flags) -> None:
     absl_flags.DEFINE_enum("gpu", "h100", list(GPUS), "The GPU to compile for.", flag_values=values)
     absl_flags.DEFINE_list("programs", [], "Only these of train, hull, refresh, render, trace.", flag_values=values)
     absl_flags.DEFINE_bool("kernels", False, "Also list every kernel.", flag_values=values)
-    absl_flags.DEFINE_string("output", "runs/gpu_gate.json", "Where the numbers are written.", flag_values=values)
+    flags.define_path(values, "output", "runs/gpu_gate.json", "Where the numbers are written.")
 
 
 def main(values: flags.Flags) -> None:
