@@ -75,7 +75,7 @@ ENTRY %main.1 (table: f32[1000,4], weights: f32[64,64], which: s32[]) -> (s32[],
   %weights = f32[64,64]{1,0} parameter(1)
   %start = (s32[], f32[1000,4]{1,0}) tuple(%weights, %table)
   %matmul = (f32[64,64]{1,0}, s8[4194304]{0}) custom-call(%weights, %weights), custom_call_target="__cublas$gemm"
-  %copy-start.1 = (f32[64,64]{1,0:S(5)}, f32[64,64]{1,0}, u32[]) copy-start(%weights)
+  %copy-start.1 = (f32[64,64]{1,0:S(5)}, f32[64,64]{1,0}, u32[]) copy-start(%weights), control-predecessors={%matmul}
   %copy-done.1 = f32[64,64]{1,0:S(5)} copy-done(%copy-start.1)
   ROOT %loop = (s32[], f32[1000,4]{1,0}) while(%start), condition=%condition, body=%body
 }
@@ -113,10 +113,10 @@ def test_what_is_not_hlo_is_refused() -> None:
         hlo.parse_module("HloModule empty\n")
 
 
-@pytest.mark.parametrize("text", ["f32[8,2]: 64", "bf16[3]: 6", "pred[5]: 5", "f32[]: 4", "c64[2]: 16", "token[]: 0"])
-def test_the_size_of_an_array(text: str) -> None:
-    (array,) = hlo.parse_arrays(text)
-    assert f"{array}: {array.num_bytes}" == text
+def test_arrays_have_the_size_of_their_elements() -> None:
+    (token, *arrays) = hlo.parse_arrays("(token[], f32[8,2]{1,0}, (bf16[3], pred[5]), f32[], c64[2])")
+    assert [array.num_bytes for array in arrays] == [64, 6, 5, 4, 16]
+    assert (token.num_bytes, str(arrays[0])) == (0, "f32[8,2]")
 
 
 def test_corner_arrays_are_known_by_their_axes() -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -169,19 +167,19 @@ def render(bench: Bench) -> Iterator[Row]:
 
 
 def correctness(bench: Bench) -> Iterator[Row]:
-    """Results and gradients by a GPU's formulas here, beside those by a CPU's on a CPU, which tests hold to float64."""
+    """Gradients by a GPU's formulas on this device, beside those by a CPU's on a CPU, which tests hold to float64."""
     failed = []
-    for name, (function, arguments, tolerance) in checks(bench.config).items():
-        for part, error in relative_errors(function, arguments).items():
-            yield {"what": name, "of": part, "relative error": error, "tolerance": tolerance}
+    for name, (function, inputs, tolerance) in checks(bench.config).items():
+        for part, error in relative_errors(function, inputs).items():
+            yield {"gradient of": name, "in": part, "relative error": error, "tolerance": tolerance}
             if not error <= tolerance:  # a NaN too
-                failed.append(f"{part} of {name}")
+                failed.append(f"{name} in {part}")
     if failed:
         raise ValueError(f"beyond the tolerance: {', '.join(failed)}")
 
 
-def checks(config: NerfConfig, *, num_samples: int = 4096) -> dict[str, tuple[Callable[..., Row], tuple, float]]:
-    """Functions of arrays, those arrays, and how far results may be apart.
+def checks(config: NerfConfig, *, num_samples: int = 4096) -> dict[str, tuple[Callable[[Any], jax.Array], Any, float]]:
+    """Scalar functions of a tree of arrays, that tree, and how far gradients may be apart.
 
     Of a field in float32, for that rounds places to 1 / 8192 of the finest cell; in bfloat16, for its 8 bits.
     """
@@ -190,84 +188,71 @@ def checks(config: NerfConfig, *, num_samples: int = 4096) -> dict[str, tuple[Ca
     direction = position / jnp.linalg.norm(position, axis=1, keepdims=True)
     params = init_params(keys[1], config=config.field)
     params["encoding"]["table"] = 1e4 * params["encoding"]["table"]  # initially within 1e-4 of 0
-    density = 100 * jax.random.uniform(keys[2], (num_samples,), jnp.float32)
-    rgb = jax.random.uniform(keys[3], (num_samples, 3), jnp.float32)
-    ray = jnp.arange(num_samples, dtype=jnp.int32) // 16
-    t = jnp.arange(num_samples, dtype=jnp.float32) % 16 / 16
+    matter = {
+        "density": 100 * jax.random.uniform(keys[2], (num_samples,), jnp.float32),
+        "rgb": jax.random.uniform(keys[3], (num_samples, 3), jnp.float32),
+    }
 
-    def both(function: Callable[..., Any], *arguments: Any) -> Row:
-        out, pull = jax.vjp(function, *arguments)
-        gradients = jax.tree.leaves_with_path(pull(jax.tree.map(jnp.cos, out)))
-        return {"result": out, **{f"gradient{jax.tree_util.keystr(path)}": leaf for path, leaf in gradients}}
-
-    def compositing(density: jax.Array, rgb: jax.Array) -> Row:
+    def colours(matter: dict[str, jax.Array]) -> jax.Array:
+        number = jnp.arange(num_samples, dtype=jnp.int32)
+        t, dt = (number % 16).astype(jnp.float32) / 16, jnp.full(num_samples, 1 / 16, jnp.float32)
         background = jnp.ones((num_samples // 16, 3), jnp.float32)
-        return both(lambda *args: composite(*args, t, jnp.full_like(t, 1 / 16), ray, background).rgb, density, rgb)
+        return jnp.sum(jnp.sin(composite(matter["density"], matter["rgb"], t, dt, number // 16, background).rgb))
 
-    def field(precision: Any, params: Any, position: jax.Array, direction: jax.Array) -> Row:
-        def values(params: Any) -> jax.Array:
-            field = RadianceField.of(params, config=replace(config.field, precision=precision))
-            density, rgb = field(position, direction)
-            return jnp.concatenate([jnp.log(density)[:, None], rgb], axis=1)
+    def field(precision: Any, params: Any) -> jax.Array:
+        field = RadianceField.of(params, config=replace(config.field, precision=precision))
+        density, rgb = field(position, direction)
+        return jnp.sum(jnp.sin(jnp.log(density))) + jnp.sum(jnp.sin(rgb))
 
-        return both(values, params)
-
-    inputs = (params, position, direction)
     return {
-        "compositing": (compositing, (density, rgb), 1e-4),
-        "field, float32": (functools.partial(field, "float32"), inputs, 2e-3),
-        "field, bfloat16": (functools.partial(field, "bfloat16"), inputs, 5e-2),
+        "compositing": (colours, matter, 1e-4),
+        "field, float32": (functools.partial(field, "float32"), params, 2e-3),
+        "field, bfloat16": (functools.partial(field, "bfloat16"), params, 5e-2),
     }
 
 
-def relative_errors(function: Callable[..., Row], arguments: tuple) -> dict[str, float]:
-    """By the name of the result: the norm of the difference between the two formulations, relative to the CPU's."""
+def relative_errors(function: Callable[[Any], jax.Array], inputs: Any) -> dict[str, float]:
+    """By the name of an input: the norm of the difference between the gradients, relative to that of the CPU's."""
     cpu = jax.devices("cpu")[0]
     with formulation("gpu"):
-        ours = jax.jit(lambda *a: function(*a))(*arguments)
+        ours = jax.jit(jax.grad(lambda x: function(x)))(inputs)
     with formulation("cpu"), jax.default_device(cpu):
-        truth = jax.jit(lambda *a: function(*a))(*jax.device_put(arguments, cpu))
-    norm = lambda name, a: float(np.linalg.norm(np.asarray(a, np.float64) - np.asarray(truth[name], np.float64)))  # noqa: E731
-    return {name: norm(name, a) / norm(name, np.zeros(a.shape)) for name, a in ours.items()}
+        truth = jax.jit(jax.grad(lambda x: function(x)))(jax.device_put(inputs, cpu))
+    error = lambda a, b: float(np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(b))  # noqa: E731
+    errors = jax.tree.leaves_with_path(jax.tree.map(error, ours, truth))
+    return {jax.tree_util.keystr(path): value for path, value in errors}
 
 
 def stages(bench: Bench) -> Iterator[Row]:
-    """A step that ends after each of its stages; `steps` has the whole of it, with Adam."""
-    inputs = (bench.trained[0].state, *bench.data)
-    with concurrent.futures.ThreadPoolExecutor() as threads:  # XLA compiles several programs at once
-        build = lambda stage: in_loop(stage, jnp.zeros(1, jnp.float32), *inputs, rounds=ROUNDS)  # noqa: E731
-        prefixes = prefixes_of_step(bench.config)
-        programs = dict(zip(prefixes, threads.map(build, prefixes.values()), strict=True))
-    before = 0.0
-    for name, ms in median_ms(programs, runs=RUNS).items():
-        yield {"until": name, "ms": ms / ROUNDS, "ms more": ms / ROUNDS - before}
-        before = ms / ROUNDS
+    """A step cut off after each of its stages; `steps` has the whole of it, with Adam."""
+    config, inputs, stages = (
+        bench.config,
+        (bench.trained[0].state, *bench.data),
+        ("pixels", "samples", "loss", "gradient"),
+    )
 
-
-def prefixes_of_step(config: NerfConfig) -> dict[str, Callable[..., Any]]:
-    """Functions of x (1,), which the batch depends on, state, views and pixels: the first stages of a step."""
-
-    def draw(x: jax.Array, state: Any, views: PosedImages, pixels: Any) -> Any:
-        number = state.step + x[0].astype(jnp.int32)
+    def until(stage: str, x: jax.Array, state: Any, views: PosedImages, pixels: Any) -> Any:
+        number = state.step + x[0].astype(jnp.int32)  # so that each round depends on the one before
         batches = nerf.draw_batches(number, state.key, views, pixels, num_steps=1, config=config)
-        return jax.tree.map(lambda a: a[0], batches)
+        batch, noise = jax.tree.map(lambda a: a[0], batches)
+        if stage == "pixels":
+            return batch, noise
+        if stage == "samples":
+            rays = views.source.cast(batch.view, batch.xy)
+            return sample_rays(rays, state.occupancy, noise.jitter, sampler=config.sampler)
 
-    def march(x: jax.Array, state: Any, views: PosedImages, pixels: Any) -> Any:
-        batch, noise = draw(x, state, views, pixels)
-        rays = views.source.cast(batch.view, batch.xy)
-        return sample_rays(rays, state.occupancy, noise.jitter, sampler=config.sampler)
+        def loss(params: Any) -> jax.Array:
+            field = RadianceField.of(params, config=config.field)
+            return nerf.nerf_loss(field, views.source, batch, noise, state.occupancy, config=config)[0]
 
-    def loss(params: Any, x: jax.Array, state: Any, views: PosedImages, pixels: Any) -> jax.Array:
-        field = RadianceField.of(params, config=config.field)
-        inputs = draw(x, state, views, pixels)
-        return nerf.nerf_loss(field, views.source, *inputs, state.occupancy, config=config)[0]
+        return loss(state.params) if stage == "loss" else jax.grad(loss)(state.params)
 
-    return {
-        "pixels": draw,
-        "samples": march,
-        "loss": lambda x, state, *data: loss(state.params, x, state, *data),
-        "gradient": lambda x, state, *data: jax.grad(loss)(state.params, x, state, *data),
-    }
+    def build(stage: str) -> Callable[[], jax.Array]:
+        return in_loop(functools.partial(until, stage), jnp.zeros(1, jnp.float32), *inputs, rounds=ROUNDS)
+
+    with concurrent.futures.ThreadPoolExecutor() as threads:  # XLA compiles several programs at once
+        programs = dict(zip(names, threads.map(build, names), strict=True))
+    yield from ({"until": stage, "ms": ms / ROUNDS} for stage, ms in median_ms(programs, runs=RUNS).items())
 
 
 def kernels(bench: Bench) -> Iterator[Row]:
@@ -321,30 +306,28 @@ def other_tasks(bench: Bench) -> Iterator[Row]:
 
 
 def ceilings(bench: Bench) -> Iterator[Row]:
-    """What the device does at best, of what a step does most; rows are those of the config's table."""
+    """What the device does at best, of what a step does most; rows of the table lie around points on rays."""
     count, grid = bench.sizes.rows, bench.config.field.encoding
-    floats, side, shape = 64 * count, int((16 * count) ** 0.5), (level_offsets(grid)[-1], grid.num_features)
+    floats, side, width = 64 * count, int((16 * count) ** 0.5), grid.num_features
     square = jax.random.normal(jax.random.key(0), (side, side), jnp.bfloat16)
-    spread = jax.random.randint(jax.random.key(1), (count,), 0, shape[0], jnp.int32).astype(jnp.uint32)
+    scaled = square / jnp.bfloat16(side**0.5)  # the product keeps its size
     corners = jax.jit(lambda x: all_corners(x, grid)[0].reshape(-1))
-    near = corners(points_on_rays(jax.random.key(2), count // (8 * grid.num_levels)))
-    zero, table, half = jnp.zeros(1, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.ones(shape, jnp.float16)
+    row = corners(points_on_rays(jax.random.key(1), count // (8 * grid.num_levels)))
+    table = jnp.zeros((level_offsets(grid)[-1], width), jnp.float32)
 
     def add(table: jax.Array, row: jax.Array) -> jax.Array:
-        return table.at[row].add(jnp.ones((len(row), shape[1]), jnp.float32), mode="promise_in_bounds")
+        return table.at[row].add(jnp.ones((len(row), width), jnp.float32), mode="promise_in_bounds")
 
     def read(x: jax.Array, half: jax.Array, row: jax.Array) -> jax.Array:
         return half.at[row + x[0].astype(jnp.uint32)].get(mode="promise_in_bounds")
 
-    loop, repeat = functools.partial(in_loop, rounds=ROUNDS), functools.partial(iterated, rounds=ROUNDS)
-    scaled = square / jnp.bfloat16(side**0.5)  # the product keeps its size
+    reading = in_loop(read, jnp.zeros(1, jnp.float32), table.astype(jnp.float16), row, rounds=ROUNDS)
+    repeat = functools.partial(iterated, rounds=ROUNDS)
     for name, program, amount, unit in (
         ("copy", repeat(lambda a: a + 1, jnp.zeros(floats, jnp.float32)), 8 * floats, "GB/s"),
         (f"matmul of {side}x{side}, bfloat16", repeat(lambda a, b: a @ b, square, scaled), 2 * side**3, "GFLOP/s"),
-        ("reads of random rows, float16", loop(read, zero, half, spread), count, "G/s"),
-        ("reads of rows around points on rays, float16", loop(read, zero, half, near), len(near), "G/s"),
-        ("additions to random rows, float32", repeat(add, table, spread), count, "G/s"),
-        ("additions to rows around points on rays, float32", repeat(add, table, near), len(near), "G/s"),
+        ("reads of rows, float16", reading, len(row), "G/s"),
+        ("additions to rows, float32", repeat(add, table, row), len(row), "G/s"),
     ):
         seconds = 1e-3 * median_ms({name: program}, runs=RUNS)[name] / ROUNDS
         yield {"ceiling": name, "rate": 1e-9 * amount / seconds, "unit": unit}
@@ -370,8 +353,8 @@ SECTIONS: dict[str, Section] = {
 def run_sections(sections: dict[str, Section], bench: Any, output: Path, *, budget: float) -> dict[str, str]:
     """Run what fits into `budget` seconds, in order; print and write the rows. Returns what became of the others."""
     end, notes = time.monotonic() + budget, dict[str, str]()
-    results: Row = {"about": {**environment(), "nvidia-smi": nvidia_smi()}}
-    print(*results["about"].items(), sep="\n")
+    results: Row = {"about": environment()}
+    print(results["about"])
     for name, (section, seconds) in sections.items():
         print(f"\n## {name}\n", flush=True)
         rows: list[Row] = []
@@ -381,8 +364,11 @@ def run_sections(sections: dict[str, Section], bench: Any, output: Path, *, budg
             notes[name] = f"skipped: {seconds:.0f} s needed, {left:.0f} s left"
         try:
             for row in section(bench) if seconds <= left else ():
+                if not rows:
+                    print(f"| {' | '.join(row)} |\n|{'---|' * len(row)}")
                 rows.append(row)
-                print_row(row, rows[0], header=len(rows) == 1)
+                cells = [row.get(key, "") for key in rows[0]]
+                print("|", " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells), "|", flush=True)
                 write_json(output, results | {"notes": notes})
         except Exception as error:  # the next section may still measure something
             notes[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
@@ -390,22 +376,6 @@ def run_sections(sections: dict[str, Section], bench: Any, output: Path, *, budg
         print(f"\n{notes.get(name, '')}")
         write_json(output, results | {"notes": notes})
     return notes
-
-
-def nvidia_smi() -> str:
-    """Clocks, power limit, temperature and driver; nothing where the command is missing."""
-    query = "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,driver_version"
-    if not shutil.which("nvidia-smi"):
-        return ""
-    return subprocess.run(["nvidia-smi", query, "--format=csv"], capture_output=True, text=True).stdout.strip()
-
-
-def print_row(row: Row, first: Row, *, header: bool) -> None:
-    """A row of a table, which has the columns of its first."""
-    if header:
-        print(f"| {' | '.join(first)} |\n|{'---|' * len(first)}")
-    cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in (row.get(k, "") for k in first))
-    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def define_flags(values: flags.Flags) -> None:

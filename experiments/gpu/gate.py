@@ -8,10 +8,10 @@ Needs jax's plugin for CUDA 13 and neither a driver nor a library of CUDA: `pip 
 nothing is timed but the compiler. Programs have the shapes of 100 views of 800x800, a frame of 1920x1080, an image of
 4096x4096 and the samples of the preset for distances.
 
-Prints a Markdown table and writes it as JSON. MB are 2^20 bytes. A round is one of each of a program's loops: a step of
+Prints the numbers and writes them as JSON. MB are 2^20 bytes. A round is one of each of a program's loops: a step of
 training, a round of samples; a loop in a loop is counted once. Streamed are the arrays that kernels read and write
-whole. Compare-and-swap loops are atomic additions for which the GPU has no instruction, many times slower. Corner arrays
-hold something for each sample, level and corner of its cell, and should not exist.
+whole. Compare-and-swap loops are atomic additions for which the GPU has no instruction, many times slower. Corner
+arrays hold something for each sample, level and corner of its cell, and should not exist.
 """
 
 from __future__ import annotations
@@ -130,12 +130,8 @@ def check_plugin() -> None:
 # Programs.
 
 
-class Program(NamedTuple):
-    """A jitted function, the shapes that it is called with, and its static arguments."""
-
-    function: Any
-    arguments: tuple[Any, ...]
-    static: dict[str, Any]
+Program = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""A jitted function, the shapes that it is called with, and its static arguments."""
 
 
 def configs() -> dict[str, RunConfig]:
@@ -153,15 +149,15 @@ def nerf_programs(config: NerfConfig) -> dict[str, Program]:
     state, steps, static = training_arguments(config)
     field = jax.eval_shape(lambda params: RadianceField.of(params, config=config.field), state.eval_params)
     arguments = (field, frame_rays(), state.occupancy, shape((3,)))
-    render = Program(render_chunk, arguments, {"sampler": config.sampler, "batching": GPU_BATCHING})
+    render = (render_chunk, arguments, {"sampler": config.sampler, "batching": GPU_BATCHING})
     views = make_views()
     if not isinstance(config.sampler, MarchConfig):
-        return {"train": Program(nerf.nerf_steps, (state, views, None, *steps), static), "render": render}
+        return {"train": (nerf.nerf_steps, (state, views, None, *steps), static), "render": render}
     _, pixels = jax.eval_shape(lambda views: nerf.hull_of_views(views, config=config), views)
     return {
-        "train": Program(nerf.nerf_steps, (state, views, pixels, *steps), static),
-        "hull": Program(nerf.hull_of_views, (views,), static),
-        "refresh": Program(nerf.refresh_occupancy, (state,), static),
+        "train": (nerf.nerf_steps, (state, views, pixels, *steps), static),
+        "hull": (nerf.hull_of_views, (views,), static),
+        "refresh": (nerf.refresh_occupancy, (state,), static),
         "render": render,
     }
 
@@ -169,7 +165,7 @@ def nerf_programs(config: NerfConfig) -> dict[str, Program]:
 def image_programs(config: ImageConfig) -> dict[str, Program]:
     state, steps, static = training_arguments(config)
     pixels = image.ImagePixels(shape((IMAGE_SIZE, IMAGE_SIZE, 3), jnp.uint8))
-    return {"train": Program(image.image_steps, (state, pixels, *steps), static)}
+    return {"train": (image.image_steps, (state, pixels, *steps), static)}
 
 
 def sdf_programs(config: SdfConfig) -> dict[str, Program]:
@@ -177,8 +173,8 @@ def sdf_programs(config: SdfConfig) -> dict[str, Program]:
     samples = sdf.DistanceSamples(*(shape((config.sdf.num_samples, *rest)) for rest in ((3,), (3,), ())))
     distance = jax.eval_shape(lambda params: DistanceField.of(params, config=config.field), state.eval_params)
     return {
-        "train": Program(sdf.sdf_steps, (state, samples, *steps), static),
-        "trace": Program(trace_rays, (distance, frame_rays(), shape((2, 3))), {"lanes": GPU_BATCHING.tracing_lanes}),
+        "train": (sdf.sdf_steps, (state, samples, *steps), static),
+        "trace": (trace_rays, (distance, frame_rays(), shape((2, 3))), {"lanes": GPU_BATCHING.tracing_lanes}),
     }
 
 
@@ -215,9 +211,9 @@ def measure(program: Program, sharding: NamedSharding, options: dict[str, Any], 
     def on_gpu(array: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    started = time.perf_counter()
+    (function, arguments, static), started = program, time.perf_counter()
     with tempfile.TemporaryDirectory() as dump:
-        lowered = program.function.lower(*jax.tree.map(on_gpu, program.arguments), **program.static)
+        lowered = function.lower(*jax.tree.map(on_gpu, arguments), **static)
         # Since 0.11 XLA writes PTX only where this regex asks for it.
         compiled = lowered.compile({**options, "xla_dump_to": dump, "xla_dump_emitter_re": "ptx"})
         ptx = [file.read_text() for file in Path(dump).glob("*.ptx")]
@@ -262,20 +258,6 @@ def short_name(op_name: str) -> str:
 # The command.
 
 
-def markdown(rows: list[Row]) -> str:
-    lines = [[*rows[0]], ["---"] * len(rows[0]), *(map(_cell, row.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    """Counts of things as "2 things"; a trip count of None as "unknown"."""
-    if isinstance(value, dict):
-        value = [f"{count} {name}" for name, count in value.items()]
-    if isinstance(value, list):
-        return ", ".join("unknown" if item is None else str(item) for item in value) or "none"
-    return str(value)
-
-
 def define_flags(values: flags.Flags) -> None:
     absl_flags.DEFINE_string("preset", "base", "A preset of the config, or image or sdf.", flag_values=values)
     absl_flags.DEFINE_multi_string("override", [], "Set a field of the config.", flag_values=values)
@@ -306,12 +288,12 @@ def main(values: flags.Flags) -> None:
         name: measure(programs[name], sharding, options[name], config.field.encoding)
         for name in values.programs or programs
     }
-    print(f"preset {values.preset}, {gpu.name}, jax {jax.__version__}\n")
+    print(f"preset {values.preset}, {gpu.name}, jax {jax.__version__}")
     write_json(values.output, {**environment(), "gpu": gpu.name, "preset": values.preset, "programs": rows})
-    lists = {name: row.pop("kernel list") for name, row in rows.items()}
-    print(markdown([{"program": name, **row} for name, row in rows.items()]))
-    for name, kernels in lists.items() if values.kernels else ():
-        print(f"\n{name}:", *kernels, sep="\n")
+    for name, row in rows.items():
+        kernels = row.pop("kernel list")
+        print(f"\n## {name}\n", *(f"- {key}: {value}" for key, value in row.items()), sep="\n")
+        print(*(kernels if values.kernels else ()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-# Instructions.
-
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*?)\)(?:, ([a-z][\w\-]*=.*))?$")
 
 
@@ -48,6 +46,7 @@ class Instruction:
 
     @property
     def num_bytes(self) -> int:
+        """Of all results."""
         return sum(result.num_bytes for result in self.results)
 
     @property
@@ -88,16 +87,8 @@ def parse_arrays(text: str) -> tuple[Array, ...]:
     return tuple(Array(dtype, tuple(int(d) for d in dims.split(",") if d)) for dtype, dims in found)
 
 
-def parse_instruction(line: str) -> Instruction:
-    """The instruction of a line. Raises ValueError where it is none."""
-    if (found := _LINE.match(line)) is None:
-        raise ValueError(f"expected an HLO instruction, got {line[:80]!r}")
-    root, name, kind, opcode, operands, attributes = found.groups()
-    return Instruction(name, opcode, parse_arrays(kind), tuple(_names(operands)), attributes or "", root is not None)
-
-
 def parse_module(text: str) -> Module:
-    """The module that `compiled.as_text()` prints. Raises ValueError where it has no entry computation."""
+    """The module that `compiled.as_text()` prints. Raises ValueError where it is none."""
     computations: dict[str, Computation] = {}
     entry, current = None, None
     for line in text.splitlines():
@@ -107,8 +98,11 @@ def parse_module(text: str) -> Module:
         elif line.startswith("}"):
             current = None
         elif current is not None and line.strip():
-            instruction = parse_instruction(line)
-            current[instruction.name] = instruction
+            if (found := _LINE.match(line)) is None:
+                raise ValueError(f"expected an HLO instruction, got {line[:80]!r}")
+            root, name, kind, opcode, operands, attributes = found.groups()
+            results, names = parse_arrays(kind), tuple(_names(operands))
+            current[name] = Instruction(name, opcode, results, names, attributes or "", root is not None)
     if entry is None:
         raise ValueError("expected the HLO of a whole module, with an ENTRY computation")
     return Module(computations, entry)
@@ -214,9 +208,6 @@ def _written(fused: Computation, value: Instruction) -> int:
     return 0 if origin.opcode == "scatter" else value.num_bytes
 
 
-# Arrays.
-
-
 def num_float64(module: Module) -> int:
     """Instructions that yield float64 or complex128, inside fusions too."""
     instructions = (i for computation in module.computations.values() for i in computation.values())
@@ -230,9 +221,6 @@ def is_corner_array(array: Array, *, num_levels: int, num_features: int, num_cor
     """
     small = [sorted((num_corners, num_levels)), sorted((num_corners, num_levels, num_features))]
     return sorted(d for d in array.dims if d > 1)[:-1] in small
-
-
-# PTX.
 
 
 def parse_atomics(ptx: str) -> list[tuple[str, str]]:
