@@ -196,56 +196,75 @@ OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
 Triton's tiles would take longer than much of the training."""
 
 
-def compiler_options() -> dict[str, Any]:
-    """What to give `jax.jit` or `.compile` for the device jax runs on, less what XLA_FLAGS says already."""
-    return _unless_said(OPTIONS) if _on_gpu() else {}
+@dataclass(frozen=True)
+class Target:
+    """What decides on the options of the compiler; `target()` is what jax compiles for here."""
+
+    on_gpu: bool
+    jaxlib: tuple[int, ...]  # the release numbers, as (0, 11, 1)
+    capability: tuple[int, int]  # compute capability, as (9, 0); (0, 0) where it is unknown, or not NVIDIA's
+    xla_flags: str = ""  # the environment's XLA_FLAGS, what they say is not said again
 
 
-def step_compiler_options(precision: Precision, *, deterministic: bool = False) -> dict[str, Any]:
+def target() -> Target:
+    """The device that jax runs on, jaxlib's version, and XLA_FLAGS."""
+    capability = parse_capability(getattr(jax.devices()[0], "compute_capability", None))
+    return Target(jax.default_backend() == "gpu", jaxlib_version(), capability, os.environ.get("XLA_FLAGS", ""))
+
+
+def compiler_options(at: Target | None = None) -> dict[str, Any]:
+    """What to give `jax.jit` or `.compile` for a target, by default `target()`."""
+    at = at or target()
+    return _unless_said(OPTIONS, at) if at.on_gpu else {}
+
+
+def step_compiler_options(
+    precision: Precision, *, deterministic: bool = False, at: Target | None = None
+) -> dict[str, Any]:
     """`compiler_options` for a program that takes training steps, and so adds to scattered places.
 
     deterministic: sort what is added to one place instead, so that its order, and so the result, is always the same.
     """
-    if not _on_gpu():
-        return {}
-    cure = scatter_workaround(jaxlib_version(), compute_capability(), precision)
-    return _unless_said(OPTIONS | cure | ({"xla_gpu_deterministic_ops": True} if deterministic else {}))
+    at = at or target()
+    extra = {"xla_gpu_deterministic_ops": True} if deterministic else {}
+    return _unless_said(OPTIONS | scatter_workaround(precision, at) | extra, at) if at.on_gpu else {}
 
 
-def scatter_workaround(jaxlib: tuple[int, ...], capability: tuple[int, int], precision: Precision) -> dict[str, Any]:
+def scatter_workaround(precision: Precision, at: Target) -> dict[str, Any]:
     """The option with which an old jaxlib adds by atomic additions too; {} for a newer one, and where it is not safe.
 
     That is to flush numbers below 1e-38 to zero. From compute capability 9.0 on such a jaxlib then writes comparisons
     of bfloat16 that the assembler refuses; there it adds rows of 4 features fast without being told.
     """
-    if jaxlib >= FAST_SCATTER_JAXLIB or (precision == "bfloat16" and capability >= (9, 0)):
+    if at.jaxlib >= FAST_SCATTER_JAXLIB or (precision == "bfloat16" and at.capability >= (9, 0)):
         return {}
     return {"xla_gpu_ftz": True}
 
 
-def slow_scatter_warning(precision: Precision) -> str | None:
-    """What to say about an old jaxlib on a GPU; None on another device, with a newer one, and where it is cured."""
-    said = re.search(r"--xla_gpu_ftz(?:=(\w+))?(?!\S)", os.environ.get("XLA_FLAGS", ""))
-    cured = bool(said) and (said[1] or "true").lower() in ("true", "1")  # type: ignore[index]
-    if not _on_gpu() or jaxlib_version() >= FAST_SCATTER_JAXLIB or cured:
+def slow_scatter_warning(precision: Precision, at: Target | None = None) -> str | None:
+    """A warning about an old jaxlib on a GPU; None elsewhere, with a newer one, and where XLA_FLAGS has the option."""
+    at = at or target()
+    said = re.search(r"--xla_gpu_ftz(?:=(\w+))?(?!\S)", at.xla_flags)
+    avoided = bool(said) and (said[1] or "true").lower() in ("true", "1")  # type: ignore[index]
+    if not at.on_gpu or at.jaxlib >= FAST_SCATTER_JAXLIB or avoided:
         return None
     problem = (
-        f"jaxlib {importlib.metadata.version('jaxlib')} may add to scattered places by compare-and-swap on a GPU, "
+        f"jaxlib {'.'.join(map(str, at.jaxlib))} may add to scattered places by compare-and-swap on a GPU, "
         "up to a thousand times slower; jaxlib 0.11.1 (Python 3.12) and newer do not. "
     )
     if said:
         return problem + "XLA_FLAGS=--xla_gpu_ftz=true would avoid it, and says otherwise"
-    if scatter_workaround(jaxlib_version(), compute_capability(), precision):
+    if scatter_workaround(precision, at):
         return problem + (
             "Training here is compiled with xla_gpu_ftz, which avoids it; for programs of your own set "
             "XLA_FLAGS=--xla_gpu_ftz=true"
         )
-    return problem + "If training is slow, try --override=field.precision=float32, for which there is a cure"
+    return problem + "If training is slow, try --override=field.precision=float32, for which there is a workaround"
 
 
-def compute_capability() -> tuple[int, int]:
-    """Of the first GPU, as (9, 0); (0, 0) where it does not tell, or is not NVIDIA's."""
-    found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(jax.devices()[0], "compute_capability", "")))
+def parse_capability(text: Any) -> tuple[int, int]:
+    """(9, 0) of "9.0"; (0, 0) of what is not NVIDIA's, or nothing."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", str(text))
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
@@ -259,9 +278,5 @@ def parse_version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", text)[0].split("."))  # type: ignore[index]
 
 
-def _on_gpu() -> bool:
-    return jax.default_backend() == "gpu"
-
-
-def _unless_said(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name not in os.environ.get("XLA_FLAGS", "")}
+def _unless_said(options: dict[str, Any], at: Target) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in at.xla_flags}
