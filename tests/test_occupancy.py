@@ -214,12 +214,18 @@ def density_of_cells(cell_density: jax.Array, position: jax.Array) -> jax.Array:
     return jnp.maximum(*values)
 
 
-@functools.partial(jax.jit, static_argnames="config")
 def refresh(
-    grid: OccupancyGrid, seed: int, cell_density: jax.Array, warmup: bool, config: MarchConfig = MARCH
+    grid: OccupancyGrid, seed: int, cell_density: np.ndarray, warmup: bool, config: MarchConfig = MARCH
+) -> OccupancyGrid:
+    return refresh_program(grid, np.uint32(seed), np.float32(cell_density), np.bool_(warmup), config=config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def refresh_program(
+    grid: OccupancyGrid, seed: jax.Array, cell_density: jax.Array, warmup: jax.Array, *, config: MarchConfig
 ) -> OccupancyGrid:
     density_fn = functools.partial(density_of_cells, cell_density)
-    return occupancy.update_occupancy(grid, jax.random.key(seed), density_fn, jnp.asarray(warmup), config=config)
+    return occupancy.update_occupancy(grid, jax.random.key(seed), density_fn, warmup, config=config)
 
 
 def some_grid(seed: int, share_of_candidates: float) -> OccupancyGrid:
@@ -242,7 +248,7 @@ def some_grid(seed: int, share_of_candidates: float) -> OccupancyGrid:
 def test_warmup_never_marks_a_dense_cell_empty(seed: int, share_of_candidates: float, share_dense: float) -> None:
     grid = some_grid(seed, share_of_candidates)
     dense = random_flags(seed + 1, share_dense)
-    new = refresh(grid, seed, np.where(dense, 1.01 * LIMIT, 0).astype(np.float32), True)
+    new = refresh(grid, seed, np.where(dense, 1.01 * LIMIT, 0), True)
     flags = np.ravel(grid.density) >= 0
     assert bits(new.occupied)[dense & flags].all()
     assert (np.ravel(new.density)[dense & flags] >= np.float32(1.01 * LIMIT)).all()
@@ -258,7 +264,7 @@ def test_a_refreshed_grid_knows_its_bounds(warmup: bool, corners: np.ndarray, se
     cells = cell_coordinates()
     inside = np.all((cells >= corners.min(axis=0)) & (cells < corners.max(axis=0)), axis=1)
     grid = replace(some_grid(seed, 1.0), density=jnp.zeros((1, G**3)))
-    new = refresh(grid, np.uint32(seed), np.where(inside, 2 * LIMIT, 0).astype(np.float32), warmup)
+    new = refresh(grid, seed, np.where(inside, 2 * LIMIT, 0), warmup)
     flags = bits(new.occupied)
     low, high = np.asarray(new.bounds)
     if flags.any():
@@ -270,7 +276,7 @@ def test_a_refreshed_grid_knows_its_bounds(warmup: bool, corners: np.ndarray, se
 @pytest.mark.parametrize("warmup", [True, False])
 def test_without_density_every_cell_decays(warmup: bool) -> None:
     grid = some_grid(0, 0.5)
-    new = refresh(grid, 0, jnp.zeros(G**3), warmup)
+    new = refresh(grid, 0, np.zeros(G**3), warmup)
     np.testing.assert_allclose(new.density, np.where(grid.density >= 0, 0.5 * grid.density, EMPTY), rtol=1e-6)
 
 
@@ -326,7 +332,7 @@ def test_warmup_looks_into_every_candidate(resolution: int, num_cascades: int) -
 
 def test_after_warmup_some_cells_are_drawn() -> None:
     grid = some_grid(0, 0.5)
-    new = refresh(grid, 3, jnp.full(G**3, 100.0), False)
+    new = refresh(grid, 3, np.full(G**3, 100.0), False)
     looked, flags, marked = np.ravel(new.density) == 100, np.ravel(grid.density) >= 0, bits(grid.occupied)
     assert not looked[~flags].any()
     # Draws with replacement miss a cell with probability exp(-draws per cell). Of the occupied, an eighth of the
@@ -336,7 +342,7 @@ def test_after_warmup_some_cells_are_drawn() -> None:
 
 
 def test_keys_decide_where_a_refresh_looks() -> None:
-    grid, dense = some_grid(0, 0.5), jnp.full(G**3, 100.0)
+    grid, dense = some_grid(0, 0.5), np.full(G**3, 100.0)
     first, again, other = (refresh(grid, seed, dense, False) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.density, again.density)
     assert not np.array_equal(first.density, other.density)
@@ -345,7 +351,7 @@ def test_keys_decide_where_a_refresh_looks() -> None:
 @pytest.mark.parametrize("warmup", [True, False])
 def test_a_grid_without_candidates_stays_empty(warmup: bool) -> None:
     grid = init_occupancy(jnp.zeros(G**3, bool))
-    new = refresh(grid, 0, jnp.full(G**3, 100.0), warmup)
+    new = refresh(grid, 0, np.full(G**3, 100.0), warmup)
     assert not np.asarray(new.occupied).any()
     np.testing.assert_array_equal(new.density, EMPTY)
 
@@ -361,7 +367,7 @@ NESTED = replace(MARCH, occupancy=replace(CONFIG, num_cascades=SHELLS))
 def test_refreshes_find_a_ball_in_all_cascades(centre: np.ndarray, radius: float, seed: int) -> None:
     """What lies wholly inside the ball is occupied, what it does not touch is not: in the cells that a point reads."""
     ball = Ball(tuple(centre.tolist()), radius, 2 * LIMIT, (0, 0, 0), (0, 0, 0))
-    new = refresh_ball(centre, radius, seed)
+    new = refresh_ball(centre, np.float32(radius), np.uint32(seed))
     low, size = flat_cells(SHELLS)
     high = low + size[:, None]
     nearest = np.linalg.norm(np.clip(ball.centre, low, high) - ball.centre, axis=1)
