@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -33,12 +34,12 @@ def trainer(config: NerfConfig, images: Any, seeds: list[int], *, stacked: bool)
     """A call of so many steps for each seed, and a refresh of the grids where one is due; returns the losses."""
     batched: Callable[..., Any] = jax.vmap if stacked else lambda function: function
     static = program_config(config)
-    steps = jax.jit(batched(functools.partial(nerf.nerf_steps.__wrapped__, config=static)), donate_argnums=0)
-    refresh = jax.jit(batched(functools.partial(nerf.refresh_occupancy.__wrapped__, config=static)), donate_argnums=0)
+    steps = jax.jit(batched(functools.partial(nerf.nerf_steps, config=static)), donate_argnums=0)
+    refresh = jax.jit(batched(functools.partial(nerf.refresh_occupancy, config=static)), donate_argnums=0)
     states = []
     for seed in seeds:
         grid, pixels = nerf.hull_of_views(images, config=static)
-        states.append(init_state(seed, config=config).replace(occupancy=grid))
+        states.append(replace(init_state(seed, config=config), occupancy=grid))
     num_steps = config.train.steps_per_dispatch
     rates, number = np.full(num_steps, 1e-2, np.float32), np.int32(num_steps)
     if not stacked:

@@ -1,4 +1,4 @@
-"""The loss of a NeRF is differentiable in poses and intrinsics: reverse mode against central differences, in float64."""
+"""The loss of a NeRF is differentiable in poses and intrinsics: reverse mode against differences, in float64."""
 
 from __future__ import annotations
 
