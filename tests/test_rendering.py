@@ -90,16 +90,15 @@ def test_any_ray_sees_the_closed_form_of_a_scene(scene: Any, seed: int, jitter: 
     )
 
 
-@pytest.mark.parametrize("scene", [SLAB, BALL], ids=["slab", "ball"])
-def test_a_view_shows_the_closed_form_of_a_scene(scene: Any) -> None:
+def test_a_view_shows_the_closed_form_of_a_scene() -> None:
     camera = make_camera(24, 16, 26.0, look_at((1.6, 0.1, 1.3)))
-    out = rendering.render_view(scene.field, camera, FULL, BACKGROUND, sampler=CONFIG)
-    expected = scene.seen(*pixel_rays(camera), BACKGROUND)
+    out = rendering.render_view(BALL.field, camera, FULL, BACKGROUND, sampler=CONFIG)
+    expected = BALL.seen(*pixel_rays(camera), BACKGROUND)
     assert isinstance(out.rgb, np.ndarray)
     assert out.rgb.shape == (16, 24, 3)
     assert out.opacity.shape == out.depth.shape == (16, 24)
     assert 0.1 < np.mean(np.asarray(expected.opacity) > 0.5) < 0.9
-    assert_close(out, expected, atol=boundary_error(scene, DT), depth_atol=4 * DT)
+    assert_close(out, expected, atol=boundary_error(BALL, DT), depth_atol=4 * DT)
 
 
 def test_a_camera_in_the_scene_sees_what_is_before_it() -> None:
@@ -175,8 +174,8 @@ def patchy_grid(seed: int = 0) -> occupancy.OccupancyGrid:
 
 @pytest.mark.parametrize(
     ("lanes", "per_round", "scene"),
-    [(2**13, 8, FOG), (16, 8, replace(BALL, density=400.0)), (5, 3, FOG)],
-    ids=["a lane a ray", "few lanes", "few samples"],
+    [(16, 8, replace(BALL, density=400.0)), (5, 3, FOG)],
+    ids=["few lanes", "few samples"],
 )
 def test_a_chunk_is_the_batch_with_a_buffer_for_all(lanes: int, per_round: int, scene: Slab | Ball) -> None:
     size = batching(lanes=lanes, samples=per_round)
@@ -218,8 +217,7 @@ def test_rays_that_all_miss_the_box_see_the_background() -> None:
     np.testing.assert_array_equal(out.rgb, np.tile(BACKGROUND, (R, 1)))
 
 
-@pytest.mark.parametrize("max_chunk", [76, 32])
-@pytest.mark.parametrize("sampler", [CONFIG, BINS], ids=["march", "bins"])
+@pytest.mark.parametrize(("max_chunk", "sampler"), [(32, CONFIG), (76, BINS)], ids=["march", "bins"])
 def test_chunks_make_up_the_whole_whatever_their_size(max_chunk: int, sampler: Any) -> None:
     rays = jax.tree.map(lambda a: a.reshape(7, 11, 3), some_rays())
     grid = FULL if sampler is CONFIG else None
@@ -261,7 +259,7 @@ def test_rays_queue_by_rounds_and_then_in_image_order(counts: np.ndarray, per_ro
     assert ((np.asarray(queue) >= 0) & (np.asarray(queue) < R)).all()
 
 
-longest_first = jax.jit(rendering.longest_first, static_argnums=1)
+longest_first = jax.jit(rendering.longest_first)
 
 
 def test_marching_without_a_grid_is_refused() -> None:

@@ -146,7 +146,7 @@ def test_an_opened_run_renders_what_training_would(trained: tuple[Path, Progress
     assert_equal_trees(opened.render(camera, pose, background="black"), expected(camera.replace(c2w=pose), 0.0))
 
 
-GRID = HashGridConfig(num_dims=2, num_levels=2, table_size=2**8, min_resolution=4, max_resolution=20)
+GRID = HashGridConfig(num_dims=2, num_levels=1, table_size=2**8, min_resolution=8)
 IMAGE = ImageConfig(
     field=PointFieldConfig(encoding=GRID, hidden_width=8, num_outputs=3),
     train=ImageTrainConfig(max_steps=20, steps_per_dispatch=10, num_points=64),

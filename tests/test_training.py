@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import itertools
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import Compilations
 from hypothesis import given, settings
 from scenes import BALL as LARGE_BALL
 from scenes import make_camera, photograph, pixel_rays, poses_around
@@ -83,24 +83,6 @@ def assert_equal_bits(a: TrainState, b: TrainState) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(leaves(a), leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
-
-
-class Compilations:
-    """Counts, by the name of the function, what jax compiles."""
-
-    def __init__(self) -> None:
-        self.counts: collections.Counter[str] = collections.Counter()
-
-    def __enter__(self) -> Compilations:
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._on_event)
-
-    def _on_event(self, event: str, _: float, **details: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.counts[str(details.get("fun_name"))] += 1
 
 
 @pytest.fixture(scope="module")

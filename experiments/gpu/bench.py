@@ -225,11 +225,8 @@ def relative_errors(function: Callable[[Any], jax.Array], inputs: Any) -> dict[s
 
 def stages(bench: Bench) -> Iterator[Row]:
     """A step cut off after each of its stages; `steps` has the whole of it, with Adam."""
-    config, inputs, stages = (
-        bench.config,
-        (bench.trained[0].state, *bench.data),
-        ("pixels", "samples", "loss", "gradient"),
-    )
+    config, inputs = bench.config, (bench.trained[0].state, *bench.data)
+    names = ("pixels", "samples", "loss", "gradient")
 
     def until(stage: str, x: jax.Array, state: Any, views: PosedImages, pixels: Any) -> Any:
         number = state.step + x[0].astype(jnp.int32)  # so that each round depends on the one before
