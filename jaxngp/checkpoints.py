@@ -88,7 +88,7 @@ class Checkpoints:
         last = self.latest_step()
         rest = "starts again" if last is None else f"goes on from step {last}"
         return InputError(
-            f"{self._path}: could not write a checkpoint ({reason}); make room, and the same command {rest}"
+            f"{self._path}: could not write a checkpoint ({reason}); free some space; the same command then {rest}"
         )
 
     def latest_step(self) -> int | None:

@@ -55,7 +55,7 @@ def composite(
 
 
 FAINT = 1e-31
-"""The opacity below which nothing is there: a density over it, a slope of the depth, would leave float32."""
+"""Opacity below which a ray counts as empty: a density over it, a slope of the depth, would leave float32."""
 
 
 def blend(rgb: jax.Array, opacity: jax.Array, depth: jax.Array, background: jax.Array) -> RenderOutput:

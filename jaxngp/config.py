@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong: one line that says what, where, and what to do next."""
+    """Invalid user input. The message is one line: what is wrong, where, and what to do about it."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))  # a path or what a library says may have several
@@ -32,7 +32,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = SHOWN = 200
 
 
 def shown(value: object) -> str:
-    """`repr` for an error message: of what somebody else wrote, however long or deep, only the beginning."""
+    """`repr` for an error message, truncated: the value comes from outside, and may be arbitrarily long or deep."""
     text = _SHORT.repr(value)
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
@@ -78,7 +78,7 @@ class Role(enum.Enum):
 
     PROGRAM = "the compiled programs of a run, and by them its results"
     RESULT = "the results of a run but no program: it is data, or the host's alone"
-    LOCATION = "the same, but of a path only the last name counts: where data lies is no part of a run"
+    LOCATION = "the same, but only the last component of a path counts: where data is stored is not part of a run"
     BUDGET = "for how long a run trains: with a larger one it is the same run, extended"
     FREE = "nothing that a run computes: it may change whenever a run goes on"
 
@@ -208,7 +208,7 @@ Loss = Literal["huber", "l2"]
 Background = Literal["random", "white", "black"]
 
 MAX_LENGTH = 1e9
-"""World units; what is farther away, or larger, is a mistake."""
+"""World units; larger coordinates or sizes are taken to be errors."""
 
 Coordinate = Annotated[float, Bounds(-MAX_LENGTH, MAX_LENGTH)]
 
@@ -291,7 +291,7 @@ class OccupancyConfig(Config):
     decay: Annotated[float, Bounds(above=0, high=1), "factor on the stored density at every refresh"] = 0.95
     threshold: Annotated[Positive, "optical thickness of one march step above which a cell is occupied"] = 0.01
     refresh_every: Annotated[Count, Role.RESULT, "training steps between refreshes"] = 16
-    warmup_steps: Annotated[Whole, "until then a refresh evaluates every cell, later a quarter of them"] = 256
+    warmup_steps: Annotated[Whole, "steps in which a refresh evaluates every cell; later a quarter of them"] = 256
     carve: Annotated[bool, "keep cells empty that lie outside the silhouette of any view with alpha"] = True
 
 
@@ -303,7 +303,7 @@ class MarchConfig(Config):
     num_samples: Annotated[Count, "size of a training step's packed sample buffer, at least num_steps"] = 2**18
     min_transmittance: Annotated[Fraction, "in rendering, a ray ends where less light than this gets through"] = 1e-4
     opaque_thickness: Annotated[Positive, "optical thickness of one step in a cell that is called opaque"] = 2.0
-    opaque_cells: Annotated[float, Bounds(0, 1e3), "a training ray ends after so many of these; 0 never ends it"] = 3.5
+    opaque_cells: Annotated[float, Bounds(0, 1e3), "opaque cell widths after which a training ray ends; 0: never"] = 3.5
     occupancy: OccupancyConfig = OccupancyConfig()
 
     def check(self) -> None:
@@ -356,14 +356,14 @@ class CosineDecay(Config):
     """The learning rate falls along half a cosine."""
 
     start: Annotated[Fraction, "fraction of the budget at which the fall starts"] = 0.3
-    final: Annotated[float, Bounds(0, 1), "part of the learning rate that is left at the end"] = 0.02
+    final: Annotated[float, Bounds(0, 1), "final learning rate as a fraction of the initial one"] = 0.02
 
 
 @dataclass(frozen=True)
 class OptimizerConfig(Config):
     """Adam with the paper's constants (section 4), a decay, and an average of the weights."""
 
-    learning_rate: Annotated[Positive, Role.RESULT, "before any decay"] = 1e-2
+    learning_rate: Annotated[Positive, Role.RESULT, "learning rate before decay"] = 1e-2
     beta1: Annotated[Fraction, "Adam's decay of the mean gradient"] = 0.9
     beta2: Annotated[Fraction, "Adam's decay of the mean squared gradient"] = 0.99
     epsilon: Annotated[Positive, "Adam's, added to the root of the mean squared gradient"] = 1e-15
@@ -380,11 +380,11 @@ class LoopConfig(Config):
     max_steps: Annotated[Count, Role.BUDGET, "training steps"] = 35_000
     max_seconds: Annotated[Seconds, Role.BUDGET, "seconds of training without compilation; 0 is no limit"] = 0.0
     steps_per_dispatch: Annotated[Count, "training steps in one call of the compiled program"] = 16
-    calls_in_flight: Annotated[Count, Role.FREE, "calls given to the device before the host looks at their results"] = 1
-    checkpoint_seconds: Annotated[Positive, Role.FREE, "between checkpoints; one is always written at the end"] = 60.0
-    log_every: Annotated[Whole, Role.FREE, "least number of steps between lines of the log; 0 logs all news"] = 0
+    calls_in_flight: Annotated[Count, Role.FREE, "calls queued on the device before the host waits"] = 1
+    checkpoint_seconds: Annotated[Positive, Role.FREE, "seconds between checkpoints; one is written at the end"] = 60.0
+    log_every: Annotated[Whole, Role.FREE, "minimum number of steps between lines of the log; 0 logs every report"] = 0
     deterministic: Annotated[bool, "on a GPU, equal bits in every run, ten times slower; on a CPU always so"] = False
-    seed: Annotated[int, Bounds(0, below=2**32), Role.RESULT, "of all randomness"] = 0
+    seed: Annotated[int, Bounds(0, below=2**32), Role.RESULT, "random seed"] = 0
 
 
 @dataclass(frozen=True)
@@ -392,7 +392,7 @@ class TrainConfig(LoopConfig):
     """The training loop of a NeRF."""
 
     num_rays: Annotated[Count, "rays drawn per step; those whose samples fit the buffer are used"] = 2**16
-    loss: Annotated[Loss, "of a ray's colour"] = "huber"
+    loss: Annotated[Loss, "loss on the colour of a ray"] = "huber"
     background: Annotated[Background, "behind transparent pixels; random is one colour per ray"] = "random"
 
 
@@ -479,7 +479,7 @@ class ImageConfig(Config):
 
 @dataclass(frozen=True)
 class SdfSourceConfig(Config):
-    """Whose signed distance is learned, and the points that it is learned from."""
+    """The solid to learn, and the points it is sampled at."""
 
     name: Annotated[str, Role.LOCATION, "a built-in solid, or the path of a mesh"] = "shapes"
     num_samples: Annotated[int, Bounds(2**10, 2**28), "points in space, and as many on the surface"] = 2**21

@@ -1,4 +1,4 @@
-"""A running training as a person sees it: the progress bar, warnings, and Ctrl-C."""
+"""The terminal side of training: progress bar, warnings, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def bar_interval() -> float:
 
 
 def warn(*messages: str) -> None:
-    """Say what a person should know and the run need not stop for, past a progress bar that may be drawn."""
+    """Print warnings to stderr without breaking a progress bar."""
     for message in messages:
         tqdm.write(f"jaxngp: warning: {message}", file=sys.stderr)
 
 
 class TrainingWarnings:
-    """What looks wrong about a run as it goes: each said once."""
+    """Training warnings, each reported once per run."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
@@ -43,7 +43,7 @@ class TrainingWarnings:
         if skipped := round(float(metrics.skipped) * (step - self._last_step)):
             found["skipped"] = (
                 f"step {step}: {skipped} updates were skipped, since the loss or its gradient was non-finite; "
-                "metrics.jsonl says which share of later ones"
+                "metrics.jsonl has the share of skipped updates"
             )
         self._last_step = step
         new = [text for name, text in found.items() if name not in self._said]
@@ -118,7 +118,7 @@ class Interruption:
 def interruption() -> Iterator[Interruption]:
     """Within the block the first SIGINT or SIGTERM is only noted; a second SIGINT stops at once.
 
-    Outside the main thread, where Python delivers no signals, nothing is noted: whoever runs the thread stops it.
+    Outside the main thread, where Python delivers no signals, no handler is installed; the caller stops the loop.
     """
     state = Interruption()
     if threading.current_thread() is not threading.main_thread():

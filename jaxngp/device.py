@@ -185,7 +185,7 @@ def _compiled(function: Any, structure: Any, shapes: tuple, options: tuple, stat
     return function.lower(*args, **dict(static)).compile(dict(options))
 
 
-# What the compiler of a GPU is told.
+# Compiler options for GPUs.
 
 FAST_SCATTER_JAXLIB = (0, 11, 1)
 """The first jaxlib that adds to scattered places with a GPU's atomic additions. Those before, back to 0.10.2 at least,
@@ -259,7 +259,7 @@ def slow_scatter_warning(precision: Precision, at: Target | None = None) -> str 
             "Training here is compiled with xla_gpu_ftz, which avoids it; for programs of your own set "
             "XLA_FLAGS=--xla_gpu_ftz=true"
         )
-    return problem + "If training is slow, try --override=field.precision=float32, for which there is a workaround"
+    return problem + "If training is slow, try --override=field.precision=float32, which has a workaround"
 
 
 def parse_capability(text: Any) -> tuple[int, int]:

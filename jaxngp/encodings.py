@@ -85,7 +85,7 @@ def _encode(
             gpu=functools.partial(encode_broadcast, grid=grid, dtype=dtype),
         )
 
-    # Whatever consumes it, be it a sum, would else be computed in the gather.
+    # Otherwise XLA fuses the consumer into the gather.
     return fusion_barrier(features, table if half_table is None else half_table, position)
 
 
@@ -96,7 +96,7 @@ def _encode_fwd(
     half_table: CustomVJPPrimal | None,
     position: CustomVJPPrimal,
 ) -> tuple[jax.Array, tuple]:
-    # Which gradients anybody asks for is known here, and passed on as the presence of an array.
+    # Which gradients are needed is known here; it is encoded in which array is present.
     wanted = tuple(jnp.zeros((), jnp.float32) if primal.perturbed else None for primal in (table, position))
     read = None if half_table is None else half_table.value
     return _encode(grid, dtype, table.value, read, position.value), (table.value, read, position.value, wanted)

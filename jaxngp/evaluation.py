@@ -53,7 +53,7 @@ class ViewPicture:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The means over views, and all that a PSNR means nothing without."""
+    """Means over views, with the context needed to interpret a PSNR."""
 
     psnr: float  # dB, mean of the views' PSNR
     ssim: float
@@ -90,7 +90,7 @@ def evaluate_views(
     colour = COLOURS[background]
     size = _views_at_once(split)
     for first in range(0, split.num_views, size):
-        # Every batch has one size, for one compiled program serves all; what fills up the last one is not yielded.
+        # Every batch has one size, so that one compiled program serves all; padding of the last batch is not yielded.
         index = np.minimum(np.arange(first, first + size), split.num_views - 1)
         rays, truths = zip(*(_view(split, i, colour) for i in index), strict=True)
         together = jax.tree.map(lambda *a: jnp.stack(a), *rays)

@@ -1,6 +1,6 @@
 """Command lines onto configs; the one module that knows absl.
 
-Every command has flags of its own, none of which it ignores. What the user got wrong ends in one line and exit
+Every command has flags of its own, none of which it ignores. Errors in user input end in one line and exit
 code 2, never in a traceback.
 """
 
@@ -109,7 +109,7 @@ def _row(left: str, text: str) -> list[str]:
 
 
 def _prepare_jax() -> None:
-    """Keep compiled programs between runs, and keep quiet about what is of no concern."""
+    """Cache compiled programs between runs, and silence orbax's logging."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -184,7 +184,7 @@ def define_train_flags(values: Flags) -> None:
     scenes = ", ".join(SCENES)
     define_path(values, "scene", "bricks", f"One of {scenes}; or the path of a folder of views or a ray table.")
     define_preset(values, PRESET_HELP, gpu="base")
-    define_path(values, "data_dir", None, "Folder that holds the scene, looked at first.")
+    define_path(values, "data_dir", None, "The folder of the scene, or one that contains it.")
     _define_fields(values, SceneConfig, _SCENE_FLAGS)
     define_loop_flags(
         values, workdir="runs/<scene>", config=lambda values: PRESETS.get(values.preset, PRESETS["small"])
@@ -197,34 +197,32 @@ def define_loop_flags(values: Flags, *, workdir: str, config: Callable[[Flags], 
 
     workdir: the default, in words. config: gives the config before any flag but --preset, whose fields --help lists.
     """
-    define_path(values, "workdir", None, f"Where everything is written; {workdir} if not given.")
+    define_path(values, "workdir", None, f"Folder of the run; {workdir} by default.")
     _define_fields(values, LoopConfig, _LOOP_FLAGS)
     flags.DEFINE_flag(_OverrideFlag(config), values)
-    flags.DEFINE_bool("restart", False, "Throw away what the workdir holds and train anew.", flag_values=values)
+    flags.DEFINE_bool("restart", False, "Delete the run in the workdir and train from scratch.", flag_values=values)
     text = (
-        "Train a run on with a larger budget. Its learning rates are then those of the new budget from where the run "
-        "stands, so a rate that had decayed rises again."
+        "Continue a run with a larger budget. Its learning-rate schedule is then that of the new budget, entered where "
+        "the run stands, so a rate that had decayed rises again."
     )
     flags.DEFINE_bool("extend", False, text, flag_values=values)
 
 
 def define_workdir_flags(values: Flags) -> None:
     """The flags of the commands that read a trained workdir."""
-    define_path(values, "workdir", None, "Of the training run.")
-    define_path(values, "data_dir", None, "Folder that holds the scene, if it has moved.")
+    define_path(values, "workdir", None, "Folder of the training run.")
+    define_path(values, "data_dir", None, "Folder to read the scene from, if it has moved.")
 
 
 def define_evaluation_flags(values: Flags) -> None:
     """The flags of everything that evaluates."""
     splits = ["auto", "test", "val", "train", "held-out"]
-    text = "auto is test, else val, else the views that are held out."
+    text = "Split to evaluate; auto is test, else val, else the held-out views."
     flags.DEFINE_enum("eval_split", "auto", splits, text, flag_values=values)
     flags.DEFINE_integer(
         "eval_views", 0, "Evaluate this many evenly spaced views; 0 is all.", lower_bound=0, flag_values=values
     )
-    flags.DEFINE_enum(
-        "background", "white", ["white", "black"], "Behind transparent pixels, in evaluation.", flag_values=values
-    )
+    flags.DEFINE_enum("background", "white", ["white", "black"], "Background colour in evaluation.", flag_values=values)
 
 
 def define_render_flags(values: Flags) -> None:
@@ -235,11 +233,13 @@ def define_render_flags(values: Flags) -> None:
     flags.DEFINE_integer(
         "frames", 0, "Frames of the orbit, or evenly spaced poses of the split; 0 is 60, or all.", 0, flag_values=values
     )
-    flags.DEFINE_integer("width", 0, "Of a frame in pixels; 0 keeps the shape of the images.", 0, flag_values=values)
-    flags.DEFINE_integer("height", 0, "Likewise.", 0, flag_values=values)
+    flags.DEFINE_integer(
+        "width", 0, "Of a frame, in pixels; 0 follows from --height or the images.", 0, flag_values=values
+    )
+    flags.DEFINE_integer("height", 0, "Likewise, from --width.", 0, flag_values=values)
     flags.DEFINE_float("fps", 20.0, "Frames per second of the animation.", 0.1, 50.0, flag_values=values)
     flags.DEFINE_enum("animation", "gif", ["gif", "webp"], "Format of the animation.", flag_values=values)
-    flags.DEFINE_enum("background", "white", ["white", "black"], "Behind what is transparent.", flag_values=values)
+    flags.DEFINE_enum("background", "white", ["white", "black"], "Background colour.", flag_values=values)
 
 
 def train_config(values: Flags) -> NerfConfig:

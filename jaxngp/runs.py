@@ -115,7 +115,7 @@ class TrainingRun:
 def training_in(
     workdir: Path | str, config: RunConfig, *, data: Split | None = None, restart: bool = False, extend: bool = False
 ) -> Iterator[TrainingRun]:
-    """Within the block this process alone trains in the workdir, whose config.json is `config`.
+    """Lock the workdir for training and write config.json; yields the run.
 
     data: the views that a NeRF learns from, for scene.json. By them a run is recognised whose scene has moved, and a
     change of what it is trained on is warned of. restart: remove what a run left there. extend: a run that is there
@@ -131,7 +131,10 @@ def training_in(
         changes = changed(before, scene["fingerprint"]) if data and before else None
         check_same_config(workdir, config, extend=extend, same_data=bool(data and before and not changes))
         if changes:
-            warn(f"{workdir} holds a run that was trained on other data: {changes}. It goes on with what is there now")
+            warn(
+                f"{workdir} holds a run that was trained on other data: {changes}. It continues on the current data; "
+                "--restart trains from scratch"
+            )
         if data:
             write_json(workdir / "scene.json", scene)
         write_json(workdir / "config.json", to_plain(config))
@@ -152,12 +155,12 @@ def check_same_config(workdir: Path, config: RunConfig, *, extend: bool = False,
     if changes:
         raise InputError(
             f"{workdir} holds a run with another config ({'; '.join(changes)}): give another --workdir, "
-            "or --restart to throw that run away"
+            "or --restart to delete that run"
         )
     if budget and not extend:
         raise InputError(
             f"{workdir} holds a run with another budget ({'; '.join(budget)}): give --extend to train it on with the "
-            "learning rates of the new budget, another --workdir, or --restart to throw that run away"
+            "learning rates of the new budget, another --workdir, or --restart to delete that run"
         )
 
 
@@ -177,7 +180,7 @@ def _describe(data: Split) -> dict[str, Any]:
 
 
 def remove_pictures(workdir: Path) -> None:
-    """Remove PICTURES, and their folder where nothing else is in it: by such a name a user may have one of his own."""
+    """Remove PICTURES, and their folder if it is then empty: it may contain files of the user."""
     folder = workdir / "pictures"
     for name in PICTURES:
         (folder / name).unlink(missing_ok=True)
@@ -196,17 +199,17 @@ def clear(workdir: Path) -> None:
 
 @contextlib.contextmanager
 def _sole_training(workdir: Path) -> Iterator[None]:
-    """Within the block no other process gets into one of its own. Raises InputError where another is in it already.
+    """Hold the workdir's training lock. Raises InputError if another process holds it.
 
-    By a lock on the file `.lock`, which the system gives back however the process ends. Where the system or the file
-    system has no such locks, nothing is refused.
+    A lock on the file `.lock`, released by the operating system however the process ends. Where the
+    platform or the file system has no locks, nothing is refused.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / ".lock").open("a+", encoding="utf-8") as file:
         if not _lock(file.fileno()):
             file.seek(0)
             raise InputError(
-                f"{workdir}: another training is running in it (process {file.read().strip() or 'unknown'}); wait for "
+                f"{workdir}: another process is training in it (process {file.read().strip() or 'unknown'}); wait for "
                 "it, end it, or give another --workdir"
             )
         file.truncate(0)
@@ -261,7 +264,7 @@ class Run:
         camera: a single one, such as `run.cameras[0]`. pose (3, 4): c2w in scene units, instead of the camera's own.
         """
         if not isinstance(self.config, NerfConfig):
-            raise InputError(f"{self.workdir} holds no radiance field: call its field(position) instead")
+            raise InputError(f"{self.workdir} is not a run of a radiance field: call run.field(position) instead")
         camera = camera if pose is None else camera.replace(c2w=jnp.asarray(pose, jnp.float32))  # type: ignore[attr-defined]
         colour = jnp.full(3, COLOURS[background], jnp.float32)
         return render_view(self.field, camera, self.occupancy, colour, sampler=self.config.sampler)
@@ -285,16 +288,18 @@ def _read_cameras(path: Path) -> Cameras | None:
         arrays: Any = [np.asarray(plain[name], np.int32 if name == "size" else np.float32) for name in names]
         return Cameras(*arrays)
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}; it was edited: train anew, or restore it") from None
+        raise InputError(f"{path}: {error}; the file was edited: restore it, or train from scratch") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); restore it, or train anew with --restart") from None
+        raise InputError(
+            f"{path}: cannot be read ({error}); restore it, or train from scratch with --restart"
+        ) from None
     if not isinstance(plain, dict):
-        raise InputError(f"{path}: expected a JSON object; restore it, or train anew with --restart")
+        raise InputError(f"{path}: expected a JSON object; restore it, or give --restart")
     return plain
 
 
@@ -311,6 +316,6 @@ def read_config(workdir: Path, kind: type | None = None) -> Any:
         return from_json(path.read_text(encoding="utf-8"), found)
     except (InputError, OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path}: {error}; it was written by another version or edited: give another --workdir, or train anew "
-            "with --restart"
+            f"{path}: {error}; it was written by another version or edited: give another --workdir, or --restart to "
+            "delete that run"
         ) from None

@@ -6,7 +6,7 @@
 
 Reports the PSNR over all pixels, the bits per pixel of the parameters and of the file, and how the PSNR grew over the
 seconds of training; writes the reconstruction and the error beside the truth, with a part of them enlarged. The same
-command goes on where an interrupted run stopped; of a finished run it evaluates again.
+command goes on where an interrupted run stopped; a finished run is only evaluated again.
 
 PNG, JPEG, TIFF, WebP, BMP and .npy are read as they are, .exr with `pip install .[image]`. An image that is larger than
 --hold allows stays on disk, and only the pixels that are drawn are read.
@@ -131,7 +131,7 @@ def hold(image: StoredImage, where: str) -> ImagePixels | StoredImage:
     return image if image.pixels.nbytes > limit else ImagePixels(default_placement().put(jnp.asarray(image.pixels)))
 
 
-# How good it is. Values are sRGB, clipped to [0, 1] as a screen does: of an HDR image, too, the PSNR is of that.
+# How good it is. Values are sRGB, clipped to [0, 1] as on a screen, also for HDR images.
 
 
 @functools.partial(jax.jit, static_argnames=("width", "height"))
@@ -288,8 +288,8 @@ def define_flags(values: flags.Flags) -> None:
         "hold",
         "auto",
         ["auto", "device", "host"],
-        "Where the image is: on the device, or on the host, from which the pixels of each step are fetched; auto holds "
-        "on the device what takes up to 256 MB on a CPU and a quarter of a GPU's memory. What is learned is the same.",
+        "Keep the image on the device, or on the host and fetch the pixels of each step; auto keeps up to 256 MB on a "
+        "CPU's and a quarter of a GPU's memory. The result is the same.",
         flag_values=values,
     )
     flags.define_loop_flags(

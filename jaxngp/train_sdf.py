@@ -5,8 +5,8 @@
     python -m jaxngp.train_sdf --shape=torus --preset=paper
 
 Reports the share of the solid's volume that is right (IoU), how far its surface lies from the true one (Chamfer) and
-by what angle it is turned (normals); draws it by sphere tracing, and extracts a mesh. The same command goes on where an
-interrupted run stopped; of a finished run it evaluates again.
+how far its normals are off; renders it by sphere tracing, and extracts a mesh. The same command goes on where an
+interrupted run stopped; a finished run is only evaluated again.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ EYE = 1.9  # scene units from the middle of the cube
 _SMALL = SdfConfig(
     field=PointFieldConfig(
         encoding=HashGridConfig(num_levels=8, num_features=4, table_size=2**16, max_resolution=1024),
-        use_bias=True,  # without one, all that is close to the surface tends to become 0, and has no side
+        use_bias=True,  # without biases the output near the surface collapses to 0 and loses its sign
     ),
     optimizer=OptimizerConfig(learning_rate=1e-3, decay=CosineDecay()),
     train=SdfTrainConfig(max_steps=10**7, max_seconds=60.0, num_points=2**14),

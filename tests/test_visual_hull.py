@@ -461,7 +461,7 @@ def ball_views() -> PosedImages:
 
 
 def test_all_pixels_are_drawn_without_carving() -> None:
-    """And without clear pixels, where the views see a quarter of the cube or more; else rays that miss it are left out."""
+    """And without clear pixels, where the views see a quarter of the cube or more; else rays may miss it."""
     images = ball_views()
     opaque = replace(images, rgba=np.full_like(images.rgba, 255))
     total = len(images.rgba)

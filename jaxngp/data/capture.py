@@ -40,7 +40,7 @@ class Capture:
     cameras: Cameras | None = None  # (V,) numpy, c2w and intrinsics f64, size that of the image file; None likewise
     has_alpha: tuple[bool, ...] = ()  # of each image
     rays: tuple[RayRows, ...] = ()
-    unusual: tuple[str, ...] = ()  # a sentence about each thing that the user may not expect
+    unusual: tuple[str, ...] = ()  # one sentence per oddity of the input
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What looks wrong about a scene's views though nothing is invalid: each in a sentence, with what to do about it."""
+"""Dataset checks: warnings about views that are valid but probably not what was intended, each with a remedy."""
 
 from __future__ import annotations
 
@@ -94,6 +94,6 @@ def _coinciding(training: PosedImages, evaluation: PosedImages, name: str) -> st
     if not any(same):
         return None
     return (
-        f"{sum(same)} of the {len(same)} {name} views have the pose of a training view: their PSNR says how "
-        "well views are remembered, not how well new ones are predicted"
+        f"{sum(same)} of the {len(same)} {name} views have the pose of a training view: their PSNR "
+        "measures memorisation, not generalisation"
     )

@@ -1,4 +1,4 @@
-"""A training run as a generator: it yields every few steps, and whoever iterates decides what to do then."""
+"""A training run as a generator: it yields every few steps, and the caller decides what happens in between."""
 
 from __future__ import annotations
 
@@ -139,8 +139,8 @@ def _diagnosis(progress: Progress, skipped: int) -> str:
     rate = progress.config.optimizer.learning_rate
     return (
         f"step {progress.step}: the last {skipped} updates were skipped, since the loss ({progress.metrics.loss:.3g}) "
-        f"or its gradient was non-finite; the largest parameter is {largest:.3g}. The last checkpoint stands. "
-        f"Train anew with a lower optimizer.learning_rate than {rate:g}, by --override"
+        f"or its gradient was non-finite; the largest parameter is {largest:.3g}. The last checkpoint is intact. "
+        f"Train from scratch with a lower optimizer.learning_rate than {rate:g}, by --override"
     )
 
 
@@ -171,7 +171,7 @@ def _dispatch(progress: Progress, programs: Programs) -> Progress:
 
 
 def _mean(parts: Sequence[tuple[int, StepMetrics]]) -> StepMetrics:
-    """The mean over steps of means over so many of them each."""
+    """Average of means, weighted by the number of steps of each."""
     if len(parts) == 1:
         return parts[0][1]
     numbers, metrics = zip(*parts, strict=True)

@@ -53,7 +53,7 @@ class RaySource(Protocol):
 
 @struct.dataclass
 class PixelBatch:
-    """R pixels: whose they are, where they lie, and rgba (R, 4) f32 in [0, 1], colour not multiplied by alpha."""
+    """R pixels: their view, centre coordinates and rgba (R, 4) f32 in [0, 1], colour not multiplied by alpha."""
 
     view: jax.Array  # (R,) i32, a view, or a row of a ray table
     xy: jax.Array  # (R, 2) f32 px
@@ -81,7 +81,7 @@ class NerfMetrics:
     occupied_fraction: jax.Array  # of the grid's cells
 
     def headline(self) -> str:
-        """How good the fit is, for a person who watches."""
+        """Quality of the fit in one phrase, for the progress bar."""
         return f"PSNR {float(self.psnr):.2f} dB"
 
 
@@ -149,7 +149,7 @@ def nerf_loss(
     *,
     config: NerfConfig,
 ) -> tuple[jax.Array, NerfMetrics]:
-    """The mean loss over the rays whose samples fit, each before its own background, and what happened on the way.
+    """The mean loss over the rays whose samples fit, each over its own background, and the metrics of the step.
 
     Differentiable in the field's parameters, and in the poses and intrinsics of `source` where it is `Cameras`.
     """
@@ -244,7 +244,7 @@ def compile_programs(state: TrainState, data: TrainingData, config: NerfConfig) 
     """The programs of a run. Raises InputError where there are too many pixels, or no camera sees the scene's box.
 
     They compile in threads: XLA compiles several programs at once, and while it does Python traces the next. The
-    visual hull is also computed while the others compile; training waits for what is left of it when they are done.
+    visual hull is computed while the other programs compile.
     """
     if data.num_pixels >= 2**31:
         raise InputError(f"the views have {data.num_pixels} pixels, and 2^31 are too many: give a --downscale")
@@ -287,7 +287,7 @@ def _check_candidates(grid: OccupancyGrid) -> None:
         )
 
 
-# What looks wrong about a run as it goes.
+# Training warnings.
 
 FEW_RAYS = 0.15
 """Of those drawn; a well-configured run ends far above it."""
@@ -298,13 +298,13 @@ def training_warnings(metrics: NerfMetrics, *, step: int, finished: bool, config
     found = {}
     if float(metrics.occupied_fraction) == 0:
         found["empty"] = (
-            f"step {step}: the occupancy grid is empty, so nothing is sampled and nothing can be learned any more. "
-            "Train anew with a lower optimizer.learning_rate or sampler.occupancy.threshold, by --override"
+            f"step {step}: the occupancy grid is empty, so no samples are taken and training cannot recover. "
+            "Train from scratch with a lower optimizer.learning_rate or sampler.occupancy.threshold, by --override"
         )
     used = float(metrics.rays) / config.train.num_rays
     if finished and isinstance(config.sampler, MarchConfig) and used < FEW_RAYS:
         found["dropped"] = (
             f"only {used:.0%} of the rays drawn in the last steps fitted the sample buffer, and the others were "
-            "marched for nothing: raise sampler.num_samples or lower train.num_rays, by --override"
+            "wasted: raise sampler.num_samples or lower train.num_rays, by --override"
         )
     return found

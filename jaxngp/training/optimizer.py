@@ -10,7 +10,7 @@ from jaxngp.config import CosineDecay, OptimizerConfig, StepDecay
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Adam at learning rate 1 (paper section 4): `updates.take_step` scales its updates.
+    """Adam at learning rate 1 (paper section 4): `step.apply_gradient` scales its updates.
 
     L2 on the MLP weights is added to the gradient before Adam, as tiny-cuda-nn does; the hash table gets none, for
     pulling rarely visited entries to zero costs quality.

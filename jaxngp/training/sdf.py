@@ -59,7 +59,7 @@ class SdfMetrics:
     skipped: jax.Array  # 1 where the update was skipped because loss or gradient was non-finite
 
     def headline(self) -> str:
-        """How good the fit is, for a person who watches."""
+        """Quality of the fit in one phrase, for the progress bar."""
         return f"error {float(self.error):.2e}"
 
 

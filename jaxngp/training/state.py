@@ -1,4 +1,4 @@
-"""All that a training run is at one moment."""
+"""The complete state of a training run."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class StepMetrics(Protocol):
     skipped: jax.Array  # 1 where the update was skipped because loss or gradient was non-finite
 
     def headline(self) -> str:
-        """How good the fit is, for a person who watches."""
+        """Quality of the fit in one phrase, for the progress bar."""
         ...
 
 
@@ -94,7 +94,7 @@ def repeat_steps(
 
     The number is an argument, so that one program serves the last, shorter call of a training too. A CPU stops there.
     Elsewhere all max_steps rounds run, so that the host need not be asked before each whether there is another, and
-    those beyond leave everything as it was.
+    rounds past the last step keep the state unchanged.
     """
     num_steps = jnp.minimum(num_steps, max_steps)
     rounds = by_device(num_steps, cpu=lambda n: n, gpu=lambda _: jnp.int32(max_steps))
