@@ -67,7 +67,7 @@ def test_documented_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for block in blocks(page, "python"):
             exec(block, names)  # our own documentation
     shapes = {"features": (1000, 32), "slopes": (1000, 3), "picture": (16, 16, 3), "slope": (3, 4), "colour": (1, 3)}
-    shapes |= {"pose_gradient": (len(views.views), 3, 4), "both": (2, 16 * 16, 3), "distance": (1,)}
+    shapes |= {"pose_gradient": (len(views.views), 3, 4), "both": (2, 16 * 16, 3), "distance": (1000,)}
     for name, shape in shapes.items():
         assert names[name].shape == shape, name
         assert np.all(np.isfinite(names[name])), name
