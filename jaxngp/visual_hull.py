@@ -50,8 +50,8 @@ def pixel_set(flags: jax.Array) -> PixelSet:
 def visual_hull(images: PosedImages, *, config: OccupancyConfig) -> tuple[jax.Array, PixelSet]:
     """`candidate_cells`, and the pixels to draw from.
 
-    Those are all pixels, or, if carving, those whose ray may meet a candidate. The others have no sample and no
-    gradient, whatever is learned, so leaving them out changes the objective by nothing but a constant factor.
+    Those are all pixels, or, with `config.carve`, those whose ray may meet a candidate. The others have no sample and
+    no gradient, whatever the field, so leaving them out changes the objective by nothing but a constant factor.
     """
     candidates = candidate_cells(images, config=config)
     everywhere = jnp.ones(len(images.rgba), bool)
@@ -66,7 +66,7 @@ def visual_hull(images: PosedImages, *, config: OccupancyConfig) -> tuple[jax.Ar
 
 
 def candidate_cells(images: PosedImages, *, config: OccupancyConfig) -> jax.Array:
-    """(K, G^3) bool: the cells that at least one camera sees and, if carving, that no silhouette excludes.
+    """(K, G^3) bool: the cells that at least one camera sees and, with `config.carve`, that no silhouette excludes.
 
     A view excludes a cell whose footprint lies inside its image and has alpha 0 everywhere: light through those
     pixels met nothing, so the cell holds nothing. Views whose pixels are all opaque exclude nothing.
@@ -79,7 +79,7 @@ def candidate_cells(images: PosedImages, *, config: OccupancyConfig) -> jax.Arra
     seen, excluded = _look(images, np.flatnonzero(first), cell, jnp.int32(cells.num_cells), (none, none), config)
     found = seen & ~excluded
     if not first.all():
-        # A cell is settled when it is excluded; without carving, already when it is seen.
+        # A cell is settled when it is excluded; without `carve`, already when it is seen.
         unsettled = ~(excluded if config.carve else seen)
         cell = jnp.nonzero(unsettled, size=cells.num_cells, fill_value=0)[0].astype(jnp.int32)
         count = jnp.sum(unsettled, dtype=jnp.int32)

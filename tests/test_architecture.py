@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 # A module imports only modules of earlier lines, or of its own subpackage. Subpackages count as one.
 LAYERS = (
     "config",
-    "cameras device images hashing compositing losses metrics",
-    "encodings occupancy",
+    "presets cameras device images hashing losses metrics records",
+    "bitsets compositing encodings occupancy pictures",
     "visual_hull",
     "fields marching",
     "tracing",
@@ -23,8 +23,11 @@ LAYERS = (
     "rendering",
     "data",
     "training",
+    "console",
+    "checkpoints evaluation",
+    "runs",
     "flags",
-    "train evaluate render",
+    "train train_image train_sdf evaluate render",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 ENTRYPOINTS = frozenset(LAYERS[-1].split())

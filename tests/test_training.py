@@ -155,8 +155,8 @@ def test_a_run_counts_its_samples_and_seconds(whole_run: dict[str, Any]) -> None
 
 def test_the_grid_keeps_the_ball_and_nothing_that_a_silhouette_excludes(whole_run: dict[str, Any]) -> None:
     grid = whole_run["final"].state.occupancy
-    flags = np.unpackbits(np.asarray(grid.occupied, "<u4").view(np.uint8), bitorder="little").astype(bool)
-    candidates = np.asarray(candidate_cells(ball_views(), config=CONFIG.sampler.occupancy))
+    flags = np.unpackbits(np.asarray(grid.occupied, "<u4").reshape(-1).view(np.uint8), bitorder="little").astype(bool)
+    candidates = np.asarray(candidate_cells(ball_views(), config=CONFIG.sampler.occupancy)).reshape(-1)
     assert not flags[~candidates].any()
     centre = (np.indices((32,) * 3).reshape(3, -1)[::-1].T + 0.5) / 32
     distance = np.linalg.norm(centre - BALL.centre, axis=1)

@@ -158,7 +158,7 @@ def test_opaque_images_exclude_only_unseen_cells() -> None:
         np.testing.assert_array_equal(found[certain], seen[certain])
 
 
-def test_without_carving_silhouettes_exclude_nothing() -> None:
+def test_without_carve_silhouettes_exclude_nothing() -> None:
     c2w = poses_around(4, 1.5)
     images = blank_views(make_camera(WIDTH, HEIGHT, 60.0, c2w))
     seen, certain = seen_by_any(60.0, c2w)
@@ -435,7 +435,7 @@ def test_no_pixels_far_from_all_candidates_are_drawn() -> None:
 
 @pytest.mark.parametrize("num_cascades", [1, 2])
 def test_pixels_left_out_have_no_step_in_a_candidate(num_cascades: int) -> None:
-    """Which is why they may be left out: no sample, whatever the jitter and whatever has been learned."""
+    """Which is why they may be left out: no sample, whatever the jitter and the field."""
     images = ball_views()
     config = replace(CONFIG, num_cascades=num_cascades)
     cells, pixels = hull(images, config=config)
@@ -460,8 +460,8 @@ def ball_views() -> PosedImages:
     return photograph(BALL, make_camera(WIDTH, HEIGHT, 60.0, poses_around(9, 1.8)))
 
 
-def test_all_pixels_are_drawn_without_carving() -> None:
-    """And without clear pixels, where the views see a quarter of the cube or more; else rays may miss it."""
+def test_all_pixels_are_drawn_without_carve() -> None:
+    """And without clear pixels, where the views see a quarter of the cube or more; else rays past it are left out."""
     images = ball_views()
     opaque = replace(images, rgba=np.full_like(images.rgba, 255))
     total = len(images.rgba)
