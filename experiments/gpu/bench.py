@@ -64,12 +64,13 @@ class Sizes:
     poses: int = 5
     psnr_seconds: tuple[float, ...] = (2.0, 5.0, 15.0, 60.0)
     image_size: int = 2**13
-    table_size: int = 2**24  # at most, of the fields of an image and of a distance
+    num_levels: int = 16  # of the fields of an image and of a distance, and at most:
+    table_size: int = 2**24
     num_points: int = 2**18  # that these learn from in a step
     rows: int = 2**22  # of a table, in one round of a ceiling
 
 
-TOY = Sizes(32, (64, 36), 1, (0.2,), 2**6, 2**14, 2**10, 2**12)
+TOY = Sizes(32, (64, 36), 1, (0.2,), 2**6, 2, 2**14, 2**10, 2**12)
 TOY_OVERRIDES = (
     *("field.encoding.num_levels=2", "field.encoding.table_size=2**10", "field.encoding.max_resolution=64"),
     *("field.hidden_width=16", "field.colour_layers=1", "train.num_rays=2**7", "train.steps_per_dispatch=4"),
@@ -294,11 +295,12 @@ def other_tasks(bench: Bench) -> Iterator[Row]:
     image, sdf = train_image.default_config(grid, on_cpu=False), train_sdf.PRESETS["paper"]
     tasks: dict[str, tuple[Any, Any]] = {"image": (image, pixels), "sdf": (sdf, samples)}
     for name, (config, data) in tasks.items():
-        table_size = min(config.field.encoding.table_size, sizes.table_size)
-        field = replace(config.field, encoding=replace(config.field.encoding, table_size=table_size))
-        config = replace(config, field=field, train=replace(config.train, num_points=sizes.num_points))
+        grid = config.field.encoding
+        grid = replace(grid, num_levels=sizes.num_levels, table_size=min(grid.table_size, sizes.table_size))
+        limits = replace(config.train, num_points=sizes.num_points)
+        config = replace(config, field=replace(config.field, encoding=grid), train=limits)
         progress, ms = run_training(config, data, sizes.steps)
-        row = {"task": name, "points a step": sizes.num_points, "table": table_size, "ms a step": ms}
+        row = {"task": name, "points a step": sizes.num_points, "table": grid.table_size, "ms a step": ms}
         yield {**row, "compiled in s": progress.compile_seconds}
 
 
