@@ -435,7 +435,7 @@ FAULTS = [
     ),
     *faults(
         "training.image",
-        "points",
+        "image_training",
         same_points_every_step=wrap("draw_taps", lambda call, step: call(step=0 * step)),
         pixels_transposed=wrap("ImagePixels.values", lambda call, taps: call(taps=_transposed(taps))),
         one_batch_for_all_steps=rewrite("image_steps", "a[i]", "a[0]"),
@@ -444,7 +444,7 @@ FAULTS = [
     ),
     *faults(
         "training.sdf",
-        "points",
+        "sdf_training",
         all_points_off_the_surface=rewrite("draw_batches", "data.surface[on]", "data.position[on]"),
         distance_of_another_point=rewrite("draw_batches", "data.distance[off]", "data.distance[on]"),
     ),
