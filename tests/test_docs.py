@@ -58,8 +58,7 @@ def test_documented_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(PRESETS, "small", TINY)
     views = load_training(TINY.scene)
-    with runs.training_in("runs/bricks", TINY) as run:
-        runs.note_data(run.workdir, views)
+    with runs.training_in("runs/bricks", TINY, data=views) as run:
         for progress in train(TINY, views.images):
             run.record(progress)
     names: dict[str, Any] = {}
