@@ -398,8 +398,11 @@ def main(values: flags.Flags) -> None:
     config = apply_overrides(replace(PRESETS[values.preset], scene=scene), overrides)
     if not isinstance(config.sampler, MarchConfig):
         raise InputError(f"--preset={values.preset} does not march, and this times marching: try base")
-    sizes = TOY if values.toy else Sizes()
-    bench = Bench(config, sizes, load_training(scene).images, load_evaluation(scene, num_views=values.eval_views))
+    images = load_training(scene).images
+    if not isinstance(images, PosedImages):
+        raise InputError(f"{scene.name} is a ray table: this needs views")
+    evaluation = load_evaluation(scene, num_views=values.eval_views)
+    bench = Bench(config, TOY if values.toy else Sizes(), images, evaluation)
     chosen = {name: section for name, section in SECTIONS.items() if name in values.sections}
     notes = run_sections(chosen, bench, Path(values.output), budget=values.budget)
     if any(note.startswith("failed") for note in notes.values()):

@@ -142,7 +142,8 @@ def configs() -> dict[str, RunConfig]:
 
 def programs_of(config: RunConfig) -> dict[str, Program]:
     """What a GPU runs in learning and showing what a config describes."""
-    return {NerfConfig: nerf_programs, ImageConfig: image_programs, SdfConfig: sdf_programs}[type(config)](config)
+    tasks: dict[type, Any] = {NerfConfig: nerf_programs, ImageConfig: image_programs, SdfConfig: sdf_programs}
+    return tasks[type(config)](config)
 
 
 def nerf_programs(config: NerfConfig) -> dict[str, Program]:

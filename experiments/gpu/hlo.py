@@ -169,7 +169,7 @@ def _streamed(module: Module, computation: Computation, instruction: Instruction
     if "__cublas" in instruction.attributes and len(results) > 1 and results[-1].dtype == "s8":
         results = results[:-1]  # the workspace
     operands = [computation[name] for name in dict.fromkeys(instruction.operands)]
-    return sum(part.num_bytes for part in (*results, *operands))
+    return sum(array.num_bytes for array in results) + sum(operand.num_bytes for operand in operands)
 
 
 def _streamed_by_fusion(fused: Computation) -> int:
