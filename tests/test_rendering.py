@@ -316,4 +316,4 @@ def test_both_formulations_render_the_same(render: str) -> None:
             # A function of its own, for jax keeps what it traced for one it has seen.
             outs.append(jax.jit(lambda *args, c=call: c(*args))(*args)[0])
     assert np.ptp(np.asarray(outs[0].opacity)) > 0.2
-    assert_close(*outs, atol=2e-5)
+    assert_close(outs[0], outs[1], atol=2e-5)

@@ -142,6 +142,7 @@ def test_an_opened_run_renders_what_training_would(trained: tuple[Path, Progress
         colour = jnp.full(3, background, jnp.float32)
         return render_view(progress.field, camera, progress.state.occupancy, colour, sampler=progress.config.sampler)
 
+    assert opened.cameras is not None
     assert_equal_trees(opened.render(opened.cameras[1]), expected(camera, 1.0))
     assert_equal_trees(opened.render(camera, pose, background="black"), expected(camera.replace(c2w=pose), 0.0))
 
