@@ -68,7 +68,7 @@ def test_every_point_has_a_density_and_a_colour(config: FieldConfig) -> None:
 
 
 @every_config
-def test_parameters_have_the_shapes_that_the_config_says(config: FieldConfig) -> None:
+def test_parameters_have_the_shapes_of_the_config(config: FieldConfig) -> None:
     params = init_params(jax.random.key(0), config=config)
     assert params["encoding"]["table"].shape == (hashing.level_offsets(config.encoding)[-1], 2)
     directions = 3 + 6 * 2 if config.direction_encoding == "frequency" else 2**2
@@ -150,7 +150,7 @@ def test_a_table_too_small_for_float16_is_refused() -> None:
         replace(HALF, encoding=replace(TINY_FIELD.encoding, init_scale=2e-8))
 
 
-def test_the_half_table_is_clipped_and_only_where_asked() -> None:
+def test_the_half_table_is_clipped_where_asked() -> None:
     huge = {"encoding": {"table": jnp.array([[1e9, -1e9]])}}
     np.testing.assert_array_equal(fields.make_half_table(huge, config=HALF), [[65504, -65504]])
     assert fields.make_half_table(huge, config=TINY_FIELD) is None

@@ -233,7 +233,7 @@ def test_the_loss_is_the_mean_squared_error() -> None:
     assert metrics.samples == CONFIG.train.num_points
 
 
-def test_steps_that_draw_a_non_finite_pixel_are_skipped() -> None:
+def test_steps_that_draw_a_nan_pixel_are_skipped() -> None:
     pixels = picture().pixels.astype(np.float32) / 255
     pixels[3, 5] = np.nan
     config = replace(CONFIG, train=replace(CONFIG.train, max_steps=40))

@@ -66,7 +66,7 @@ class Run:
 
 
 @given(configs)
-def test_of_a_budget_of_steps_each_has_the_rate_of_its_number_however_dispatched(config: NerfConfig) -> None:
+def test_rates_follow_the_step_however_dispatched(config: NerfConfig) -> None:
     total = config.train.max_steps
     run = Run(config)
     expected = learning_rate(np.arange(total), np.arange(total) / total, config=config.optimizer)
@@ -75,7 +75,7 @@ def test_of_a_budget_of_steps_each_has_the_rate_of_its_number_however_dispatched
 
 
 @given(configs)
-def test_the_grid_is_refreshed_after_each_dispatch_in_which_so_many_steps_were_completed(config: NerfConfig) -> None:
+def test_the_grid_is_refreshed_at_its_interval(config: NerfConfig) -> None:
     every = config.sampler.occupancy.refresh_every
     run = Run(config)
     expected = [b for a, b in itertools.pairwise(run.ends) if any(step % every == 0 for step in range(a + 1, b + 1))]
@@ -83,7 +83,7 @@ def test_the_grid_is_refreshed_after_each_dispatch_in_which_so_many_steps_were_c
 
 
 @given(configs, st.integers(1, 30))
-def test_of_a_budget_of_seconds_the_rates_are_those_of_the_share_that_is_spent(config: NerfConfig, limit: int) -> None:
+def test_rates_follow_the_share_of_seconds_spent(config: NerfConfig, limit: int) -> None:
     """A clock that is a second further at every look: two looks for what is dispatched together."""
     config = replace(config, train=replace(config.train, max_steps=10**6, max_seconds=float(limit)))
     run = Run(config, seconds_a_look=1.0)

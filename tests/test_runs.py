@@ -168,9 +168,7 @@ def ball_samples(count: int = 128) -> DistanceSamples:
 
 
 @pytest.mark.parametrize("kind", ["image", "sdf"])
-def test_a_run_without_views_has_a_field_and_no_picture(
-    kind: str, trained: tuple[Path, Progress, Split], tmp_path: Path
-) -> None:
+def test_a_run_without_views_has_no_pictures(kind: str, trained: tuple[Path, Progress, Split], tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 12, 3), np.uint8)
     config, data = (IMAGE, ImagePixels(jnp.asarray(pixels))) if kind == "image" else (SDF, ball_samples())
     progress = learn(tmp_path, config, data)

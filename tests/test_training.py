@@ -115,7 +115,7 @@ def test_a_run_ends_exactly_at_its_last_step(whole_run: dict[str, Any]) -> None:
     )
 
 
-def test_every_program_is_compiled_once_before_the_first_step(whole_run: dict[str, Any]) -> None:
+def test_programs_are_compiled_once_before_step_one(whole_run: dict[str, Any]) -> None:
     before, *_, after = whole_run["compiled"]
     for name in ("nerf_steps", "refresh_occupancy", "hull_of_views"):
         assert sum(count for function, count in before.items() if name in function) == 1, before
@@ -153,7 +153,7 @@ def test_a_run_counts_its_samples_and_seconds(whole_run: dict[str, Any]) -> None
         assert 0 < progress.metrics.occupied_fraction < 1
 
 
-def test_the_grid_keeps_the_ball_and_nothing_that_a_silhouette_excludes(whole_run: dict[str, Any]) -> None:
+def test_the_grid_keeps_the_ball_within_its_hull(whole_run: dict[str, Any]) -> None:
     grid = whole_run["final"].state.occupancy
     flags = np.unpackbits(np.asarray(grid.occupied, "<u4").reshape(-1).view(np.uint8), bitorder="little").astype(bool)
     candidates = np.asarray(candidate_cells(ball_views(), config=CONFIG.sampler.occupancy)).reshape(-1)
@@ -165,7 +165,7 @@ def test_the_grid_keeps_the_ball_and_nothing_that_a_silhouette_excludes(whole_ru
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "base", "small", "hundred_lines"])
-def test_a_run_of_any_preset_goes_on_from_any_checkpoint_bit_for_bit(preset: str, tmp_path: Path) -> None:
+def test_any_preset_resumes_bit_for_bit(preset: str, tmp_path: Path) -> None:
     """Its samplers, precision, optimiser and all, with a field that compiles in a moment."""
     whole = PRESETS[preset]
     field = replace(whole.field, encoding=replace(TINY_GRID, num_levels=1), hidden_width=8, colour_layers=1)
@@ -191,7 +191,7 @@ def test_a_run_of_any_preset_goes_on_from_any_checkpoint_bit_for_bit(preset: str
 PRESET_STOPS = {"paper": 4, "base": 8, "small": 20, "hundred_lines": 7}
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole_run: dict[str, Any]) -> None:
+def test_a_resumed_run_is_the_same_bit_for_bit(whole_run: dict[str, Any]) -> None:
     with Checkpoints(whole_run["workdir"]) as checkpoints:
         resumed = checkpoints.restore(CONFIG)
     assert resumed is not None
@@ -212,7 +212,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole_run: dict[str,
 # States.
 
 
-def test_equal_seeds_give_equal_states_and_other_seeds_others() -> None:
+def test_a_run_depends_on_the_seed_alone() -> None:
     first, again, other = (init_state(seed, config=CONFIG) for seed in (0, 0, 1))
     assert_equal_bits(first, again)
     for a, b in zip(jax.tree.leaves(first.params), jax.tree.leaves(other.params), strict=True):
@@ -228,7 +228,7 @@ def test_no_two_arrays_of_a_state_share_a_buffer(seed: int) -> None:
     assert len(set(pointers)) == len(pointers)
 
 
-def test_training_takes_the_state_and_leaves_what_the_caller_holds() -> None:
+def test_training_leaves_what_the_caller_holds() -> None:
     state, other = init_state(0, config=SHORT), init_state(0, config=SHORT)
     data, pixels = jax.device_put((ball_views(), hull()[1]))
     rates = jnp.full(4, 1e-2)
@@ -261,7 +261,7 @@ def advance(seed: int, num_steps: list[int]) -> TrainState:
     return state
 
 
-def test_steps_do_not_depend_on_how_they_are_dispatched() -> None:
+def test_steps_do_not_depend_on_their_dispatch() -> None:
     """But for the average of the weights, which is brought up to date once a dispatch."""
     one, other = advance(0, [4]), advance(0, [1, 3])
     assert_equal_bits(one.replace(ema_params={}), other.replace(ema_params={}))
@@ -320,7 +320,7 @@ def loss_of(
     return nerf.nerf_loss(field, jax.tree.map(jnp.asarray, ball_views().cameras), batch, noise, grid, config=config)
 
 
-def test_an_update_that_is_no_finite_number_is_left_out_and_counted() -> None:
+def test_a_non_finite_update_is_left_out_and_counted() -> None:
     state = init_state(0, config=SHORT)
     draw = jax.jit(nerf.draw_batches, static_argnames=("num_steps", "config"))
     drawn = draw(state.step, state.key, ball_views(), None, num_steps=1, config=SHORT)
@@ -342,7 +342,7 @@ def test_more_pixels_than_can_be_counted_are_refused() -> None:
         next(train(CONFIG, many))
 
 
-def test_a_run_whose_loss_is_no_number_stops_and_is_not_saved(tmp_path: Path) -> None:
+def test_a_run_with_nan_loss_stops_and_is_not_saved(tmp_path: Path) -> None:
     config = replace(SHORT, train=replace(SHORT.train, max_steps=40))
     start = next(train(config, ball_views()))
     broken = replace(start, state=start.state.replace(params=jax.tree.map(lambda a: a * np.nan, start.state.params)))
@@ -364,7 +364,7 @@ def refreshed_density(step: int, *, change: Callable[[TrainState], TrainState] =
     return np.asarray(nerf.refresh_occupancy(state, config=SHORT).occupancy.density)
 
 
-def test_a_refresh_looks_at_all_cells_until_warmup_ends_and_then_at_some_and_others_each_time() -> None:
+def test_a_refresh_sees_all_cells_only_in_warmup() -> None:
     warmup_steps = SHORT.sampler.occupancy.warmup_steps
     assert (refreshed_density(0) > 0).all()
     assert (refreshed_density(warmup_steps - 1) > 0).all()
@@ -376,7 +376,7 @@ def test_a_refresh_looks_at_all_cells_until_warmup_ends_and_then_at_some_and_oth
     np.testing.assert_allclose((looked[0] & looked[1]).mean(), (1 - np.exp(-0.5)) ** 2, atol=0.02)
 
 
-def test_a_refresh_asks_the_weights_that_are_trained_and_not_their_average() -> None:
+def test_a_refresh_uses_the_weights_not_their_average() -> None:
     """The samples of the next steps are those of the weights that they change."""
 
     def spoil_average(state: TrainState) -> TrainState:
@@ -409,7 +409,7 @@ def test_steps_as_a_gpu_runs_them_are_the_steps(precision: str) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-3)
 
 
-def test_the_batches_of_a_dispatch_are_what_its_steps_would_draw_alone() -> None:
+def test_a_dispatch_draws_what_its_steps_draw_alone() -> None:
     key, pixels = jax.random.key(5), hull()[1]
     draw = jax.jit(nerf.draw_batches, static_argnames=("num_steps", "config"))
     together = draw(jnp.int32(7), key, ball_views(), pixels, num_steps=3, config=SHORT)
@@ -420,7 +420,7 @@ def test_the_batches_of_a_dispatch_are_what_its_steps_would_draw_alone() -> None
             np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-7)
 
 
-def test_a_shadow_is_read_and_brought_up_to_date_with_its_table() -> None:
+def test_the_half_table_is_read_and_follows_its_table() -> None:
     config = replace(SHORT, field=replace(SHORT.field, precision="bfloat16"))
     state = init_state(0, config=config)
     state = state.replace(params=jax.tree.map(lambda a: 1e3 * a if a.ndim == 2 and len(a) > 50 else a, state.params))
@@ -465,7 +465,7 @@ def batch_and_noise(config: NerfConfig, seed: int = 0) -> tuple[PixelBatch, Step
     return pick_pixels(bits[:, 0], ball_views(), None), make_noise(bits[:, 1:], config=config)
 
 
-def test_a_drawn_pixel_has_the_ray_and_the_colour_of_the_view() -> None:
+def test_a_drawn_pixel_has_the_ray_and_colour_it_names() -> None:
     views = ball_views()
     batch, _ = batch_and_noise(CONFIG)
     rays = rays_of(batch)
@@ -511,7 +511,7 @@ def numbers(batch: PixelBatch) -> np.ndarray:
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.02], ids=["all", "half", "few"])
 @settings(max_examples=3)
 @given(seeds)
-def test_the_pixels_of_the_set_are_drawn_equally_often_and_no_others(share: float, seed: int) -> None:
+def test_pixels_of_the_set_are_drawn_uniformly(share: float, seed: int) -> None:
     flags = np.random.default_rng(seed).uniform(size=8 * SIZE**2) < share
     bits = draw_bits(jax.random.key(seed), config=MANY)[:, 0]
     counts = np.bincount(numbers(pick_pixels(bits, numbered_views(), pixel_set(flags))), minlength=len(flags))
@@ -519,7 +519,7 @@ def test_the_pixels_of_the_set_are_drawn_equally_often_and_no_others(share: floa
     assert_equally_often(counts[flags])
 
 
-def test_without_a_set_all_pixels_are_drawn_equally_often() -> None:
+def test_without_a_set_pixels_are_drawn_uniformly() -> None:
     bits = draw_bits(jax.random.key(0), config=MANY)[:, 0]
     assert_equally_often(np.bincount(numbers(pick_pixels(bits, numbered_views(), None)), minlength=8 * SIZE**2))
 
@@ -530,7 +530,7 @@ def assert_equally_often(counts: np.ndarray) -> None:
     assert abs(np.sum((counts - mean) ** 2) / mean - freedom) < 6 * (2 * freedom) ** 0.5
 
 
-def test_a_pixel_of_a_set_has_the_ray_that_it_has_without() -> None:
+def test_a_pixel_of_a_set_keeps_its_ray() -> None:
     flags = np.random.default_rng(0).uniform(size=8 * SIZE**2) < 0.3
     bits = jnp.arange(flags.sum(), dtype=jnp.uint32)
     batch = pick_pixels(bits, ball_views(), pixel_set(flags))
@@ -606,7 +606,7 @@ def gradient_of_pixels(number: np.ndarray, noise: StepNoise) -> Any:
     return gradient
 
 
-def test_leaving_pixels_out_scales_the_gradient_and_does_no_more() -> None:
+def test_leaving_pixels_out_only_scales_the_gradient() -> None:
     """Half a batch that shows nothing, and in its place the other half once more: that doubles the gradient."""
     facing, others = facing_and_others()
     assert min(len(facing), len(others)) > 128
@@ -620,7 +620,7 @@ def test_leaving_pixels_out_scales_the_gradient_and_does_no_more() -> None:
         np.testing.assert_allclose(2 * np.asarray(a), b, rtol=1e-4, atol=1e-5 * np.abs(b).max())  # sums in other orders
 
 
-def test_a_batch_of_pixels_that_face_no_candidate_has_no_gradient() -> None:
+def test_pixels_that_face_no_candidate_get_no_gradient() -> None:
     _, others = facing_and_others()
     for number in (others[:256], others[-256:]):
         for leaf in jax.tree.leaves(gradient_of_pixels(number, batch_and_noise(SHORT)[1])):
@@ -643,7 +643,7 @@ def test_a_step_draws_from_the_set_that_it_is_given() -> None:
 
 
 @pytest.mark.parametrize("loss", ["l2", "huber"])
-def test_the_loss_is_the_mean_over_rays_before_their_own_backgrounds(loss: Any) -> None:
+def test_the_loss_is_the_mean_over_rays(loss: Any) -> None:
     """Bins, so that no grid is needed; the colours come from the definition of each stage."""
     sampler = StratifiedConfig(num_bins=16, near=1.0, far=2.6)
     config = replace(SHORT, sampler=sampler, train=replace(CONFIG.train, num_rays=32, loss=loss))
@@ -673,7 +673,7 @@ def test_the_loss_is_the_mean_over_rays_before_their_own_backgrounds(loss: Any) 
     np.testing.assert_allclose(metrics.psnr, -10 * np.log10(np.mean(errors)), rtol=1e-4)
 
 
-def test_rays_that_do_not_fit_are_counted_and_leave_the_loss() -> None:
+def test_rays_that_do_not_fit_are_counted_and_left_out() -> None:
     full = init_occupancy(jnp.ones((1, 32**3), bool))
     params = init_state(0, config=SHORT).params
     batch, noise = batch_and_noise(SHORT)
