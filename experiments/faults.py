@@ -387,7 +387,7 @@ FAULTS = [
         rows_for_columns=wrap("pixel_taps", lambda call: _transposed(call())),
         centres_at_corners=rewrite("pixel_taps", "pixel.astype(jnp.float32) + 0.5", "pixel.astype(jnp.float32)"),
         tiles_without_half_a_pixel=rewrite("tile_centres", "xy + 0.5", "xy"),
-        no_stratification=wrap("stratified_positions", lambda _, bits: bits.astype(jnp.float32) * 2.0**-32),
+        no_stratification=wrap("stratified_positions", lambda _, bits: (bits >> 8).astype(jnp.float32) * 2.0**-24),
     ),
     *faults(
         "tracing",
