@@ -90,7 +90,7 @@ def test_what_is_seen_through_is_the_background(learned: tuple[Progress, Split])
         assert np.mean(picture.opacity[alpha == 255]) > 0.95
 
 
-@pytest.mark.parametrize("rays_together", [1, 2 * SIZE**2])
+@pytest.mark.parametrize("rays_together", [SIZE**2, 2 * SIZE**2])
 def test_views_are_the_same_however_many_at_once(
     rays_together: int, learned: tuple[Progress, Split], monkeypatch: pytest.MonkeyPatch
 ) -> None:

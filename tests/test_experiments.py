@@ -206,8 +206,8 @@ def reference_render(state: dict[str, np.ndarray], levels: tuple[int, ...], o: n
 
 
 def test_the_references_parameters_give_its_pixels() -> None:
-    """Densities, colours and whole rays, by the field of the preset."""
-    config = PRESETS["hundred_lines"].field
+    """Densities, colours and whole rays, by the field of the preset with fewer levels."""
+    config = reference_config(num_levels=5)
     state, levels = random_state_dict(config), hashing.level_resolutions(config.encoding)
     field = RadianceField.of(reference.params_from_reference(state, config=config), config=config)
     position, direction = points_and_directions()
