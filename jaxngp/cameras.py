@@ -32,6 +32,8 @@ class Cameras:
         return jax.tree.map(lambda array: array[index], self)
 
     def __len__(self) -> int:
+        if self.c2w.ndim < 3:
+            raise TypeError("a single camera has no length")
         return len(self.c2w)
 
     def cast(self, view: jax.Array, xy: jax.Array) -> Rays:
@@ -163,12 +165,6 @@ def view_rays(camera: Cameras) -> Rays:
 def _view_rays(camera: Cameras, *, width: int, height: int) -> Rays:
     x, y = jnp.meshgrid(jnp.arange(width, dtype=jnp.float32) + 0.5, jnp.arange(height, dtype=jnp.float32) + 0.5)
     return unproject(camera, jnp.stack([x, y], axis=-1))
-
-
-def world_to_scene(c2w: jax.Array, box_centre: tuple[float, float, float], box_side: float) -> jax.Array:
-    """c2w (..., 3, 4) from world units to scene units, in which the given box is [0, 1]^3."""
-    position = (c2w[..., 3] - jnp.asarray(box_centre, c2w.dtype)) / box_side + 0.5
-    return jnp.concatenate([c2w[..., :3], position[..., None]], axis=-1)
 
 
 def resize_cameras(cameras: Cameras, width: int, height: int) -> Cameras:

@@ -52,7 +52,7 @@ def by_device(*args: Any, cpu: Callable[..., T], gpu: Callable[..., T]) -> T:
 
 
 def fusion_barrier(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), kept out of the fusions of whatever consumes it; its first argument is an array of floats.
+    """function(*args), kept out of the fusions of whatever consumes it; its first array holds numbers.
 
     XLA:CPU fuses producers into gathers and scatters and then computes them again for every element that is read:
     sample positions, for one, once per level and corner. An optimization barrier does not stop it; a conditional on
@@ -176,11 +176,14 @@ def compiled(function: Any, *args: Any, options: dict[str, Any] | None = None, *
     """
     leaves, structure = jax.tree.flatten(args)
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-    return _compiled(function, structure, shapes, tuple((options or {}).items()), tuple(static.items()))
+    key = (tuple((options or {}).items()), tuple(static.items()), _formulation.get())
+    return _compiled(function, structure, shapes, *key)
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(function: Any, structure: Any, shapes: tuple, options: tuple, static: tuple) -> Callable[..., Any]:
+def _compiled(
+    function: Any, structure: Any, shapes: tuple, options: tuple, static: tuple, _: Formulation
+) -> Callable[..., Any]:
     args = default_placement().shapes(jax.tree.unflatten(structure, shapes))
     return function.lower(*args, **dict(static)).compile(dict(options))
 

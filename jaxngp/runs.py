@@ -14,6 +14,7 @@ a fingerprint of the data), metrics.jsonl, checkpoints/ and what the commands wr
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -73,6 +74,7 @@ class TrainingRun:
         self._log, self._warnings = workdir / "metrics.jsonl", TrainingWarnings(config)
         self._logged = self.resume.step if self.resume else 0
         self._saved: float | None = None
+        self.interrupted = False  # whether a signal has asked the run to stop; it was saved before this became True
         keep_lines(self._log, lambda entry: entry["step"] <= self._logged and self.resume is not None)
 
     @property
@@ -80,16 +82,12 @@ class TrainingRun:
         """Whether the budget is spent already."""
         return self.resume is not None and self.resume.finished
 
-    @property
-    def interrupted(self) -> bool:
-        """Whether SIGINT or SIGTERM has asked the run to stop: it was saved when the last progress was recorded."""
-        return self._interrupted()
-
     def record(self, progress: Progress) -> None:
         """Show, log and save where the run stands, and warn of what looks wrong."""
         config = self.config
         self._bar.show(progress)
-        ends = progress.finished or self.interrupted
+        interrupted = self._interrupted()  # asked once: a signal that comes later is seen after the next steps
+        ends = progress.finished or interrupted
         if progress.metrics is not None:
             if ends or progress.step >= self._logged + config.train.log_every:
                 append_jsonl(self._log, self._bar.log_entry(progress))
@@ -98,6 +96,7 @@ class TrainingRun:
         self._saved = self._saved or time.monotonic()  # compiling does not count
         if ends:
             self._checkpoints.save(progress)
+            self.interrupted = interrupted
         elif time.monotonic() - self._saved > config.train.checkpoint_seconds:
             self._checkpoints.try_to_save(progress)
             self._saved = time.monotonic()
@@ -246,7 +245,7 @@ class Run:
     trained_on: dict[str, Any]  # device, versions and memory
     cameras: Cameras | None  # of the training views, scene units; None where the run has none
 
-    @property
+    @functools.cached_property
     def field(self) -> Any:
         """What was learned: a `RadianceField`, an `ImageField` or a `DistanceField`."""
         return self.progress.field

@@ -22,7 +22,7 @@ from jaxngp.training.loop import train
 def main(values: flags.Flags) -> None:
     config = flags.train_config(values)
     training = load_training(config.scene)
-    config = with_known_background(config, training)
+    config = white_without_alpha(config, training)
     workdir = Path(values.workdir or f"runs/{Path(config.scene.name).resolve().stem}")
     # Evaluation views are read in the background, since reading images and compiling keep different cores busy.
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
@@ -68,7 +68,7 @@ def evaluation_split(config: NerfConfig, values: flags.Flags, training: Split) -
         return None
 
 
-def with_known_background(config: NerfConfig, training: Split) -> NerfConfig:
+def white_without_alpha(config: NerfConfig, training: Split) -> NerfConfig:
     """White instead of random where no image has alpha: what lies behind the scene is then part of the pictures."""
     if training.has_alpha or config.train.background != "random":
         return config

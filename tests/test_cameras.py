@@ -175,33 +175,6 @@ def test_pixels_of_images_of_any_sizes_have_numbers() -> None:
 # Frames and sizes.
 
 
-@given(any_camera(), arrays32(3, -2, 2), floats32(0.5, 8), arrays32(2, 0, 7))
-def test_world_to_scene_keeps_what_pixels_see(
-    camera: Cameras, centre: np.ndarray, side: float, pixel: np.ndarray
-) -> None:
-    """The box becomes the unit cube, and pixels see the same points."""
-    scene = cameras.world_to_scene(jnp.asarray(camera.c2w), tuple(centre.tolist()), side)
-    np.testing.assert_array_equal(scene[:, :3], camera.c2w[:, :3])
-
-    def to_scene(position: np.ndarray) -> np.ndarray:  # the corner of least coordinates goes to 0
-        return (position.astype(np.float64) - (centre - side / 2)) / side
-
-    np.testing.assert_allclose(scene[:, 3], to_scene(camera.c2w[:, 3]), atol=1e-5)
-    ray = unproject(camera, pixel)
-    point = np.asarray(ray.origin + 2 * ray.direction)
-    expected, depth = project(camera, jnp.asarray(point))
-    found, scene_depth = project(camera.replace(c2w=scene), jnp.asarray(to_scene(point), jnp.float32))
-    np.testing.assert_allclose(found, expected, atol=0.02)
-    np.testing.assert_allclose(scene_depth, depth / side, atol=1e-5)
-
-
-def test_world_to_scene_takes_many_poses() -> None:
-    c2w = np.stack([look_at((3, 0, 1)), look_at((0, -2, 0))])
-    both = cameras.world_to_scene(c2w, (1.0, 0.0, 0.0), 4.0)
-    for pose, found in zip(c2w, both, strict=True):
-        np.testing.assert_array_equal(found, cameras.world_to_scene(pose, (1.0, 0.0, 0.0), 4.0))
-
-
 @pytest.mark.parametrize("size", [(14, 10), (7, 5), (20, 5), (3, 40)])
 @given(any_camera())
 def test_a_resized_camera_keeps_its_field_of_view(size: tuple[int, int], camera: Cameras) -> None:

@@ -108,7 +108,7 @@ def test_without_alpha_the_background_is_white(
 ) -> None:
     """What lies behind the scene is then part of the pictures, and cannot be replaced."""
     scene = write_scene(tmp_path / "scene", mode="RGB")
-    config = train.with_known_background(NerfConfig(), load_training(SceneConfig(name=str(scene))))
+    config = train.white_without_alpha(NerfConfig(), load_training(SceneConfig(name=str(scene))))
     assert config.train.background == "white"
     assert "no alpha" in capsys.readouterr().out
     assert "alpha" in refusal(capsys, "evaluate", f"--workdir={trained}", f"--data_dir={scene}", "--background=black")

@@ -112,7 +112,6 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     ),
     "render_rays": (seen, (np.array(20.0), uniform(4, 3))),
     "box_interval": (lambda o, d: marching.box_interval(Rays(origin=o, direction=d)), (ORIGIN, TOWARD)),
-    "world_to_scene": (lambda c2w: cameras.world_to_scene(c2w, (1.0, 0.5, 0.0), 3.0), (POSE,)),
     "colour_loss l2": (functools.partial(losses.colour_loss, loss="l2"), (uniform(8), uniform(8))),
     "colour_loss huber": (
         functools.partial(losses.colour_loss, loss="huber"),

@@ -366,7 +366,7 @@ def run_all_commands(scene: str, folder: str) -> None:
 
 @pytest.mark.slow
 def test_commands_run_with_64_bit_types(trained: tuple[Path, Progress, Split], scene: Path, tmp_path: Path) -> None:
-    """And compute the same, in arrays of the same dtypes; optax corrects Adam's bias in 64 bits, so but for rounding."""
+    """And compute the same in the same dtypes, but for rounding: optax corrects Adam's bias in 64 bits."""
     in_process(f"run_all_commands({str(scene)!r}, {str(tmp_path)!r})", JAX_ENABLE_X64="1")
     wide, usual = (jax.tree.leaves(runs.load(workdir).field) for workdir in (tmp_path / "nerf", trained[0]))
     for a, b in zip(wide, usual, strict=True):

@@ -21,8 +21,8 @@ from jaxngp.metrics import psnr
 from jaxngp.training.state import TrainState, fresh_state
 from jaxngp.training.step import (
     NO_STEPS,
+    Carry,
     Programs,
-    Steps,
     apply_gradient,
     begin_steps,
     draw_bits,
@@ -109,7 +109,7 @@ def draw_batches(
 
 
 def image_loss(field: ImageField, batch: ColourBatch) -> tuple[jax.Array, ImageMetrics]:
-    """The mean squared error of a batch, () f32."""
+    """The mean squared error of a batch, () f32, and the metrics of the step."""
     loss = jnp.mean(colour_loss(field(batch.position), batch.colour, loss="l2"))
     samples = jnp.float32(len(batch.position))
     return loss, ImageMetrics(loss=loss, psnr=psnr(loss), samples=samples, skipped=jnp.float32(0))
@@ -129,18 +129,18 @@ def image_steps(
     draw = functools.partial(draw_batches, num_steps=max_steps, config=config)
     batches = fusion_barrier(draw, state.step, state.key, data)
 
-    def one(i: jax.Array, run: Steps) -> Steps:
+    def one(i: jax.Array, carry: Carry) -> Carry:
         batch = jax.tree.map(lambda a: a[i], batches)
 
         def loss(params: Any) -> tuple[jax.Array, ImageMetrics]:
-            return image_loss(ImageField(params, run.half_table, config.field), batch)
+            return image_loss(ImageField(params, carry.half_table, config.field), batch)
 
-        gradient, metrics = jax.grad(loss, has_aux=True)(run.state.params)
-        return apply_gradient(run, gradient, metrics, learning_rates[i], config=config)
+        gradient, metrics = jax.grad(loss, has_aux=True)(carry.state.params)
+        return apply_gradient(carry, gradient, metrics, learning_rates[i], config=config)
 
-    run = begin_steps(state, ImageMetrics, config=config)
-    run = repeat_steps(one, run, num_steps, max_steps=max_steps)
-    return finish_steps(run, ImageMetrics, num_steps, max_steps=max_steps, config=config)
+    carry = begin_steps(state, ImageMetrics, config=config)
+    carry = repeat_steps(one, carry, num_steps, max_steps=max_steps)
+    return finish_steps(carry, ImageMetrics, num_steps, max_steps=max_steps, config=config)
 
 
 def compile_programs(state: TrainState, data: ImagePixels | StoredImage, config: ImageConfig) -> Programs:

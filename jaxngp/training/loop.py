@@ -35,7 +35,7 @@ class Progress:
     """Where a run stands. The next iteration donates the buffers of `state`: copy or save what is to be kept.
 
     `seconds` is the time spent in training since step 0, earlier runs included; compilation, and whatever the caller
-    does between two iterations, is not in it. `compile_seconds` is what compilation took when the run began.
+    does between two iterations, is not in it. `compile_seconds` is what compilation took in this process.
     """
 
     config: RunConfig
@@ -104,7 +104,7 @@ def train(config: RunConfig, data: Any, *, resume: Progress | None = None) -> It
     programs = task_of(config).compile_programs(state, data, config)
     compiled = time.perf_counter()
     if resume:
-        progress = resume
+        progress = dataclasses.replace(resume, state=state, compile_seconds=compiled - started)
     else:
         state = programs.begin(state)
         progress = Progress(config, state, None, 0, time.perf_counter() - compiled, compiled - started, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextvars
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,8 +28,8 @@ from jaxngp.rendering import render_rays
 from jaxngp.training.state import TrainState, fresh_state
 from jaxngp.training.step import (
     NO_STEPS,
+    Carry,
     Programs,
-    Steps,
     apply_gradient,
     begin_steps,
     draw_bits,
@@ -203,21 +204,21 @@ def nerf_steps(
     draw = functools.partial(draw_batches, num_steps=max_steps, config=config)
     batches = fusion_barrier(draw, state.step, state.key, data, pixels)
 
-    def one(i: jax.Array, run: Steps) -> Steps:
+    def one(i: jax.Array, carry: Carry) -> Carry:
         batch, noise = jax.tree.map(lambda a: a[i], batches)
 
         def loss(params: Any) -> tuple[jax.Array, NerfMetrics]:
-            field = RadianceField(params, run.half_table, config.field)
+            field = RadianceField(params, carry.half_table, config.field)
             return nerf_loss(field, data.source, batch, noise, state.occupancy, config=config)
 
-        gradient, metrics = jax.grad(loss, has_aux=True)(run.state.params)
+        gradient, metrics = jax.grad(loss, has_aux=True)(carry.state.params)
         # Not summed over steps, in none of which it changes: to count the bits of the grid takes a kernel.
         metrics = replace(metrics, occupied_fraction=jnp.float32(0))
-        return apply_gradient(run, gradient, metrics, learning_rates[i], config=config)
+        return apply_gradient(carry, gradient, metrics, learning_rates[i], config=config)
 
-    run = begin_steps(state, NerfMetrics, config=config)
-    run = repeat_steps(one, run, num_steps, max_steps=max_steps)
-    new, metrics = finish_steps(run, NerfMetrics, num_steps, max_steps=max_steps, config=config)
+    carry = begin_steps(state, NerfMetrics, config=config)
+    carry = repeat_steps(one, carry, num_steps, max_steps=max_steps)
+    new, metrics = finish_steps(carry, NerfMetrics, num_steps, max_steps=max_steps, config=config)
     return new, replace(metrics, occupied_fraction=occupied_fraction(state.occupancy))
 
 
@@ -255,11 +256,16 @@ def compile_programs(state: TrainState, data: TrainingData, config: NerfConfig) 
     hull: Callable[[], tuple[Any, Any]] = lambda: (None, None)  # noqa: E731
     refresh: Any = None
     pixels = jax.eval_shape(pixel_set, jax.ShapeDtypeStruct((data.num_pixels,), bool)) if marching and posed else None
+    # A thread starts without the context of its caller, in which `device.formulation` may have been chosen.
+    contexts = [contextvars.copy_context() for _ in range(2)]
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         if marching and posed:
-            hull = threads.submit(lambda: compiled(hull_of_views, data, options=options, config=static)(data)).result
+            find_hull = lambda: compiled(hull_of_views, data, options=options, config=static)(data)  # noqa: E731
+            hull = threads.submit(contexts[0].run, find_hull).result
         if marching:
-            refresh = threads.submit(compiled, refresh_occupancy, state, options=options, config=static)
+            refresh = threads.submit(
+                contexts[1].run, compiled, refresh_occupancy, state, options=options, config=static
+            )
         arguments = (state, data, pixels, zero_rates(config), NO_STEPS)
         steps = compiled(nerf_steps, *arguments, options=step_options(config), config=static)
         grid, pixels = hull()

@@ -25,20 +25,20 @@ def _is_mlp_weight(params: optax.Params) -> optax.Params:
     return jax.tree.map_with_path(lambda path, _: path[-1].key != "table", params)
 
 
-def learning_rate(step: np.ndarray, progress: np.ndarray, *, config: OptimizerConfig) -> np.ndarray:
+def learning_rate(step: np.ndarray, fraction: np.ndarray, *, config: OptimizerConfig) -> np.ndarray:
     """The learning rate of steps (K,) at which fractions (K,) in [0, 1] of the training budget are spent. f32.
 
     Decay is a matter of the fraction, not of the step, so that it fits a short run and a budget of seconds as well.
     """
     warmup = np.minimum((step + 1) / max(config.warmup_steps, 1), 1)
-    return (config.learning_rate * warmup * _decay(progress, config.decay)).astype(np.float32)
+    return (config.learning_rate * warmup * _decay(fraction, config.decay)).astype(np.float32)
 
 
-def _decay(progress: np.ndarray, decay: StepDecay | CosineDecay) -> np.ndarray:
+def _decay(fraction: np.ndarray, decay: StepDecay | CosineDecay) -> np.ndarray:
     """What the learning rate is multiplied by."""
     if isinstance(decay, StepDecay):
         # A little more than the fraction, so that 0.4 + 0.2 counts as reaching 0.6.
-        times = np.floor((progress + 1e-9 - decay.start) / decay.interval) + 1
+        times = np.floor((fraction + 1e-9 - decay.start) / decay.interval) + 1
         return decay.factor ** np.maximum(times, 0)
-    phase = np.clip((progress - decay.start) / (1 - decay.start), 0, 1)
+    phase = np.clip((fraction - decay.start) / (1 - decay.start), 0, 1)
     return decay.final + (1 - decay.final) * 0.5 * (1 + np.cos(np.pi * phase))

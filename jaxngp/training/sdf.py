@@ -17,8 +17,8 @@ from jaxngp.losses import relative_error
 from jaxngp.training.state import TrainState, fresh_state
 from jaxngp.training.step import (
     NO_STEPS,
+    Carry,
     Programs,
-    Steps,
     apply_gradient,
     begin_steps,
     draw_bits,
@@ -76,7 +76,7 @@ def draw_batches(
 
 
 def sdf_loss(field: DistanceField, batch: DistanceBatch) -> tuple[jax.Array, SdfMetrics]:
-    """The mean relative error of a batch, () f32."""
+    """The mean relative error of a batch, () f32, and the metrics of the step."""
     prediction = field(batch.position)
     loss = jnp.mean(relative_error(prediction, batch.distance))
     error = jnp.mean(jnp.abs(prediction - batch.distance))
@@ -93,18 +93,18 @@ def sdf_steps(
     draw = functools.partial(draw_batches, num_steps=max_steps, config=config)
     batches = fusion_barrier(draw, state.step, state.key, data)
 
-    def one(i: jax.Array, run: Steps) -> Steps:
+    def one(i: jax.Array, carry: Carry) -> Carry:
         batch = jax.tree.map(lambda a: a[i], batches)
 
         def loss(params: Any) -> tuple[jax.Array, SdfMetrics]:
-            return sdf_loss(DistanceField(params, run.half_table, config.field), batch)
+            return sdf_loss(DistanceField(params, carry.half_table, config.field), batch)
 
-        gradient, metrics = jax.grad(loss, has_aux=True)(run.state.params)
-        return apply_gradient(run, gradient, metrics, learning_rates[i], config=config)
+        gradient, metrics = jax.grad(loss, has_aux=True)(carry.state.params)
+        return apply_gradient(carry, gradient, metrics, learning_rates[i], config=config)
 
-    run = begin_steps(state, SdfMetrics, config=config)
-    run = repeat_steps(one, run, num_steps, max_steps=max_steps)
-    return finish_steps(run, SdfMetrics, num_steps, max_steps=max_steps, config=config)
+    carry = begin_steps(state, SdfMetrics, config=config)
+    carry = repeat_steps(one, carry, num_steps, max_steps=max_steps)
+    return finish_steps(carry, SdfMetrics, num_steps, max_steps=max_steps, config=config)
 
 
 def compile_programs(state: TrainState, data: DistanceSamples, config: SdfConfig) -> Programs:

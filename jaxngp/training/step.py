@@ -2,9 +2,9 @@
 
 A task's program (`nerf.nerf_steps`, `image.image_steps`, `sdf.sdf_steps`) draws its batches, then takes several steps:
 
-    run = begin_steps(state, ...)
-    run = repeat_steps(one, run, ...)   # one(i, run): gradient of the loss, then apply_gradient(run, ...)
-    state, metrics = finish_steps(run, ...)
+    carry = begin_steps(state, ...)
+    carry = repeat_steps(one, carry, ...)   # one(i, carry): gradient of the loss, then apply_gradient(carry, ...)
+    state, metrics = finish_steps(carry, ...)
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ M = TypeVar("M", bound=StepMetrics)
 
 
 @struct.dataclass
-class Steps:
+class Carry:
     """What goes from step to step of one call: the state, its table in half precision, and the sums of the metrics."""
 
     state: TrainState
@@ -52,28 +52,28 @@ class Steps:
     sums: jax.Array  # one a metric, in the order of its fields
 
 
-def begin_steps(state: TrainState, metrics: type[M], *, config: RunConfig) -> Steps:
+def begin_steps(state: TrainState, metrics: type[M], *, config: RunConfig) -> Carry:
     """Before the first step of a call."""
     num_metrics = len(dataclasses.fields(metrics))  # type: ignore[arg-type]
-    return Steps(state, make_half_table(state.params, config=config.field), jnp.zeros(num_metrics, jnp.float32))
+    return Carry(state, make_half_table(state.params, config=config.field), jnp.zeros(num_metrics, jnp.float32))
 
 
-def apply_gradient(run: Steps, gradient: Params, metrics: M, learning_rate: jax.Array, *, config: RunConfig) -> Steps:
+def apply_gradient(carry: Carry, gradient: Params, metrics: M, learning_rate: jax.Array, *, config: RunConfig) -> Carry:
     """One step of Adam.
 
     Where loss or gradient is non-finite, only the count of steps goes on: the next one draws another batch.
     """
-    state = run.state
+    state = carry.state
     updates, opt_state = make_optimizer(config.optimizer).update(gradient, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
     finite = jnp.isfinite(metrics.loss) & _is_finite(gradient)
     old, new = (state.params, state.opt_state), (params, opt_state)
     params, opt_state = jax.tree.map(functools.partial(jnp.where, finite), new, old)
     metrics = replace(metrics, skipped=1 - finite.astype(jnp.float32))  # type: ignore[type-var]
-    return Steps(
+    return Carry(
         state=replace(state, step=state.step + 1, params=params, opt_state=opt_state),
         half_table=make_half_table(params, config=config.field),
-        sums=run.sums + jnp.stack([getattr(metrics, field.name) for field in dataclasses.fields(metrics)]),  # type: ignore[arg-type]
+        sums=carry.sums + jnp.stack([getattr(metrics, field.name) for field in dataclasses.fields(metrics)]),  # type: ignore[arg-type]
     )
 
 
@@ -88,9 +88,9 @@ def _is_finite(gradient: Params) -> jax.Array:
 
 
 def repeat_steps(
-    one: Callable[[jax.Array, Steps], Steps], run: Steps, num_steps: jax.Array, *, max_steps: int
-) -> Steps:
-    """one(i, run) for i = 0 ... num_steps - 1, at most max_steps times. num_steps () i32.
+    one: Callable[[jax.Array, Carry], Carry], carry: Carry, num_steps: jax.Array, *, max_steps: int
+) -> Carry:
+    """one(i, carry) for i = 0 ... num_steps - 1, at most max_steps times. num_steps () i32.
 
     The number is an argument, so that one program serves the last, shorter call of a training too. A CPU stops there.
     Elsewhere all max_steps rounds run, so that the host need not be asked before each whether there is another, and
@@ -99,27 +99,27 @@ def repeat_steps(
     num_steps = jnp.minimum(num_steps, max_steps)
     rounds = by_device(num_steps, cpu=lambda n: n, gpu=lambda _: jnp.int32(max_steps))
 
-    def round_(i: jax.Array, run: Steps) -> Steps:
+    def round_(i: jax.Array, carry: Carry) -> Carry:
         taken = by_device(i < num_steps, cpu=jnp.ones_like, gpu=lambda taken: taken)
-        return jax.tree.map(functools.partial(jnp.where, taken), one(i, run), run)
+        return jax.tree.map(functools.partial(jnp.where, taken), one(i, carry), carry)
 
-    return lax.fori_loop(0, rounds, round_, run)
+    return lax.fori_loop(0, rounds, round_, carry)
 
 
 def finish_steps(
-    run: Steps, metrics: type[M], num_steps: jax.Array, *, max_steps: int, config: RunConfig
+    carry: Carry, metrics: type[M], num_steps: jax.Array, *, max_steps: int, config: RunConfig
 ) -> tuple[TrainState, M]:
     """The state after a call, and its mean metrics.
 
     The average of the weights is brought up to date once, with the decay of as many steps as were taken.
     """
     num_steps = jnp.minimum(num_steps, max_steps)
-    state = run.state
+    state = carry.state
     if config.optimizer.ema_decay:
         keep = config.optimizer.ema_decay ** num_steps.astype(jnp.float32)
         ema = jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, state.ema_params, state.params)
         state = replace(state, ema_params=ema)
-    means = run.sums / jnp.maximum(num_steps, 1)
+    means = carry.sums / jnp.maximum(num_steps, 1)
     return state, metrics(*means)
 
 
