@@ -33,7 +33,15 @@ from experiments.timing import in_loop, iterated, median_ms, points_on_rays
 from jaxngp import flags, train_image, train_sdf
 from jaxngp.cameras import PosedImages, orbit_poses, resize_cameras, view_rays
 from jaxngp.compositing import composite
-from jaxngp.config import HashGridConfig, InputError, MarchConfig, NerfConfig, apply_overrides, program_config
+from jaxngp.config import (
+    FieldConfig,
+    HashGridConfig,
+    InputError,
+    MarchConfig,
+    NerfConfig,
+    apply_overrides,
+    program_config,
+)
 from jaxngp.data import Split, load_evaluation, load_training
 from jaxngp.device import compiled, default_batching, default_placement, formulation
 from jaxngp.encodings import all_corners
@@ -169,8 +177,13 @@ def render(bench: Bench) -> Iterator[Row]:
 
 def correctness(bench: Bench) -> Iterator[Row]:
     """Gradients by a GPU's formulas on this device, beside those by a CPU's on a CPU, which tests hold to float64."""
-    failed = []
-    for name, (function, inputs, tolerance) in checks(bench.config).items():
+    failed, field = [], bench.config.field
+    for name, (function, inputs), tolerance in (
+        ("compositing", compositing(), 1e-4),
+        # float32 rounds places to 1 / 8192 of the finest cell, and bfloat16 has 8 bits.
+        ("field, float32", evaluation_of_field(replace(field, precision="float32")), 2e-3),
+        ("field, bfloat16", evaluation_of_field(replace(field, precision="bfloat16")), 5e-2),
+    ):
         for part, error in relative_errors(function, inputs).items():
             yield {"gradient of": name, "in": part, "relative error": error, "tolerance": tolerance}
             if not error <= tolerance:  # a NaN too
@@ -179,40 +192,40 @@ def correctness(bench: Bench) -> Iterator[Row]:
         raise ValueError(f"beyond the tolerance: {', '.join(failed)}")
 
 
-def checks(config: NerfConfig, *, num_samples: int = 4096) -> dict[str, tuple[Callable[[Any], jax.Array], Any, float]]:
-    """Scalar functions of a tree of arrays, that tree, and how far gradients may be apart.
+Scalar = Callable[[Any], jax.Array]  # function of a tree of arrays
 
-    Of a field in float32, for that rounds places to 1 / 8192 of the finest cell; in bfloat16, for its 8 bits.
-    """
-    keys = jax.random.split(jax.random.key(0), 4)
-    position = points_on_rays(keys[0], num_samples)
+
+def compositing(num_samples: int = 4096) -> tuple[Scalar, dict[str, np.ndarray]]:
+    """A function of the colours of rays of 16 samples, and densities and colours of these."""
+    number, random = (
+        np.arange(num_samples, dtype=np.int32),
+        np.random.default_rng(0).random((4, num_samples), np.float32),
+    )
+    t, dt = (number % 16 / 16).astype(np.float32), np.full(num_samples, 1 / 16, np.float32)
+    background = np.ones((num_samples // 16, 3), np.float32)
+
+    def value(matter: dict[str, jax.Array]) -> jax.Array:
+        out = composite(matter["density"], matter["rgb"], t, dt, jnp.asarray(number // 16), jnp.asarray(background))
+        return jnp.sum(jnp.sin(out.rgb))
+
+    return value, {"density": 100 * random[0], "rgb": random[1:].T}
+
+
+def evaluation_of_field(config: FieldConfig, num_samples: int = 4096) -> tuple[Scalar, Any]:
+    """A function of the densities and colours of a field, and its parameters."""
+    position = points_on_rays(jax.random.key(0), num_samples)
     direction = position / jnp.linalg.norm(position, axis=1, keepdims=True)
-    params = init_params(keys[1], config=config.field)
+    params = jax.jit(functools.partial(init_params, config=config))(jax.random.key(1))
     params["encoding"]["table"] = 1e4 * params["encoding"]["table"]  # initially within 1e-4 of 0
-    matter = {
-        "density": 100 * jax.random.uniform(keys[2], (num_samples,), jnp.float32),
-        "rgb": jax.random.uniform(keys[3], (num_samples, 3), jnp.float32),
-    }
 
-    def colours(matter: dict[str, jax.Array]) -> jax.Array:
-        number = jnp.arange(num_samples, dtype=jnp.int32)
-        t, dt = (number % 16).astype(jnp.float32) / 16, jnp.full(num_samples, 1 / 16, jnp.float32)
-        background = jnp.ones((num_samples // 16, 3), jnp.float32)
-        return jnp.sum(jnp.sin(composite(matter["density"], matter["rgb"], t, dt, number // 16, background).rgb))
-
-    def field(precision: Any, params: Any) -> jax.Array:
-        field = RadianceField.of(params, config=replace(config.field, precision=precision))
-        density, rgb = field(position, direction)
+    def value(params: Any) -> jax.Array:
+        density, rgb = RadianceField.of(params, config=config)(position, direction)
         return jnp.sum(jnp.sin(jnp.log(density))) + jnp.sum(jnp.sin(rgb))
 
-    return {
-        "compositing": (colours, matter, 1e-4),
-        "field, float32": (functools.partial(field, "float32"), params, 2e-3),
-        "field, bfloat16": (functools.partial(field, "bfloat16"), params, 5e-2),
-    }
+    return value, params
 
 
-def relative_errors(function: Callable[[Any], jax.Array], inputs: Any) -> dict[str, float]:
+def relative_errors(function: Scalar, inputs: Any) -> dict[str, float]:
     """By the name of an input: the norm of the difference between the gradients, relative to that of the CPU's."""
     cpu = jax.devices("cpu")[0]
     with formulation("gpu"):
