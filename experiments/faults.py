@@ -414,8 +414,8 @@ FAULTS = [
         same_noise_all_dispatch=wrap(
             "draw_bits", lambda call, shape, num_steps: jnp.broadcast_to(call(num_steps=1), (num_steps, *shape))
         ),
-        steps_beyond_the_last=rewrite("repeat_steps", "jax.tree.map(...)", "one(i, run)"),
-        half_table_not_updated=rewrite("apply_gradient", "make_half_table(...)", "run.half_table"),
+        steps_beyond_the_last=rewrite("repeat_steps", "jax.tree.map(...)", "one(i, carry)"),
+        half_table_not_updated=rewrite("apply_gradient", "make_half_table(...)", "carry.half_table"),
         update_of_non_finite=rewrite("apply_gradient", "... & _is_finite(gradient)", "jnp.bool_(True)"),
         average_of_one_step=rewrite("finish_steps", "num_steps.astype(...)", "1.0"),
         means_over_steps_not_taken=rewrite("finish_steps", "jnp.maximum(num_steps, 1)", "max_steps"),

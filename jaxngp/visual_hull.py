@@ -57,8 +57,11 @@ def visual_hull(images: PosedImages, *, config: OccupancyConfig) -> tuple[jax.Ar
     everywhere = jnp.ones(len(images.rgba), bool)
     if not config.carve:
         return candidates, pixel_set(everywhere)
-    # Where few cells are excluded, few pixels would be, and looking for them takes longest.
-    worthwhile = 4 * jnp.sum(candidates, dtype=jnp.int32) < candidates.size
+    # Where little of the cube is excluded, few pixels would be, and looking for them takes longest. Counted in cells of
+    # the outermost cascade, of which those of the next one inwards are an eighth each.
+    counts = jnp.sum(candidates, axis=1, dtype=jnp.int32)
+    volume = jnp.sum(counts * np.float32(8.0) ** np.arange(1 - len(counts), 1, dtype=np.float32))
+    worthwhile = 4 * volume < candidates.shape[1]
     look = functools.partial(_facing_pixels, cells=_cells(config))
     any_worthwhile = largest(worthwhile.astype(jnp.int32)) > 0
     flags = lax.cond(any_worthwhile, look, lambda *_: everywhere, candidates, images)

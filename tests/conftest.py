@@ -15,7 +15,7 @@ CASES = os.environ.get("JAXNGP_FUZZ")
 settings.register_profile(
     "fuzz",
     settings.get_profile("laws"),
-    max_examples=int(CASES or 300),
+    max_examples=int(CASES or 100),
     derandomize=not CASES,
     print_blob=bool(CASES),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
