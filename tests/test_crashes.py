@@ -137,7 +137,7 @@ def test_a_second_training_in_a_workdir_is_refused(
     first = start(scene, tmp_path, cache, "--override=train.max_steps=10000000")
     wait_for(first, tmp_path / "metrics.jsonl")
     error = finish(start(scene, tmp_path, cache, "--override=train.max_steps=10000000"), code=2)
-    assert error.strip().splitlines()[-1].startswith(f"jaxngp: {tmp_path}: another training is running in it")
+    assert error.strip().splitlines()[-1].startswith(f"jaxngp: {tmp_path}: another process is training in it")
     assert f"(process {first.pid})" in error
     first.send_signal(signal.SIGTERM)
     assert "goes on from here" in finish(first, code=128 + signal.SIGTERM)

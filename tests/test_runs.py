@@ -178,7 +178,7 @@ def test_a_run_without_views_has_no_pictures(kind: str, trained: tuple[Path, Pro
     assert found.shape == ((5, 3) if kind == "image" else (5,))
     np.testing.assert_array_equal(found, progress.field(position))
     assert (opened.config, opened.cameras, opened.occupancy) == (config, None, None)
-    with pytest.raises(InputError, match="holds no radiance field"):
+    with pytest.raises(InputError, match="not a run of a radiance field"):
         opened.render(trained[2].images.cameras[0])
     with pytest.raises(InputError, match=f"holds a run of python -m jaxngp.train_{kind}"):
         runs.load(tmp_path, NerfConfig)
