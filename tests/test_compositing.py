@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from strategies import arrays32, floats32
+from strategies import arrays32, floats32, needs_float16
 
 from jaxngp import compositing
 from jaxngp.device import formulation
@@ -285,7 +285,7 @@ def test_both_formulations_agree_on_second_derivatives() -> None:
     np.testing.assert_array_equal(np.asarray(found)[:2, 2:], 0)  # of two rays, neither knows of the other
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float16, marks=needs_float16), jnp.bfloat16])
 def test_compositing_takes_few_bits_and_no_samples(dtype: Any) -> None:
     few = [jnp.asarray(a, dtype) for a in ([1.0, 2.0], [[1.0, 0, 0], [0, 1.0, 0]], [0.1, 0.2], [0.1, 0.1])]
     out = composite(*few, jnp.array([0, 0]), jnp.zeros((1, 3), dtype))

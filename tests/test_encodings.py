@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import TINY_GRID, arrays32, directions, floats32, points, seeds
+from strategies import TINY_GRID, arrays32, directions, floats32, needs_float16, points, seeds
 
 from jaxngp import encodings, hashing
 from jaxngp.config import HashGridConfig
@@ -436,6 +436,7 @@ def test_a_gradient_of_no_points_is_zero() -> None:
     np.testing.assert_array_equal(gradient, 0)
 
 
+@needs_float16
 def test_half_precision_positions_have_a_gradient() -> None:
     grid = HashGridConfig(num_levels=2, table_size=2**8, max_resolution=32)
     table = encodings.init_table(jax.random.key(0), grid=grid)
@@ -447,6 +448,7 @@ def test_half_precision_positions_have_a_gradient() -> None:
 # Less precision.
 
 
+@needs_float16
 def test_the_half_table_is_read_the_table_is_trained() -> None:
     grid = GRIDS["four_features"]
     table = random_table(grid)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from strategies import needs_float16
 from test_training import Compilations, assert_equal_bits
 
 from jaxngp.checkpoints import Checkpoints
@@ -131,6 +132,7 @@ def test_an_image_is_learned(trained: Trained) -> None:
         assert -10 * np.log10(np.mean((other - truth) ** 2)) < 20
 
 
+@needs_float16
 def test_bfloat16_learns_as_well(trained: Trained) -> None:
     """Within a decibel: 8 bits of a colour are a little more than what is kept of a feature."""
     config = replace(CONFIG, field=replace(CONFIG.field, precision="bfloat16"))
