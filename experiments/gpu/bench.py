@@ -197,10 +197,8 @@ Scalar = Callable[[Any], jax.Array]  # function of a tree of arrays
 
 def compositing(num_samples: int = 4096) -> tuple[Scalar, dict[str, np.ndarray]]:
     """A function of the colours of rays of 16 samples, and densities and colours of these."""
-    number, random = (
-        np.arange(num_samples, dtype=np.int32),
-        np.random.default_rng(0).random((4, num_samples), np.float32),
-    )
+    number = np.arange(num_samples, dtype=np.int32)
+    random = np.random.default_rng(0).random((4, num_samples), np.float32)
     t, dt = (number % 16 / 16).astype(np.float32), np.full(num_samples, 1 / 16, np.float32)
     background = np.ones((num_samples // 16, 3), np.float32)
 
