@@ -197,13 +197,13 @@ Scalar = Callable[[Any], jax.Array]  # function of a tree of arrays
 
 def compositing(num_samples: int = 4096) -> tuple[Scalar, dict[str, np.ndarray]]:
     """A function of the colours of rays of 16 samples, and densities and colours of these."""
-    number = np.arange(num_samples, dtype=np.int32)
+    number = jnp.arange(num_samples, dtype=jnp.int32)
     random = np.random.default_rng(0).random((4, num_samples), np.float32)
-    t, dt = (number % 16 / 16).astype(np.float32), np.full(num_samples, 1 / 16, np.float32)
-    background = np.ones((num_samples // 16, 3), np.float32)
+    t, dt = (number % 16).astype(jnp.float32) / 16, jnp.full(num_samples, 1 / 16, jnp.float32)
+    background = jnp.ones((num_samples // 16, 3), jnp.float32)
 
     def value(matter: dict[str, jax.Array]) -> jax.Array:
-        out = composite(matter["density"], matter["rgb"], t, dt, jnp.asarray(number // 16), jnp.asarray(background))
+        out = composite(matter["density"], matter["rgb"], t, dt, number // 16, background)
         return jnp.sum(jnp.sin(out.rgb))
 
     return value, {"density": 100 * random[0], "rgb": random[1:].T}
