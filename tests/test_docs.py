@@ -53,6 +53,7 @@ def commands() -> list[str]:
     return sorted({line.split("#")[0].strip() for line in lines if line.startswith("python -m jaxngp.")})
 
 
+@pytest.mark.slow
 def test_documented_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of README and docs/library.md in one namespace, as in a notebook; only the preset is a tiny one."""
     monkeypatch.chdir(tmp_path)
