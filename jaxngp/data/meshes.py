@@ -36,7 +36,7 @@ PROBES = (1e-2, 3e-4)  # distances from a triangle at which `_facing` looks, ove
 # for plates thinner than the first, and comes closer to what the winding number's float32 can tell apart
 CHUNK = 2**19  # points that libigl is given at a time: some 60 MB
 # Of the expansion of far triangles, larger is better. On the armadillo the first errs by up to 0.15 (1e6 points), the
-# second, libigl's default, by 0.004, at a third of the speed: so a point is asked again where the first leaves doubt.
+# second, libigl's default, by 0.004, at a third of the speed: so only points that the first leaves unsure are repeated.
 COARSE, FINE, DOUBT = 1.0, 2.0, 0.3
 
 
