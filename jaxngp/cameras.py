@@ -15,18 +15,21 @@ import numpy as np
 from flax import struct
 from numpy.typing import ArrayLike
 
+from jaxngp.lenses import Lens, distort, undistort
+
 
 @struct.dataclass
 class Cameras:
-    """Pinhole cameras, one a view: pose, intrinsics and image size. (...) is the batch, () for a single camera.
+    """Cameras, one a view: pose, intrinsics, lens and image size. (...) is the batch, () for a single camera.
 
-    All are arrays, so that rays can be differentiated in poses and intrinsics. `cameras[index]` is some of them.
+    All are arrays, so that rays can be differentiated in poses, intrinsics and lens. `cameras[index]` is some of them.
     """
 
     c2w: jax.Array  # (..., 3, 4) f32, camera to scene units
     focal_xy: jax.Array  # (..., 2) f32 px
     centre_xy: jax.Array  # (..., 2) f32 px, the principal point
     size: jax.Array  # (..., 2) i32 px, width and height
+    lens: Lens | None = None  # None for pinholes
 
     def __getitem__(self, index: Any) -> Cameras:
         return jax.tree.map(lambda array: array[index], self)
@@ -93,14 +96,20 @@ class PosedImages:
 
 
 def make_cameras(
-    c2w: ArrayLike, *, focal_xy: ArrayLike, centre_xy: ArrayLike, width: ArrayLike, height: ArrayLike
+    c2w: ArrayLike,
+    *,
+    focal_xy: ArrayLike,
+    centre_xy: ArrayLike,
+    width: ArrayLike,
+    height: ArrayLike,
+    lens: Lens | None = None,
 ) -> Cameras:
     """Cameras (...) as numpy arrays, from poses (..., 3, 4) and intrinsics of each or one for all."""
     c2w = np.asarray(c2w, np.float32)
     batch = c2w.shape[:-2]
     size = np.stack(np.broadcast_arrays(width, height), axis=-1)
     focal, centre = (np.broadcast_to(np.asarray(a, np.float32), (*batch, 2)) for a in (focal_xy, centre_xy))
-    return Cameras(c2w, focal, centre, np.broadcast_to(size.astype(np.int32), (*batch, 2)))  # type: ignore[arg-type]
+    return Cameras(c2w, focal, centre, np.broadcast_to(size.astype(np.int32), (*batch, 2)), lens)  # type: ignore[arg-type]
 
 
 def pose_images(cameras: Cameras, images: list[np.ndarray] | np.ndarray) -> PosedImages:
@@ -126,16 +135,21 @@ def unproject(cameras: Cameras, pixel_xy: jax.Array) -> Rays:
     x, y, c2w = xy[..., 0], -xy[..., 1], cameras.c2w
     # Products and sums written out, not a matmul: an accelerator may round a matmul's inputs to bfloat16, and a CPU
     # takes a hundred times as long for thousands of small ones.
-    dx, dy, dz = (c2w[..., axis, 0] * x + c2w[..., axis, 1] * y - c2w[..., axis, 2] for axis in range(3))
+    if cameras.lens is None:
+        dx, dy, dz = (c2w[..., axis, 0] * x + c2w[..., axis, 1] * y - c2w[..., axis, 2] for axis in range(3))
+    else:
+        x, y, z = undistort(cameras.lens, x, -y)
+        dx, dy, dz = (c2w[..., axis, 0] * x - c2w[..., axis, 1] * y - c2w[..., axis, 2] * z for axis in range(3))
     inverse_length = 1 / jnp.sqrt(dx**2 + dy**2 + dz**2)
     direction = jnp.stack([dx, dy, dz], axis=-1) * inverse_length[..., None]
     return Rays(origin=jnp.broadcast_to(c2w[..., 3], direction.shape), direction=direction)
 
 
 def project(cameras: Cameras, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where cameras see points. cameras (...), position (..., 3) -> pixel_xy (..., 2), depth (...) along -z.
+    """Where cameras see points. cameras (...), position (..., 3) -> pixel_xy (..., 2), depth (...).
 
-    Only a positive depth means that the point is before the camera; behind it the pixel has no meaning.
+    Only where the depth is positive does the camera show the point; elsewhere the pixel has no meaning. Of a pinhole it
+    is the depth along -z; with a lens, which may look sideways, the distance, negated for a point it does not show.
     """
     x, y, depth = project_axes(cameras, *(position[..., axis] for axis in range(3)))
     return jnp.stack([x, y], axis=-1), depth
@@ -149,6 +163,11 @@ def project_axes(cameras: Cameras, x: jax.Array, y: jax.Array, z: jax.Array) -> 
         c2w[..., 0, axis] * offset[0] + c2w[..., 1, axis] * offset[1] + c2w[..., 2, axis] * offset[2]
         for axis in range(3)
     )
+    if cameras.lens is not None:
+        u, v, shown = distort(cameras.lens, local_x, -local_y, -local_z)
+        distance = jnp.sqrt(local_x**2 + local_y**2 + local_z**2)
+        x, y = (p * cameras.focal_xy[..., i] + cameras.centre_xy[..., i] for i, p in enumerate((u, v)))
+        return x, y, jnp.where(shown, distance, -distance)
     inverse = 1 / jnp.where(jnp.abs(local_z) > 1e-9, -local_z, 1e-9)
     pixel_x = local_x * inverse * cameras.focal_xy[..., 0] + cameras.centre_xy[..., 0]
     pixel_y = -local_y * inverse * cameras.focal_xy[..., 1] + cameras.centre_xy[..., 1]

@@ -224,14 +224,18 @@ def _footprint(camera: Cameras, cell: jax.Array, *, cells: Cells) -> tuple[jax.A
     """Of cells: the pixel x, y of the centre, a radius in pixels around all of it, and whether the centre is in view.
 
     The ball around a cell, of half its diagonal r, looks the larger the further it is off the optical axis:
-    |d(x / z)| <= |(1, x / z)| r / (z - r). Half a pixel more is for the pixel's own extent.
+    |d(x / z)| <= |(1, x / z)| r / (z - r). Half a pixel more is for the pixel's own extent. With a lens the angle at
+    which the ball is seen counts, times how far the lens moves places for an angle.
     """
     x, y, depth = project_axes(camera, *cells.centre(cell))
     width, height = (camera.size[axis].astype(jnp.float32) for axis in range(2))
     inside = (depth > 0) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    half_diagonal = 0.5 * 3**0.5 / cells.resolution * cells.side(cell)
+    if camera.lens is not None:
+        angle = jnp.arcsin(jnp.minimum(half_diagonal / jnp.maximum(jnp.abs(depth), 1e-6), 1))
+        return x, y, jnp.max(camera.focal_xy) * camera.lens.stretch * angle + 0.5, inside
     slope_x = jnp.abs(x - camera.centre_xy[0]) / camera.focal_xy[0]
     slope_y = jnp.abs(y - camera.centre_xy[1]) / camera.focal_xy[1]
-    half_diagonal = 0.5 * 3**0.5 / cells.resolution * cells.side(cell)
     spread = half_diagonal / jnp.maximum(depth - half_diagonal, 1e-6)
     radius = jnp.max(camera.focal_xy) * spread * jnp.sqrt(1 + jnp.maximum(slope_x, slope_y) ** 2) + 0.5
     return x, y, radius, inside

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # A module imports only modules of earlier lines, or of its own subpackage. Subpackages count as one.
 LAYERS = (
-    "config",
+    "config lenses",
     "presets bitsets cameras device images hashing losses metrics records",
     "compositing encodings occupancy pictures",
     "visual_hull",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,12 +25,38 @@ class RayRows:
     size: tuple[int, int]  # (width, height) px, or (0, 0)
 
 
+@dataclass(frozen=True)
+class Mask:
+    """An image of one channel, of the size of its view's: which pixels take part."""
+
+    file: Path
+    keep: Literal["zero", "non-zero"]  # the values whose pixels take part; the others are as if not photographed
+
+
+@dataclass(frozen=True)
+class DepthMap:
+    """A depth image or array of a view, of any size; 0 and what is not finite stand for unknown."""
+
+    file: Path
+    unit: float  # world units of a stored 1
+    along: Literal["axis", "ray"]  # whether depths are measured along the optical axis or along each pixel's ray
+
+
+@dataclass(frozen=True)
+class Box:
+    """A cube in the world that a format or a file says the scene lies in."""
+
+    centre: tuple[float, float, float]  # world units
+    side: float
+    num_cascades: int = 1  # the innermost has the side / 2^(num_cascades - 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Capture:
-    """Views in the order of their files, in world units, before any pixel is read.
+    """Views in the order of their names, in world units, before any pixel is read.
 
     A view is an image file with a camera, or the rows of a ray table. A table of unknown image size has rows but no
-    view.
+    view. Per-view tuples are as long as `names`, or empty where no view has such a thing.
     """
 
     path: Path  # the scene's folder or table
@@ -40,6 +66,14 @@ class Capture:
     cameras: Cameras | None = None  # (V,) numpy, c2w and intrinsics f64, size that of the image file; None likewise
     has_alpha: tuple[bool, ...] = ()  # of each image
     rays: tuple[RayRows, ...] = ()
+    masks: tuple[Mask | None, ...] = ()
+    depths: tuple[DepthMap | None, ...] = ()
+    points: np.ndarray | None = None  # (N, 3) f64, world units: what structure from motion found
+    box: Box | None = None
+    up: tuple[float, float, float] | None = None  # the world direction that the source says is up
+    metres: float | None = None  # of one world unit, where the source has a scale
+    lens_models: tuple[str, ...] = ()  # the source's name of each view's lens, for messages
+    format: str = ""  # the name of the dialect, for people
     unusual: tuple[str, ...] = ()  # one sentence per oddity of the input
 
 
