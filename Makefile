@@ -1,5 +1,6 @@
 # make train   trains a NeRF of the built-in scene, evaluates it, and writes novel views of it below runs/bricks
-# make test    runs the tests
+# make test    runs the tests, but for those that take long
+# make test-slow    runs those: whole trainings, killed runs, the documentation's Python
 # make test-long    planted faults one at a time, 5,000 broken files for every reader, a run killed 25 times
 # All first make a virtual environment, which takes a minute, and only again when pyproject.toml changes.
 #
@@ -24,13 +25,16 @@ comma := ,
 RUN_STAMP := $(VENV)/.installed$(if $(EXTRA),-$(EXTRA))
 DEV_STAMP := $(RUN_STAMP)-dev
 
-.PHONY: train test test-long lint format clean
+.PHONY: train test test-slow test-long lint format clean
 
 train: $(RUN_STAMP)
 	$(VENV)/bin/python -m jaxngp.train $(strip --scene=$(SCENE) $(DATA_DIR:%=--data_dir=%) $(WORKDIR:%=--workdir=%) $(ARGS))
 
 test: $(DEV_STAMP)
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist=loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist=loadfile -m "not slow" $(ARGS)
+
+test-slow: $(DEV_STAMP)
+	$(VENV)/bin/python -m pytest -n $(JOBS) -m slow $(ARGS)
 
 test-long: $(DEV_STAMP)
 	$(VENV)/bin/python -m experiments.mutants --jobs=$(JOBS)

@@ -300,6 +300,8 @@ class MarchConfig(Config):
     """Sampling by marching through the occupied cells of the unit cube (paper appendix E.1)."""
 
     num_steps: Annotated[int, Bounds(32, 4096, multiple_of=32), "march steps along the cube's diagonal"] = 1024
+    growth: Annotated[float, Bounds(0, 0.1), "a step is at least this share of its distance; 0: all are equal"] = 0.0
+    near: Annotated[Fraction, "distance at which rays start, scene units"] = 0.0
     num_samples: Annotated[Count, "size of a training step's packed sample buffer, at least num_steps"] = 2**18
     min_transmittance: Annotated[Fraction, "in rendering, a ray ends where less light than this gets through"] = 1e-4
     opaque_thickness: Annotated[Positive, "optical thickness of one step in a cell that is called opaque"] = 2.0
@@ -309,16 +311,28 @@ class MarchConfig(Config):
     def check(self) -> None:
         expected = f"at least num_steps = {self.num_steps}, so that any one ray fits the buffer"
         _require(self.num_samples >= self.num_steps, "num_samples", self.num_samples, expected)
+        fits = not self.growth or (self.growth * self.num_steps >= 2 and self.step_size > 1e-6)
+        _require(fits, "growth", self.growth, f"0, or 2 to 15 over num_steps = {self.num_steps}")
 
     @property
     def step_size(self) -> float:
-        """dt, in scene units."""
-        return 3**0.5 / self.num_steps
+        """The smallest dt, in scene units: such that num_steps lead through the cube from one corner to the other."""
+        if not self.growth:
+            return 3**0.5 / self.num_steps
+        return 3**0.5 * self.growth * math.exp((1 / self.growth - self.num_steps) * math.log1p(self.growth))
+
+    def step_size_at(self, cascade: int) -> float:
+        """dt in the middle of a cascade's half side, in scene units, for a camera in the middle of the cube."""
+        return max(self.step_size, self.growth * 2.0 ** (cascade - self.occupancy.num_cascades))
 
     @property
     def opaque_steps(self) -> int:
-        """Steps in opaque cells after which a training ray ends; 0 never ends it."""
-        return math.ceil(self.opaque_cells / self.occupancy.resolution / self.step_size - 0.5)
+        """Steps in opaque cells after which a training ray ends; 0 never ends it.
+
+        Counted in the innermost cascade; in the others cells and steps grow alike.
+        """
+        cell = 2.0 ** (1 - self.occupancy.num_cascades) / self.occupancy.resolution
+        return math.ceil(self.opaque_cells * cell / self.step_size - 0.5)
 
     @property
     def jitters_per_ray(self) -> int:

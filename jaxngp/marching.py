@@ -45,33 +45,60 @@ class Samples:
 class Steps:
     """The steps of rays (...), numbered from t_start on; each has one sample, a share `jitter` of it behind its start.
 
-    All steps have the same length. What knows that is here: steps that grow with distance would change nothing else.
-    A pytree, for its arrays go with their rays (`steps[ray]`); the rule is static.
+    A step has the length max(length, growth t), with the t where it starts. So where all steps of a ray lie follows
+    from t_start and the two numbers, which are static. A pytree, for its arrays go with their rays (`steps[ray]`).
     """
 
     t_start: jax.Array  # (...) where step 0 begins
     jitter: jax.Array  # (...) in [0, 1)
     length: float = struct.field(pytree_node=False)  # scene units
+    growth: float = struct.field(pytree_node=False, default=0.0)
 
     def __getitem__(self, index: Any) -> Steps:
         return jax.tree.map(lambda array: array[index], self)
 
     def t_at(self, step: jax.Array) -> jax.Array:
         """The t of the samples of steps (...) i32."""
-        return self.t_start + (step.astype(jnp.float32) + self.jitter) * self.length
+        return self._t(step, self.jitter)
 
     def dt_at(self, step: jax.Array) -> jax.Array:
         """The lengths dt (...) f32 of steps (...) i32."""
-        return jnp.full(step.shape, self.length, jnp.float32)
+        if not self.growth:
+            return jnp.full(step.shape, self.length, jnp.float32)
+        return jnp.maximum(self.length, self.growth * self._t(step, jnp.float32(0)))
 
     def skip_to(self, t: jax.Array) -> Steps:
         """The same steps, numbered from the last one on that begins before t (...), if that is not before the first."""
-        skipped = jnp.floor(jnp.maximum(t - lax.stop_gradient(self.t_start), 0) / self.length)
+        start = lax.stop_gradient(self.t_start)
+        if self.growth:
+            skipped = jnp.floor(jnp.maximum(self._number(t) - self._number(start), 0)).astype(jnp.int32)
+            return self.replace(t_start=self._t(skipped, jnp.float32(0)))  # type: ignore[attr-defined]
+        skipped = jnp.floor(jnp.maximum(t - start, 0) / self.length)
         return self.replace(t_start=self.t_start + skipped * self.length)  # type: ignore[attr-defined]
 
     def num_until(self, t: jax.Array) -> jax.Array:
         """How many steps (...) i32 begin before t (...)."""
+        if self.growth:
+            return jnp.ceil(jnp.maximum(self._number(t) - self._number(self.t_start), 0)).astype(jnp.int32)
         return jnp.ceil(jnp.maximum(t - self.t_start, 0) / self.length).astype(jnp.int32)
+
+    def _t(self, step: jax.Array, offset: jax.Array) -> jax.Array:
+        """The t (...) at `offset` into steps (...) i32."""
+        if not self.growth:
+            return self.t_start + (step.astype(jnp.float32) + offset) * self.length
+        # number(t) below is a line, then a logarithm. Its inverse is split into a factor of the ray and one of the
+        # step, so that no exponential is taken for every step of every ray.
+        number, rate = self._number(self.t_start) + offset, np.float32(np.log1p(self.growth))
+        line = (number + step.astype(jnp.float32)) * self.length
+        bend = self.length / self.growth
+        curve = bend * jnp.exp((number - 1 / self.growth) * rate) * jnp.exp(step.astype(jnp.float32) * rate)
+        return jnp.where(line < bend, line, curve)
+
+    def _number(self, t: jax.Array) -> jax.Array:
+        """How many steps (...) f32 lead from t = 0 to t (...), of which the first all have the smallest length."""
+        bend = self.length / self.growth  # from here on steps grow
+        beyond = jnp.log(jnp.maximum(t, bend) / bend) * (1 / np.log1p(self.growth))
+        return jnp.minimum(t, bend) / self.length + beyond
 
 
 @struct.dataclass
@@ -127,10 +154,12 @@ def _test_steps(
     one, of all that start where the ray enters the cube, that begins before those bounds.
     """
     t_near, t_far = box_interval(rays)
+    if config.near:
+        t_near = jnp.maximum(t_near, config.near)
     rays, t_far = lax.stop_gradient((rays, t_far))  # bits have no derivative; t_start has
     t_enter, t_leave = box_interval(rays, grid.bounds[0], grid.bounds[1])
     t_enter, t_leave = t_enter - _MARGIN, jnp.minimum(t_leave + _MARGIN, t_far)
-    steps = Steps(t_start=t_near, jitter=jitter, length=config.step_size).skip_to(t_enter)
+    steps = Steps(t_near, jitter, config.step_size, config.growth).skip_to(t_enter)
     fixed = lax.stop_gradient(steps)
     cells = sets[0] if len(sets) == 1 else interleave(*sets)
 

@@ -203,13 +203,19 @@ def update_occupancy(
     fresh = jnp.full(cells.num_cells, EMPTY, jnp.float32)
     fresh = lax.fori_loop(0, num_chunks, look, fresh).reshape(grid.density.shape)
     density = jnp.where(grid.density < 0, EMPTY, jnp.maximum(grid.density * config.occupancy.decay, fresh))
-    opaque = density > max(config.opaque_thickness, config.occupancy.threshold) / config.step_size
+    opaque = density > _density_of(max(config.opaque_thickness, config.occupancy.threshold), config)
     occupied = pack_bits(density > _threshold(density, config))
     return OccupancyGrid(density=density, occupied=occupied, opaque=pack_bits(opaque), bounds=occupied_bounds(occupied))
 
 
 def _threshold(density: jax.Array, config: MarchConfig) -> jax.Array:
-    """() f32: the mean of a density (K, G^3) over the unit cube, EMPTY counted as 0, but no more than configured."""
+    """(K, 1) f32: the mean of a density (K, G^3) over the cube, EMPTY counted as 0, but no more than configured."""
     share = 8.0 ** np.arange(1 - len(density), 1)  # of the cube; what a smaller cascade covers is EMPTY in a larger one
     means = [jnp.mean(jnp.maximum(cascade, 0)) * part for cascade, part in zip(density, share.tolist(), strict=True)]
-    return jnp.minimum(sum(means), config.occupancy.threshold / config.step_size)
+    return jnp.minimum(sum(means), _density_of(config.occupancy.threshold, config))
+
+
+def _density_of(thickness: float, config: MarchConfig) -> np.ndarray:
+    """(K, 1) f32: the density per scene unit at which a step has an optical thickness, in each cascade."""
+    num_cascades = config.occupancy.num_cascades
+    return np.array([[thickness / config.step_size_at(k)] for k in range(num_cascades)], np.float32)

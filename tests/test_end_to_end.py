@@ -16,6 +16,8 @@ from jaxngp.evaluation import EvalBackground, ViewPicture, ViewScore, evaluate_v
 from jaxngp.presets import PRESETS
 from jaxngp.training.loop import Progress, train
 
+pytestmark = pytest.mark.slow
+
 SIZE = 64
 CONFIG = apply_overrides(
     PRESETS["small"],

@@ -48,6 +48,7 @@ def summary(workdir: Path) -> dict[str, Any]:
     return json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_built_in_shape_needs_no_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -388,7 +388,7 @@ def test_a_refresh_uses_the_weights_not_their_average() -> None:
 # What a GPU runs: other formulas of the same, which a CPU can compute too.
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_steps_as_a_gpu_runs_them_are_the_steps(precision: str) -> None:
     """All of a step in its other formulation, and the rounds beyond the last step that only a GPU runs."""
     config = replace(SHORT, field=replace(SHORT.field, precision=precision))
@@ -420,6 +420,7 @@ def test_a_dispatch_draws_what_its_steps_draw_alone() -> None:
             np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_half_table_is_read_and_follows_its_table() -> None:
     config = replace(SHORT, field=replace(SHORT.field, precision="bfloat16"))
     state = init_state(0, config=config)
