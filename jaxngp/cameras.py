@@ -222,3 +222,94 @@ def orbit_poses(c2w: np.ndarray, num_poses: int) -> np.ndarray:
     right = np.stack([-np.sin(angle), np.cos(angle), np.zeros(num_poses)], axis=-1)
     up = np.cross(backward, right)
     return np.stack([right, up, backward, origin + middle], axis=-1).astype(np.float32)
+
+
+def spiral_poses(c2w: np.ndarray, num_poses: int) -> np.ndarray:
+    """Poses (num_poses, 3, 4) on a closed curve among the poses c2w (V, 3, 4), which all look at their `focus`.
+
+    An ellipse about the mean position that covers two thirds of where the cameras are to the sides and upwards, and
+    half as far forwards and back; z is up.
+    """
+    c2w = np.asarray(c2w, np.float64)
+    target, middle = focus(c2w), c2w[:, :, 3].mean(axis=0)
+    axes = look_at(middle, target, _mean_up(c2w)).astype(np.float64)[:, :3]
+    reach = np.quantile(np.abs((c2w[:, :, 3] - middle) @ axes), 2 / 3, axis=0)
+    angle = np.arange(num_poses) * 2 * np.pi / num_poses
+    local = np.stack([np.cos(angle), -np.sin(angle), 0.5 * np.sin(2 * angle)], axis=-1) * reach
+    return np.stack([look_at(position, target, _mean_up(c2w)) for position in middle + local @ axes.T])
+
+
+def interpolate_poses(c2w: np.ndarray, num_poses: int, *, num_keys: int = 12) -> np.ndarray:
+    """Poses (num_poses, 3, 4) on a smooth curve through at most num_keys of the poses c2w (V, 3, 4), in their order.
+
+    From the first to the last. Positions and directions are Catmull-Rom splines with the knots as far apart as the root
+    of the distance between their poses (centripetal: no loops, no cusps), traversed at a nearly even speed.
+    """
+    c2w = np.asarray(c2w, np.float64)
+    keys = c2w[np.unique(np.linspace(0, len(c2w) - 1, num_keys).round().astype(int))]
+    apart = np.linalg.norm(np.diff(keys[:, :, 3], axis=0), axis=1)
+    turned = np.linalg.norm(np.diff(keys[:, :, 2], axis=0), axis=1) * (apart.sum() / max(len(apart), 1) or 1.0)
+    keys = keys[np.concatenate([[True], apart + turned > 1e-6])]
+    if len(keys) == 1:
+        return np.repeat(keys, num_poses, axis=0).astype(np.float32)
+    apart = (apart + turned)[apart + turned > 1e-6]
+    knots = np.concatenate([[0], np.cumsum(np.sqrt(apart))])
+    fine = np.linspace(0, knots[-1], 64 * len(keys))
+    track = _catmull_rom(knots, keys[:, :, 3], fine)
+    length = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(track, axis=0), axis=1))])
+    place = (
+        np.interp(np.linspace(0, length[-1], num_poses), length, fine)
+        if length[-1] > 1e-6
+        else np.linspace(0, knots[-1], num_poses)
+    )
+    position, backward, up = (_catmull_rom(knots, keys[:, :, i], place) for i in (3, 2, 1))
+    return np.stack([look_at(p, p - b, u) for p, b, u in zip(position, backward, up, strict=True)])
+
+
+def _catmull_rom(knots: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """The piecewise cubic through values (K, 3) at increasing knots (K,), evaluated at (N,) -> (N, 3).
+
+    Its slope at a knot is that of the parabola through the knot and its neighbours.
+    """
+    slope = np.diff(values, axis=0) / np.diff(knots)[:, None]
+    before, after = np.diff(knots)[:-1, None], np.diff(knots)[1:, None]
+    inner = (slope[:-1] * after + slope[1:] * before) / (before + after)
+    tangent = np.concatenate([slope[:1], inner, slope[-1:]])
+    piece = np.clip(np.searchsorted(knots, at, side="right") - 1, 0, len(knots) - 2)
+    width = np.diff(knots)[piece, None]
+    s = (at - knots[piece])[:, None] / width
+    return (
+        values[piece] * (1 + 2 * s) * (1 - s) ** 2
+        + tangent[piece] * width * s * (1 - s) ** 2
+        + values[piece + 1] * s**2 * (3 - 2 * s)
+        + tangent[piece + 1] * width * s**2 * (s - 1)
+    )
+
+
+def surrounded(c2w: np.ndarray) -> bool:
+    """Whether poses (V, 3, 4) stand around the middle of the unit cube: no side of 100 degrees is without a camera."""
+    offset = np.asarray(c2w, np.float64)[:, :2, 3] - 0.5
+    angle = np.sort(np.arctan2(offset[:, 1], offset[:, 0]))
+    return bool(np.max(np.diff(angle, append=angle[0] + 2 * np.pi)) < np.radians(100))
+
+
+def _mean_up(c2w: np.ndarray) -> np.ndarray:
+    return c2w[:, :, 1].mean(axis=0)
+
+
+def focus(c2w: np.ndarray) -> np.ndarray:
+    """The point (3,) nearest to the optical axes of cameras (V, 3, 4), in the least-squares sense.
+
+    Where they hardly turn, the axes meet nowhere near: then it is the point before their mean position, at twice the
+    mean distance from that to the cameras.
+    """
+    position, forward = c2w[:, :, 3], -c2w[:, :, 2]
+    middle, spread = position.mean(axis=0), float(np.linalg.norm(position - position.mean(axis=0), axis=1).mean())
+    ahead = middle + 2 * (spread or 1.0) * forward.mean(axis=0)
+    across = np.eye(3) - forward[:, :, None] * forward[:, None, :]  # onto the plane at right angles to each axis
+    total = across.mean(axis=0)
+    if np.linalg.eigvalsh(total)[0] < 1e-2:
+        return ahead
+    point = np.linalg.solve(total, (across @ position[:, :, None]).mean(axis=0))[:, 0]
+    before = np.einsum("vi,vi->v", point - position, forward) > 0
+    return point if before.mean() > 0.5 else ahead

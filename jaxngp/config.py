@@ -206,6 +206,7 @@ MlpInit = Literal["glorot", "torch"]
 Precision = Literal["float32", "bfloat16"]
 Loss = Literal["huber", "l2"]
 Background = Literal["random", "white", "black"]
+Up = Literal["auto", "x", "y", "z", "-x", "-y", "-z"]
 
 MAX_LENGTH = 1e9
 """World units; larger coordinates or sizes are taken to be errors."""
@@ -419,11 +420,21 @@ class SceneConfig(Config):
     downscale: Annotated[Count, "shrink the images by this factor with a box filter"] = 1
     image_size: Annotated[int, Bounds(16, 4096), "pixels per side at which the built-in scene is rendered"] = 200
     hold_out_every: Annotated[Whole, "without test or val views, hold out each n-th; 0 holds out none"] = 8
-    box_centre: Annotated[tuple[Coordinate, Coordinate, Coordinate], "centre of the box, world units"] = (0.0, 0.0, 0.0)
-    box_side: Annotated[float, Bounds(1 / MAX_LENGTH, MAX_LENGTH), "side of the box, world units"] = 3.0
+    box_centre: Annotated[tuple[Coordinate, Coordinate, Coordinate], "of the box, where box_side is given"] = (
+        0.0,
+        0.0,
+        0.0,
+    )
+    box_side: Annotated[
+        float, Bounds(0, MAX_LENGTH), "of the box, world units; 0: that of the source, else by itself"
+    ] = 0.0
+    scale: Annotated[float, Bounds(1e-3, 1e3), "enlarge the scene in a box that is not given by this factor"] = 1.0
+    up: Annotated[Up, "what becomes +z; auto: as the source says, else what is up for the cameras"] = "auto"
 
     def check(self) -> None:
         _require(bool(self.name), "name", self.name, "a name or a path")
+        small = 0 < self.box_side < 1 / MAX_LENGTH
+        _require(not small, "box_side", self.box_side, f"0, or at least {1 / MAX_LENGTH:g}")
         _require(self.hold_out_every != 1, "hold_out_every", 1, "0, or at least 2, so that views to train on are left")
 
 

@@ -6,13 +6,14 @@ code 2, never in a traceback.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import jax
 from absl import flags, logging
@@ -30,7 +31,7 @@ from jaxngp.config import (
     field_help,
 )
 from jaxngp.data import cache_dir, expand
-from jaxngp.presets import PRESET_HELP, PRESETS, SCENES, scene_config
+from jaxngp.presets import PRESET_HELP, PRESETS, SCENES, for_surroundings, scene_config
 
 Flags = flags.FlagValues
 Group = TypeVar("Group", bound=SceneConfig | LoopConfig)
@@ -170,12 +171,16 @@ def _define_fields(values: Flags, group: type[Config], names: Sequence[str]) -> 
     define: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
     for field in declared(group):
         if field.name in names:
-            define[field.kind](field.name, None, f"{field.doc[0].upper()}{field.doc[1:]}.", flag_values=values)
+            text = f"{field.doc[0].upper()}{field.doc[1:]}."
+            if choices := [choice for choice in get_args(field.kind) if isinstance(choice, str)]:
+                flags.DEFINE_enum(field.name, None, choices, text, flag_values=values)
+            else:
+                define[field.kind](field.name, None, text, flag_values=values)
 
 
 # What each command takes.
 
-_SCENE_FLAGS = ("downscale", "image_size", "hold_out_every")
+_SCENE_FLAGS = ("downscale", "image_size", "hold_out_every", "scale", "up")
 _LOOP_FLAGS = ("seed", "max_steps", "max_seconds", "log_every", "deterministic")
 
 
@@ -186,6 +191,8 @@ def define_train_flags(values: Flags) -> None:
     define_preset(values, PRESET_HELP, gpu="base")
     define_path(values, "data_dir", None, "The folder of the scene, or one that contains it.")
     _define_fields(values, SceneConfig, _SCENE_FLAGS)
+    text = "A box that holds the scene, x,y,z of its lower and its upper corner, in the coordinates of the source."
+    flags.DEFINE_list("aabb", None, text, flag_values=values)
     define_loop_flags(
         values, workdir="runs/<scene>", config=lambda values: PRESETS.get(values.preset, PRESETS["small"])
     )
@@ -228,10 +235,14 @@ def define_evaluation_flags(values: Flags) -> None:
 def define_render_flags(values: Flags) -> None:
     """The flags of `python -m jaxngp.render`."""
     define_workdir_flags(values)
-    paths = ["orbit", "train", "val", "test", "held-out"]
-    flags.DEFINE_enum("path", "orbit", paths, "An orbit, or the poses of a split.", flag_values=values)
+    paths = ["auto", "orbit", "spiral", "interpolate", "train", "val", "test", "held-out"]
+    text = (
+        "An orbit around the scene, a spiral among the cameras, a flight through them, or the poses of a split. "
+        "auto is a spiral for a scene around its cameras that they did not see from all sides, else an orbit."
+    )
+    flags.DEFINE_enum("path", "auto", paths, text, flag_values=values)
     flags.DEFINE_integer(
-        "frames", 0, "Frames of the orbit, or evenly spaced poses of the split; 0 is 60, or all.", 0, flag_values=values
+        "frames", 0, "Frames of the path, or evenly spaced poses of the split; 0 is 60, or all.", 0, flag_values=values
     )
     flags.DEFINE_integer(
         "width", 0, "Of a frame, in pixels; 0 follows from --height or the images.", 0, flag_values=values
@@ -242,18 +253,37 @@ def define_render_flags(values: Flags) -> None:
     flags.DEFINE_enum("background", "white", ["white", "black"], "Background colour.", flag_values=values)
 
 
-def train_config(values: Flags) -> NerfConfig:
-    """Dataclass defaults < preset < flags that were given < overrides."""
-    config = PRESETS[chosen_preset(values)]
+def train_config(values: Flags) -> Callable[[int], NerfConfig]:
+    """The config for a scene of a number of cascades: defaults < preset < scene < flags that were given < overrides."""
+    preset = PRESETS[chosen_preset(values)]
     scene = _given(scene_config(values.scene), values, _SCENE_FLAGS)
+    if values.aabb:
+        scene = replace(scene, **_box(values.aabb))
     if values.image_size is not None and scene.name != "bricks":
         raise InputError("--image_size is the size of the built-in scene; use --downscale for any other")
     if scene.name not in SCENES:  # a path: evaluation and rendering may start from another folder
         scene = replace(scene, name=os.path.realpath(scene.name))
     if values.data_dir:
         scene = replace(scene, data_dir=os.path.realpath(values.data_dir))
-    config = replace(config, scene=scene, train=loop_config(config.train, values))
-    return apply_overrides(config, values.override)
+
+    def of(num_cascades: int) -> NerfConfig:
+        config = preset if num_cascades == 1 else for_surroundings(preset, num_cascades)
+        config = replace(config, scene=scene, train=loop_config(config.train, values))
+        return apply_overrides(config, values.override)
+
+    return of
+
+
+def _box(text: Sequence[str]) -> dict[str, Any]:
+    """The cube about a box that --aabb gives."""
+    try:
+        low, high = [*map(float, text[:3])], [*map(float, text[3:])]
+        sides = [b - a for a, b in zip(low, high, strict=True)]
+    except ValueError:
+        sides = []
+    if len(sides) != 3 or not all(0 < side < math.inf for side in sides):
+        raise InputError(f"--aabb={','.join(text)}: expected the lower and the upper corner, x,y,z,x,y,z")
+    return {"box_centre": tuple((a + b) / 2 for a, b in zip(low, high, strict=True)), "box_side": max(sides)}
 
 
 def loop_config(train: Loop, values: Flags) -> Loop:

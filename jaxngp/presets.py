@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from jaxngp.config import (
     CosineDecay,
     FieldConfig,
@@ -61,10 +63,23 @@ PRESET_HELP = {
 
 _BLENDER_SCENES = ("chair", "drums", "ficus", "hotdog", "lego", "materials", "mic", "ship")
 SCENES: dict[str, SceneConfig] = {
-    "bricks": SceneConfig(),
-    **{name: SceneConfig(name=name) for name in _BLENDER_SCENES},
+    "bricks": SceneConfig(box_side=3.0),
+    **{name: SceneConfig(name=name, box_side=3.0) for name in _BLENDER_SCENES},
 }
 """The built-in scene and the eight of NeRF-synthetic; any other scene is given as a path."""
+
+
+def for_surroundings(config: NerfConfig, num_cascades: int) -> NerfConfig:
+    """`config` for a scene around its cameras, which reaches as far as so many nested cubes: steps grow with distance.
+
+    Raises InputError for a config that does not march.
+    """
+    if not isinstance(config.sampler, MarchConfig):
+        raise InputError("this preset samples a box of known size and takes no surroundings: give another --preset")
+    num_steps = config.sampler.num_steps // 2
+    occupancy = replace(config.sampler.occupancy, num_cascades=num_cascades, resolution=64)
+    sampler = replace(config.sampler, num_steps=num_steps, growth=3 / num_steps, occupancy=occupancy)
+    return replace(config, sampler=sampler)
 
 
 def scene_config(name: str) -> SceneConfig:

@@ -1,4 +1,5 @@
-"""Render novel views of a trained run: an orbit around the scene, or the poses of a split.
+"""Render novel views of a trained run along a path: an orbit around the scene, a spiral among the cameras, a flight
+through them, or the poses of a split.
 
 Writes PNGs, depth PNGs and an animation into a folder of the workdir.
 """
@@ -12,7 +13,16 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxngp import flags
-from jaxngp.cameras import Cameras, PosedImages, image_size, orbit_poses, resize_cameras
+from jaxngp.cameras import (
+    Cameras,
+    PosedImages,
+    image_size,
+    interpolate_poses,
+    orbit_poses,
+    resize_cameras,
+    spiral_poses,
+    surrounded,
+)
 from jaxngp.config import InputError, SceneConfig
 from jaxngp.console import bar_interval
 from jaxngp.data import load_evaluation
@@ -23,26 +33,36 @@ from jaxngp.runs import Run
 
 def main(values: flags.Flags) -> None:
     run, config = flags.trained_nerf(values)
-    cameras = camera_path(run, config.scene, values.path, values.frames)
+    path = automatic_path(run) if values.path == "auto" else values.path
+    cameras = camera_path(run, config.scene, path, values.frames)
     width, height = image_size(cameras[0])
     if values.width or values.height:
         new_width = values.width or round(values.height * width / height)
         height, width = values.height or round(values.width * height / width), new_width
         cameras = resize_cameras(cameras, width, height)
-    folder = run.workdir / "renders" / values.path
+    folder = run.workdir / "renders" / path
     shutil.rmtree(folder, ignore_errors=True)
     frames = write_frames(run, cameras, folder, background=values.background)
-    animation = folder / f"{values.path}.{values.animation}"
+    animation = folder / f"{path}.{values.animation}"
     write_animation(animation, frames, values.fps)
     print(f"{len(frames)} frames of {width}x{height}: {animation}")
 
 
+PATHS = {"orbit": orbit_poses, "spiral": spiral_poses, "interpolate": interpolate_poses}
+
+
+def automatic_path(run: Run) -> str:
+    """A spiral, which stays where the cameras were, for surroundings not seen from all sides, else an orbit."""
+    alone = run.occupancy is None or run.occupancy.cells.num_cascades == 1
+    return "orbit" if alone or run.cameras is None or surrounded(np.asarray(run.cameras.c2w)) else "spiral"
+
+
 def camera_path(run: Run, scene: SceneConfig, path: str, num_frames: int) -> Cameras:
-    """The cameras of an orbit around the training views, or of a split."""
-    if path == "orbit":
+    """The cameras of one of PATHS, which follows from the training views, or of a split."""
+    if path in PATHS:
         if run.cameras is None:
             raise InputError("a ray table has no camera: render it with python -m jaxngp.evaluate instead")
-        poses = orbit_poses(np.asarray(run.cameras.c2w), num_frames or 60)
+        poses = PATHS[path](np.asarray(run.cameras.c2w), num_frames or 60)
         first = run.cameras[np.zeros(len(poses), np.int64)]
         return first.replace(c2w=poses)  # type: ignore[attr-defined]
     views = load_evaluation(scene, path)

@@ -20,9 +20,9 @@ from jaxngp.training.loop import train
 
 
 def main(values: flags.Flags) -> None:
-    config = flags.train_config(values)
-    training = load_training(config.scene)
-    config = white_without_alpha(config, training)
+    config_of = flags.train_config(values)
+    training = load_training(config_of(1).scene)
+    config = white_without_alpha(config_of(training.placement.num_cascades), training)
     workdir = Path(values.workdir or f"runs/{Path(config.scene.name).resolve().stem}")
     # Evaluation views are read in the background, since reading images and compiling keep different cores busy.
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
@@ -69,8 +69,12 @@ def evaluation_split(config: NerfConfig, values: flags.Flags, training: Split) -
 
 
 def white_without_alpha(config: NerfConfig, training: Split) -> NerfConfig:
-    """White instead of random where no image has alpha: what lies behind the scene is then part of the pictures."""
-    if training.has_alpha or config.train.background != "random":
+    """White instead of random where no image has alpha: what lies behind the scene is then part of the pictures.
+
+    Not where the scene surrounds its cameras: then all that they see is in it, and behind random colours it becomes
+    opaque.
+    """
+    if training.has_alpha or config.train.background != "random" or training.placement.num_cascades > 1:
         return config
     print("the images have no alpha: training with a white background instead of random ones")
     return replace(config, train=replace(config.train, background="white"))

@@ -257,3 +257,67 @@ def test_rays_and_cameras_are_indexed_as_arrays() -> None:
     for tree in (batch, rays):
         for whole, part in zip(jax.tree.leaves(tree), jax.tree.leaves(tree[1:]), strict=True):
             np.testing.assert_array_equal(part, whole[1:])
+
+
+# Paths among cameras, and where they look.
+
+
+@st.composite
+def inward_poses(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Poses (9, 3, 4) that look at a point from places around it, and the point."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    target = rng.uniform(-1, 1, 3)
+    offset = rng.normal(size=(9, 3)) * (1, 1, 0.3)
+    offset += 0.5 * offset / np.linalg.norm(offset, axis=1, keepdims=True)
+    return np.stack([cameras.look_at(target + o, target, (0, 0, 1)) for o in offset]), target
+
+
+@given(inward_poses())
+def test_the_focus_is_where_the_axes_meet(poses_and_target: tuple[np.ndarray, np.ndarray]) -> None:
+    c2w, target = poses_and_target
+    np.testing.assert_allclose(cameras.focus(c2w.astype(np.float64)), target, atol=1e-4)
+
+
+def test_the_focus_of_parallel_cameras_lies_ahead() -> None:
+    c2w = np.stack([cameras.look_at((x, 0, 0), (x, 5, 0), (0, 0, 1)) for x in (-1.0, 0.0, 1.0)])
+    np.testing.assert_allclose(cameras.focus(c2w.astype(np.float64)), (0, 4 / 3, 0), atol=1e-6)
+
+
+@given(inward_poses(), st.integers(2, 40))
+def test_a_spiral_looks_at_the_focus(poses_and_target: tuple[np.ndarray, np.ndarray], num_poses: int) -> None:
+    c2w, target = poses_and_target
+    path = cameras.spiral_poses(c2w, num_poses).astype(np.float64)
+    to_target = target - path[:, :, 3]
+    to_target /= np.linalg.norm(to_target, axis=1, keepdims=True)
+    np.testing.assert_allclose(-path[:, :, 2], to_target, atol=1e-3)
+    np.testing.assert_allclose(
+        np.swapaxes(path[:, :, :3], 1, 2) @ path[:, :, :3], np.tile(np.eye(3), (num_poses, 1, 1)), atol=1e-5
+    )
+    inside = np.max(np.linalg.norm(c2w[:, :, 3] - c2w[:, :, 3].mean(axis=0), axis=1))
+    assert np.all(np.linalg.norm(path[:, :, 3] - c2w[:, :, 3].mean(axis=0), axis=1) <= 3**0.5 * inside + 1e-5)
+
+
+@given(inward_poses())
+def test_a_flight_passes_through_its_poses_evenly(poses_and_target: tuple[np.ndarray, np.ndarray]) -> None:
+    c2w, _ = poses_and_target
+    path = cameras.interpolate_poses(c2w, 2000)
+    for index in (0, -1):
+        np.testing.assert_allclose(path[index], c2w[index], atol=1e-4)
+    moved = np.linalg.norm(np.diff(path[:, :, 3], axis=0), axis=1)
+    assert moved.max() < 1.3 * moved.mean() + 1e-6
+    nearest = np.min(np.linalg.norm(path[:, None, :, 3] - c2w[None, :, :, 3], axis=-1), axis=0)
+    assert nearest.max() <= moved.max()
+
+
+def test_one_pose_or_a_pose_twice_is_a_flight_that_stays() -> None:
+    pose = look_at((0.5, -1.0, 0.5))
+    for given_poses in (pose[None], np.stack([pose, pose])):
+        np.testing.assert_allclose(cameras.interpolate_poses(given_poses, 3), np.stack([pose] * 3), atol=1e-6)
+
+
+def test_surrounded_means_from_all_sides() -> None:
+    angle = np.arange(12) * np.pi / 6
+    around = np.stack([look_at((0.5 + np.cos(a), 0.5 + np.sin(a), 0.7)) for a in angle])
+    assert cameras.surrounded(around)
+    assert not cameras.surrounded(around[:7])
+    assert not cameras.surrounded(around[:1])

@@ -10,7 +10,7 @@ import pytest
 
 from jaxngp import device
 from jaxngp.cameras import PosedImages, Rays, view_rays
-from jaxngp.config import SceneConfig, apply_overrides
+from jaxngp.config import apply_overrides
 from jaxngp.data import Split, bricks, load_evaluation, load_training
 from jaxngp.evaluation import EvalBackground, ViewPicture, ViewScore, evaluate_views, summarise
 from jaxngp.presets import PRESETS
@@ -45,15 +45,13 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Progress, Split]:
     return progress, held_out
 
 
-def exact_depth(config: SceneConfig, split: Split, view: int) -> tuple[np.ndarray, np.ndarray]:
+def exact_depth(split: Split, view: int) -> tuple[np.ndarray, np.ndarray]:
     """Depth in scene units, and alpha, of a view's pixel centres, by the scene's own ray caster."""
     assert isinstance(split.images, PosedImages)
     rays = view_rays(split.images.cameras[view])
-    world = Rays(
-        origin=(rays.origin - 0.5) * config.box_side + jnp.asarray(config.box_centre), direction=rays.direction
-    )
-    surface = bricks.cast_rays(world)
-    return np.asarray(surface.depth) / config.box_side, np.asarray(surface.alpha)
+    origin = jnp.asarray(split.transform.to_world(rays.origin), jnp.float32)
+    surface = bricks.cast_rays(Rays(origin, rays.direction))
+    return np.asarray(surface.depth) / split.transform.side, np.asarray(surface.alpha)
 
 
 def views(
@@ -73,7 +71,7 @@ def test_four_hundred_steps_learn_the_built_in_scene(learned: tuple[Progress, Sp
 def test_the_learned_depth_is_that_of_the_scene(learned: tuple[Progress, Split]) -> None:
     errors = []
     for view, (_, picture) in enumerate(views(*learned)):
-        depth, alpha = exact_depth(CONFIG.scene, learned[1], view)
+        depth, alpha = exact_depth(learned[1], view)
         solid = (alpha == 1) & (picture.opacity > 0.95)
         assert solid.mean() > 0.1
         errors.append(np.abs(picture.depth - depth)[solid])

@@ -143,6 +143,45 @@ def steps_by_definition(rays: Rays, grid: OccupancyGrid, jitter: np.ndarray) -> 
     return flags & (t < t_far[:, None]), off_faces & (from_end > 1e-4) & ~grazes
 
 
+# Steps.
+
+
+@given(arrays32(R, 0, 2), jitters, st.floats(2.0, 12.0), st.sampled_from([0.0, 2.5, 7.0, 15.0]))
+@settings(max_examples=100)
+def test_steps_tile_a_ray_and_grow_with_distance(
+    start: np.ndarray, jitter: np.ndarray, detail: float, growth: float
+) -> None:
+    """Each is max(length, growth t) long, with the t where it starts, but for the one in which that changes."""
+    count, length = 64, 2.0**-detail
+    steps = Steps(start, jitter, length, growth / count)[:, None]  # type: ignore[arg-type]
+    step = np.arange(count, dtype=np.int32)
+    edge = np.asarray(replace(steps, jitter=np.zeros((R, 1), np.float32)).t_at(step), np.float64)
+    dt, t = np.asarray(steps.dt_at(step), np.float64), np.asarray(steps.t_at(step), np.float64)
+    np.testing.assert_allclose(edge[:, 0], start, rtol=1e-4, atol=1e-6)
+    rounding = 1e-5 * edge[:, 1:] * (1 + count * growth)
+    across = (edge[:, :-1] < length * count / max(growth, 1e-9)) & (edge[:, 1:] > length * count / max(growth, 1e-9))
+    assert np.all(np.abs(np.diff(edge) - dt[:, :-1]) < rounding + across * dt[:, :-1] * growth / count)
+    np.testing.assert_allclose(dt, np.maximum(length, growth / count * edge), rtol=1e-4)
+    assert np.all((t >= edge - rounding[:, :1]) & (t[:, :-1] <= edge[:, 1:] + rounding))
+
+
+@given(arrays32(R, 0, 1), arrays32(R, 0, 3), st.sampled_from([0.0, 0.04, 0.1]))
+def test_steps_are_counted_and_skipped_alike(start: np.ndarray, until: np.ndarray, growth: float) -> None:
+    """The step before the counted ones' end begins before t; the first step after a skip is one of those before."""
+    steps = Steps(start, np.full(R, 0.5, np.float32), 0.01, growth)  # type: ignore[arg-type]
+    edges = replace(steps, jitter=np.zeros(R, np.float32))
+    count = np.asarray(steps.num_until(until))
+    begun, next_one = (np.asarray(edges.t_at(n)) for n in (count - 1, count))
+    assert np.all((count == 0) | (begun < until + 1e-4))
+    assert np.all(next_one > until - 1e-4)
+    skipped = steps.skip_to(until)
+    first = np.asarray(skipped.t_start)
+    assert np.all(first <= np.maximum(until, start) + 1e-4)
+    assert np.all(first + np.asarray(skipped.dt_at(np.zeros(R, np.int32))) >= until - 1e-4)
+    nearest = np.asarray(edges[:, None].t_at(np.arange(512, dtype=np.int32)))
+    assert np.all(np.min(np.abs(nearest - first[:, None]), axis=1) < 1e-4)
+
+
 # The box.
 
 

@@ -1,6 +1,6 @@
 """Scenes on disk -> views for training and evaluation, as numpy arrays in scene units.
 
-    places.locate --> Location --> Format.read --> Capture --> capture.normalise --> SceneTransform
+    places.locate --> Location --> Format.read --> Capture --> capture.normalise --> Placement
                                                       |               |
                                                       +----> splits.load_training, load_evaluation --> Split
 
@@ -12,7 +12,7 @@ needs no data, `download` fetches the one that has a public address. `checks` an
 
 from __future__ import annotations
 
-from jaxngp.data.capture import SPLITS, Capture, SceneTransform, normalise
+from jaxngp.data.capture import SPLITS, Capture, Placement, SceneTransform, normalise
 from jaxngp.data.fingerprint import changed, fingerprint
 from jaxngp.data.places import FORMATS, Format, Location, cache_dir, expand, locate
 from jaxngp.data.rays import RayTable
@@ -24,6 +24,7 @@ __all__ = [
     "Capture",
     "Format",
     "Location",
+    "Placement",
     "RayTable",
     "SceneTransform",
     "Split",

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxngp.cameras import Cameras
-from jaxngp.config import SceneConfig
+from jaxngp.cameras import Cameras, focus
+from jaxngp.config import MAX_LENGTH, SceneConfig
 
 SPLITS = ("train", "val", "test")
+TABLE_SIDE = 3.0  # world units: the box of NeRF-synthetic, whose rays a table mostly holds
 IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 
 
@@ -122,7 +123,76 @@ class SceneTransform:
         return cls((x, y, z), float(plain["side"]), tuple(rows))
 
 
-def normalise(capture: Capture, scene: SceneConfig) -> SceneTransform:
-    """How a capture is placed in the scene's box: today the box that `scene` names, whatever the capture is."""
-    del capture
-    return SceneTransform(scene.box_centre, scene.box_side)
+@dataclass(frozen=True)
+class Placement:
+    """Where a capture lies in the scene's box."""
+
+    transform: SceneTransform
+    num_cascades: int = 1  # nested cubes that its distances ask for; the innermost is where the cameras look
+    reason: str = ""  # for people
+
+
+FAR = 5  # cascades at most: the outermost cube is 16 times as wide as the innermost
+INNER = 0.75  # side of the innermost cube, in distances of the cameras from what they look at
+SEEN = 0.98  # of the points of structure from motion the cube is to hold; the farthest are mostly wrong
+_AXES = {"x": (1.0, 0.0, 0.0), "y": (0.0, 1.0, 0.0), "z": (0.0, 0.0, 1.0)}
+
+
+def normalise(capture: Capture, scene: SceneConfig) -> Placement:
+    """Place a capture in the scene's box: as `scene` says, else as its source does, else by its cameras and points.
+
+    By itself it is turned so that the cameras' mean up becomes +z, and centred where their optical axes meet. If the
+    images have alpha, the box just holds what the cameras can see there. Otherwise the innermost cube is as wide as
+    `INNER` times the cameras' distance, and the cubes around it are as many as hold the cameras and the points.
+    """
+    cameras = capture.cameras
+    rotation = _upright(capture, scene)
+    if scene.box_side:
+        return Placement(SceneTransform(scene.box_centre, scene.box_side, rotation), reason="the box that was given")
+    if capture.box is not None:
+        transform = SceneTransform(capture.box.centre, capture.box.side / scene.scale, rotation)
+        return Placement(transform, capture.box.num_cascades, "the box of its file")
+    if cameras is None:
+        return Placement(SceneTransform(scene.box_centre, TABLE_SIDE / scene.scale, rotation), reason="the default box")
+    c2w = np.asarray(cameras.c2w, np.float64)
+    centre = focus(c2w)
+    distance = float(np.median(np.linalg.norm(c2w[:, :, 3] - centre, axis=1))) or 1.0
+    if all(capture.has_alpha) and capture.has_alpha:
+        size, focal = np.asarray(cameras.size, np.float64), np.asarray(cameras.focal_xy, np.float64)
+        side = 2 * distance * float(np.median(np.max(0.5 * size / focal, axis=1)))
+        reason, num_cascades = "as wide as the images, which have alpha, at the distance of the cameras", 1
+    else:
+        side = INNER * distance
+        reach = [np.max(np.abs(c2w[:, :, 3] - centre))]
+        if capture.points is not None and len(capture.points):
+            reach.append(np.quantile(np.max(np.abs(capture.points - centre), axis=1), SEEN))
+        num_cascades = 1 + int(np.clip(np.ceil(np.log2(2 * max(reach) / side)), 1, FAR - 1))
+        if len(reach) == 1:  # nobody knows how far it goes behind what the cameras look at
+            num_cascades = min(num_cascades + 1, FAR)
+        reason = f"{num_cascades} nested cubes about the point that the cameras look at"
+    side = np.clip(side * 2 ** (num_cascades - 1) / scene.scale, 1 / MAX_LENGTH, MAX_LENGTH)
+    x, y, z = np.clip(centre, -MAX_LENGTH, MAX_LENGTH).tolist()
+    return Placement(SceneTransform((x, y, z), float(side), rotation), num_cascades, reason)
+
+
+def _upright(capture: Capture, scene: SceneConfig) -> tuple[tuple[float, float, float], ...]:
+    """The rotation, as rows, that turns what is up in the world to +z."""
+    if scene.up != "auto":
+        up = np.array(_AXES[scene.up[-1]]) * (-1 if scene.up[0] == "-" else 1)
+    elif capture.up is not None:
+        up = np.asarray(capture.up, np.float64)
+    elif capture.box is not None or capture.cameras is None or scene.box_side:
+        return IDENTITY  # who gives a box gives it in axes that have an up
+    else:
+        up = np.asarray(capture.cameras.c2w, np.float64)[:, :, 1].mean(axis=0)
+    length = np.linalg.norm(up)
+    if length < 1e-3:  # the cameras agree on none
+        return IDENTITY
+    x, y, z = up / length
+    if z > 1 - 1e-12:
+        return IDENTITY
+    if z < -1 + 1e-9:
+        return ((1.0, 0.0, 0.0), (0.0, -1.0, 0.0), (0.0, 0.0, -1.0))
+    # Rodrigues' rotation about the horizontal axis that is at right angles to up.
+    a, b, c = 1 - x * x / (1 + z), -x * y / (1 + z), 1 - y * y / (1 + z)
+    return ((a, b, -x), (b, c, -y), (x, y, z))

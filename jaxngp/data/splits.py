@@ -9,7 +9,7 @@ import numpy as np
 from jaxngp.cameras import PosedImages, make_cameras
 from jaxngp.config import InputError, SceneConfig
 from jaxngp.data import rays
-from jaxngp.data.capture import SPLITS, Capture, SceneTransform, normalise
+from jaxngp.data.capture import SPLITS, Capture, Placement, SceneTransform, normalise
 from jaxngp.data.photos import read_images
 from jaxngp.data.places import Location, locate
 from jaxngp.data.rays import RayTable
@@ -27,12 +27,17 @@ class Split:
     views: tuple[str, ...]
     images: PosedImages | RayTable
     has_alpha: bool
-    transform: SceneTransform = SceneTransform()  # from the units of the files
+    placement: Placement = Placement(SceneTransform())
     notes: tuple[str, ...] = ()  # a sentence about each thing that the user may not expect
 
     @property
     def num_views(self) -> int:
         return len(self.views)
+
+    @property
+    def transform(self) -> SceneTransform:
+        """From the units of the files to scene units."""
+        return self.placement.transform
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -50,7 +55,8 @@ def load_training(scene: SceneConfig) -> Split:
     if "train" not in location.splits:
         raise _no_split("train", location, scene)
     capture = location.read("train")
-    return _load(scene, capture, "train", _view_numbers("train", len(capture.names), _hold_out_every(scene, location)))
+    views = _view_numbers("train", len(capture.names), _hold_out_every(scene, location))
+    return _load(scene, capture, "train", views, _place(scene, location, capture))
 
 
 def load_evaluation(scene: SceneConfig, split: str = "auto", num_views: int = 0) -> Split:
@@ -80,7 +86,7 @@ def load_evaluation(scene: SceneConfig, split: str = "auto", num_views: int = 0)
             "give at most as many, or 0 for all of them"
         )
     views = views[np.arange(num_views) * len(views) // num_views] if num_views else views
-    loaded = _load(scene, capture, name, views)
+    loaded = _load(scene, capture, name, views, _place(scene, location, capture))
     if split == "auto" and name == "train":
         note = f"{capture.path}: no view is held out, so it is evaluated on the views that it is trained on"
         loaded = replace(loaded, notes=(*loaded.notes, note))
@@ -118,18 +124,23 @@ def _no_split(name: str, location: Location, scene: SceneConfig) -> InputError:
 # Their pixels.
 
 
-def _load(scene: SceneConfig, capture: Capture, name: str, views: np.ndarray) -> Split:
+def _place(scene: SceneConfig, location: Location, capture: Capture) -> Placement:
+    """Where the scene lies in its box, which has to be the same for all of its splits."""
+    known = scene.box_side or capture.box or capture.rays or len(location.splits) == 1
+    return normalise(capture if known else location.read(*location.splits), scene)
+
+
+def _load(scene: SceneConfig, capture: Capture, name: str, views: np.ndarray, placement: Placement) -> Split:
     """The given views of a capture, as the split `name`."""
-    transform = normalise(capture, scene)
     try:
-        images = (_load_rays if capture.rays else _load_images)(scene, capture, views, transform)
+        images = (_load_rays if capture.rays else _load_images)(scene, capture, views, placement.transform)
     except MemoryError as error:
         raise InputError(
             f"{capture.path}: the {name} views do not fit into memory ({error}); shrink them with --downscale, "
             "or take some out"
         ) from None
     has_alpha = any(capture.has_alpha[view] for view in views) if capture.has_alpha else False
-    return Split(name, tuple(capture.names[view] for view in views), images, has_alpha, transform, capture.unusual)
+    return Split(name, tuple(capture.names[view] for view in views), images, has_alpha, placement, capture.unusual)
 
 
 def _load_images(scene: SceneConfig, capture: Capture, views: np.ndarray, transform: SceneTransform) -> PosedImages:
