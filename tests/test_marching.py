@@ -146,40 +146,51 @@ def steps_by_definition(rays: Rays, grid: OccupancyGrid, jitter: np.ndarray) -> 
 # Steps.
 
 
-@given(arrays32(R, 0, 2), jitters, st.floats(2.0, 12.0), st.sampled_from([0.0, 2.5, 7.0, 15.0]))
-@settings(max_examples=100)
-def test_steps_tile_a_ray_and_grow_with_distance(
-    start: np.ndarray, jitter: np.ndarray, detail: float, growth: float
-) -> None:
+@jax.jit
+def look_at_steps(steps: Steps) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where the first 64 steps (R, 64) start, how long they are, and where their samples lie."""
+    rows, step = steps[:, None], jnp.arange(64, dtype=jnp.int32)
+    edges = replace(rows, jitter=jnp.zeros_like(rows.jitter))
+    length = rows.dt_at(jnp.broadcast_to(step, (R, 64)))
+    return edges.t_at(step), length, rows.t_at(step)
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.04, 0.1])
+@given(start=arrays32(R, 0, 2), jitter=jitters)
+def test_steps_tile_a_ray_and_grow(start: np.ndarray, jitter: np.ndarray, growth: float) -> None:
     """Each is max(length, growth t) long, with the t where it starts, but for the one in which that changes."""
-    count, length = 64, 2.0**-detail
-    steps = Steps(start, jitter, length, growth / count)[:, None]  # type: ignore[arg-type]
-    step = np.arange(count, dtype=np.int32)
-    edge = np.asarray(replace(steps, jitter=np.zeros((R, 1), np.float32)).t_at(step), np.float64)
-    dt, t = np.asarray(steps.dt_at(step), np.float64), np.asarray(steps.t_at(step), np.float64)
+    length = 0.02
+    found = look_at_steps(Steps(start, jitter, length, growth))  # type: ignore[arg-type]
+    edge, dt, t = (np.asarray(a, np.float64) for a in found)
     np.testing.assert_allclose(edge[:, 0], start, rtol=1e-4, atol=1e-6)
-    rounding = 1e-5 * edge[:, 1:] * (1 + count * growth)
-    across = (edge[:, :-1] < length * count / max(growth, 1e-9)) & (edge[:, 1:] > length * count / max(growth, 1e-9))
-    assert np.all(np.abs(np.diff(edge) - dt[:, :-1]) < rounding + across * dt[:, :-1] * growth / count)
-    np.testing.assert_allclose(dt, np.maximum(length, growth / count * edge), rtol=1e-4)
-    assert np.all((t >= edge - rounding[:, :1]) & (t[:, :-1] <= edge[:, 1:] + rounding))
+    np.testing.assert_allclose(dt, np.maximum(length, growth * edge), rtol=1e-4)
+    rounding = 1e-4 * dt[:, :-1]
+    changes = (growth * edge[:, :-1] < length) & (growth * edge[:, 1:] > length)
+    assert np.all(np.abs(np.diff(edge) - dt[:, :-1]) < rounding + changes * growth * dt[:, :-1])
+    assert np.all((t[:, :-1] > edge[:, :-1] - rounding) & (t[:, :-1] < edge[:, 1:] + rounding))
 
 
-@given(arrays32(R, 0, 1), arrays32(R, 0, 3), st.sampled_from([0.0, 0.04, 0.1]))
-def test_steps_are_counted_and_skipped_alike(start: np.ndarray, until: np.ndarray, growth: float) -> None:
-    """The step before the counted ones' end begins before t; the first step after a skip is one of those before."""
-    steps = Steps(start, np.full(R, 0.5, np.float32), 0.01, growth)  # type: ignore[arg-type]
-    edges = replace(steps, jitter=np.zeros(R, np.float32))
-    count = np.asarray(steps.num_until(until))
-    begun, next_one = (np.asarray(edges.t_at(n)) for n in (count - 1, count))
-    assert np.all((count == 0) | (begun < until + 1e-4))
-    assert np.all(next_one > until - 1e-4)
+@jax.jit
+def count_steps(steps: Steps, until: jax.Array) -> tuple:
+    """The number until some t (R,), where the last of them and the one after it begin, and what is left of a skip."""
+    edges, count = replace(steps, jitter=jnp.zeros_like(steps.jitter)), steps.num_until(until)
     skipped = steps.skip_to(until)
-    first = np.asarray(skipped.t_start)
+    every = edges[:, None].t_at(jnp.arange(512, dtype=jnp.int32))
+    off = jnp.min(jnp.abs(every - skipped.t_start[:, None]), axis=1)
+    return count, edges.t_at(count - 1), edges.t_at(count), skipped.t_start, skipped.dt_at(jnp.zeros(R, jnp.int32)), off
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.04, 0.1])
+@given(start=arrays32(R, 0, 1), until=arrays32(R, 0, 3))
+def test_steps_are_counted_and_skipped_alike(start: np.ndarray, until: np.ndarray, growth: float) -> None:
+    """The last of the counted steps begins before t, the next does not; a skip ends at a step that holds t."""
+    steps = Steps(start, np.full(R, 0.5, np.float32), 0.01, growth)  # type: ignore[arg-type]
+    count, last, after, first, dt, off = (np.asarray(a) for a in count_steps(steps, until))
+    assert np.all((count == 0) | (last < until + 1e-4))
+    assert np.all(after > until - 1e-4)
     assert np.all(first <= np.maximum(until, start) + 1e-4)
-    assert np.all(first + np.asarray(skipped.dt_at(np.zeros(R, np.int32))) >= until - 1e-4)
-    nearest = np.asarray(edges[:, None].t_at(np.arange(512, dtype=np.int32)))
-    assert np.all(np.min(np.abs(nearest - first[:, None]), axis=1) < 1e-4)
+    assert np.all(first + dt >= until - 1e-4)
+    assert off.max() < 1e-4
 
 
 # The box.
