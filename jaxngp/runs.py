@@ -46,6 +46,7 @@ from jaxngp.config import (
 from jaxngp.console import ProgressBar, TrainingWarnings, interruption, warn
 from jaxngp.data import Split, changed, fingerprint
 from jaxngp.evaluation import COLOURS, EvalBackground
+from jaxngp.lenses import MODELS, Lens
 from jaxngp.occupancy import OccupancyGrid
 from jaxngp.records import append_jsonl, keep_lines, write_json
 from jaxngp.rendering import render_view
@@ -60,6 +61,8 @@ KINDS: dict[str, tuple[type, str]] = {
 
 PICTURES = ("comparison.png", "reconstruction.png", "sheet.png", "surface.png", "surface.ply", "surface.obj")
 """What `train_image` and `train_sdf` write into workdir/pictures."""
+
+LENS_ARRAYS = ("coefficients", "reach", "stretch")
 
 # Training.
 
@@ -173,8 +176,15 @@ def _describe(data: Split) -> dict[str, Any]:
     """What scene.json holds."""
     plain: dict[str, Any] = {"fingerprint": fingerprint(data), "transform": data.transform.to_plain()}
     if isinstance(data.images, PosedImages):
-        cameras = {name: np.asarray(array).tolist() for name, array in vars(data.images.cameras).items()}
-        plain |= {"views": list(data.views), "cameras": cameras}
+        plain |= {"views": list(data.views), "cameras": _plain_cameras(data.images.cameras)}
+    return plain
+
+
+def _plain_cameras(cameras: Cameras) -> dict[str, Any]:
+    plain = {name: np.asarray(array).tolist() for name, array in vars(cameras).items() if name != "lens"}
+    if (lens := cameras.lens) is not None:
+        arrays = {name: np.asarray(getattr(lens, name)).tolist() for name in LENS_ARRAYS}
+        plain["lens"] = {"model": lens.model, **arrays}
     return plain
 
 
@@ -284,10 +294,19 @@ def _read_cameras(path: Path) -> Cameras | None:
         return None
     names = ("c2w", "focal_xy", "centre_xy", "size")
     try:
-        arrays: Any = [np.asarray(plain[name], np.int32 if name == "size" else np.float32) for name in names]
-        return Cameras(*arrays)
+        arrays: Any = {n: np.asarray(plain[n], np.int32 if n == "size" else np.float32) for n in names}
+        return Cameras(**arrays, lens=_read_lens(plain.get("lens")))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}; the file was edited: restore it, or train from scratch") from None
+
+
+def _read_lens(plain: dict[str, Any] | None) -> Lens | None:
+    if plain is None:  # pinholes
+        return None
+    if plain["model"] not in MODELS:
+        raise ValueError(f"lens.model = {plain['model']!r}")
+    arrays: Any = {name: np.asarray(plain[name], np.float32) for name in LENS_ARRAYS}
+    return Lens(**arrays, model=plain["model"])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from strategies import arrays32, floats32, rotations
 from jaxngp import data
 from jaxngp.cameras import PosedImages
 from jaxngp.config import InputError, SceneConfig
-from jaxngp.data import blender, photos
+from jaxngp.data import photos, transforms
 
 ANGLE = 0.7
 
@@ -258,13 +258,14 @@ def test_missing_images_are_one_line_with_a_count(tmp_path: Path) -> None:
         (tmp_path / "train" / f"r_{i}.png").unlink()
     assert f"{tmp_path}/train/r_1.png: the image is missing, and 2 more of 5 are; put" in message(tmp_path)
     Image.fromarray(pixels(1)[..., :3]).save(tmp_path / "train" / "r_1.JPG")
+    edit(tmp_path, {}, {"file_path": "train/r_1.png"})
     assert "but r_1.JPG is there" in message(tmp_path)
 
 
-def test_keys_that_are_not_supported_are_noted(folder: Path) -> None:
-    edit(folder, {"train_filenames": []}, {"mask_path": "masks/1.png"})
+def test_unknown_keys_are_named_once(folder: Path) -> None:
+    edit(folder, {"exposure": 1}, {"shutter": 2, "rotation": 0.1})
     (note,) = data.load_training(scene_at(folder)).notes
-    assert "mask_path, train_filenames" in note
+    assert note.endswith("unknown: 'exposure', 'shutter'")
 
 
 def test_a_file_path_may_have_an_extension(folder: Path) -> None:
@@ -492,9 +493,14 @@ def test_a_transforms_file_that_is_none_is_one_line(folder: Path, text: str) -> 
         ({"cx": float("nan")}, "expected a finite number"),
         ({"fl_x": -1}, "positive"),
         ({"w": 10, "h": 30}, "aspect ratio"),
-        ({"k1": 0.1}, "distortion"),
-        ({"is_fisheye": True}, "fisheye"),
-        ({"camera_model": "OPENCV_FISHEYE"}, "camera_model"),
+        ({"k1": "0.1"}, "finite"),
+        ({"k1": -100.0}, "folds over"),
+        ({"k4": 0.1}, "k4 = 0.1 without a fisheye"),
+        ({"is_fisheye": True, "p1": 0.1}, "p1, p2 with a fisheye"),
+        ({"camera_model": "FISHEYE624"}, "camera_model"),
+        ({"rolling_shutter": [0, 0, 1, 0]}, "rolling_shutter = [0, 0, 1, 0]: a rolling shutter is not supported"),
+        ({"equirectangular": True}, "equirectangular"),
+        ({"white_transparent": True}, "white_transparent"),
         ({"frames": ...}, "'frames'"),
         ({"frames": []}, "'frames'"),
         ({"frames": {"0": 1}}, "'frames'"),
@@ -522,7 +528,7 @@ IDENTITY = np.eye(4).tolist()
         ({"file_path": "train/none"}, "none.png: the image is missing"),
         ({"file_path": "train/" + "n" * 300}, "the image is missing"),
         ({"camera_model": "FISHEYE"}, "frame 1: camera_model"),
-        ({"k1": 0.1}, "frame 1: k1"),
+        ({"k1": True}, "frame 1: k1"),
         ({"fl_x": -1}, "frame 1: fl_x"),
         ({"transform_matrix": ...}, "transform_matrix"),
         ({"transform_matrix": 1}, "transform_matrix"),
@@ -577,7 +583,7 @@ def test_images_of_different_sizes_are_one_line(folder: Path) -> None:
 
 
 def test_an_unsupported_pixel_format_is_one_line(folder: Path) -> None:
-    Image.fromarray(np.zeros((4, 8), np.uint16)).save(folder / "train" / "r_2.png")
+    Image.fromarray(pixels(2)).convert("CMYK").save(folder / "train" / "r_2.png", "TIFF")
     assert "is not supported; convert it" in message(folder)
 
 
@@ -587,7 +593,7 @@ def test_a_wrong_downscale_names_those_that_divide(folder: Path) -> None:
 
 def test_a_file_that_cannot_be_read_is_one_line(folder: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
-        blender.read(folder, ("val",))
+        transforms.read(folder, ("val",))
 
 
 # The real thing.

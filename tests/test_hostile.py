@@ -266,7 +266,7 @@ VALID_IMAGES = {
     "eps": encoded(OPAQUE, "EPS"),
     "ppm": encoded(OPAQUE, "PPM"),
 }
-REFUSED = {"png 1", "png 16 bit", "jpeg cmyk", "tiff cmyk", "tiff float", "gif", "eps", "ppm"}
+REFUSED = {"png 1", "jpeg cmyk", "tiff cmyk", "tiff float", "gif", "eps", "ppm"}
 
 
 def png_chunks(content: bytes) -> list[tuple[bytes, bytes]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from jaxngp.config import InputError
-from jaxngp.data import blender
+from jaxngp.data import transforms
 
 TIMEOUT = 30.0  # seconds without a byte
 BLOCK = 2**20  # bytes read at a time
@@ -76,7 +76,7 @@ def download_scene(
             except (InputError, *BROKEN) as error:
                 part.unlink()
                 raise _not_found(name, looked, f"the archive of {url} is broken or not the scene ({error})") from None
-            if not blender.detect(folder):  # else another run was faster; its folder was checked as this one was
+            if not transforms.detect(folder):  # else another run was faster; its folder was checked as this one was
                 unpacked.rename(folder)
         part.unlink()
     except (OSError, http.client.HTTPException) as error:  # offline, no such host, too slow; disk full or read-only
@@ -148,5 +148,5 @@ def _unpack(part: Path, source: Source, folder: Path) -> Path:
         found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no file"
         if found != expected:
             raise InputError(f"{name} should have the SHA-256 {expected}, found {found}")
-    blender.read(folder, blender.detect(folder))  # every image that a transforms file names is there
+    transforms.read(folder, transforms.detect(folder))  # every image that a transforms file names is there
     return folder

@@ -30,6 +30,8 @@ def fingerprint(views: Split | PosedImages | RayTable) -> dict[str, list[int]]:
         }
     cameras = images.cameras
     numbers = [np.asarray(part, np.float32) for part in (cameras.focal_xy, cameras.centre_xy, cameras.size)]
+    if cameras.lens is not None:
+        numbers.append(np.asarray(cameras.lens.coefficients, np.float32))
     return {
         "pixels": _checksums(np.split(np.asarray(images.rgba), np.asarray(images.offset)[1:])),
         "poses": _checksums([*np.asarray(cameras.c2w)]),

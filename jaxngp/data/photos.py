@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from jaxngp.config import InputError
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 ALPHA_MODES = ("RGBA", "LA", "PA")
+DEEP_MODES = ("I;16", "I;16L", "I;16B")
 PIXELS_AT_ONCE = 2**27  # that threads decode side by side; a pixel takes up to 16 bytes meanwhile
 PLAIN_PIXELS = 2**24  # with more, an image needs a byte for ...
 PIXELS_PER_BYTE = 1000  # ... so many; a header of a few bytes may promise any number, and a decoder make them up
@@ -26,19 +28,49 @@ PIXELS_PER_BYTE = 1000  # ... so many; a header of a few bytes may promise any n
 Result = TypeVar("Result")
 
 
-def probe_images(files: Sequence[Path]) -> tuple[np.ndarray, tuple[bool, ...]]:
-    """The size (V, 2) i64, width and height, of each image and whether it has alpha, from the headers.
+@dataclass(frozen=True, eq=False)
+class ImageHeaders:
+    """What the headers of V image files say."""
+
+    sizes: np.ndarray  # (V, 2) i64, width and height of the stored pixels
+    has_alpha: tuple[bool, ...]
+    notes: tuple[str, ...]  # a sentence on what is unusual about some of them
+
+
+def probe_images(files: Sequence[Path]) -> ImageHeaders:
+    """What the headers of images say; their pixels are not decoded.
 
     Raises InputError where images are missing, are not files, or are of no supported kind.
     """
-    _check_present(files)
+    check_present(files)
 
-    def probe(view: int) -> tuple[tuple[int, int], bool]:
+    def probe(view: int) -> tuple[tuple[int, int], bool, bool, bool]:
         with _open(files[view]) as image:
-            return image.size, image.mode in ALPHA_MODES or "transparency" in image.info
+            has_alpha = image.mode in ALPHA_MODES or "transparency" in image.info
+            return image.size, has_alpha, _orientation(image) > 1, image.mode in DEEP_MODES
 
-    sizes, has_alpha = zip(*_in_parallel(probe, len(files), workers=8), strict=True)
-    return np.array(sizes, np.int64), has_alpha
+    sizes, has_alpha, turned, deep = zip(*_in_parallel(probe, len(files), workers=8), strict=True)
+    notes = [
+        f"{files[flags.index(True)]}: {what}; so {'do' if sum(flags) > 2 else 'does'} {sum(flags) - 1} more"
+        if sum(flags) > 1
+        else f"{files[flags.index(True)]}: {what}"
+        for flags, what in (
+            (turned, "says in EXIF that it is to be shown turned; its pixels are taken as they are stored"),
+            (deep, "has 16 bits per channel, of which 8 are used"),
+        )
+        if any(flags)
+    ]
+    return ImageHeaders(np.array(sizes, np.int64), has_alpha, tuple(notes))
+
+
+def _orientation(image: Image.Image) -> int:
+    """The orientation that EXIF says, 1 where it says none."""
+    if "exif" not in image.info and image.format != "TIFF":
+        return 1
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # broken EXIF raises whatever it likes, and says nothing
+        return 1
 
 
 def read_images(files: Sequence[Path], sizes: np.ndarray, downscale: int, label: str) -> np.ndarray:
@@ -87,16 +119,17 @@ def _in_parallel(call: Callable[[int], Result], count: int, *, workers: int, lab
         return [*tqdm(done, label, count, delay=1.0, disable=None if label else True, leave=False, unit="image")]
 
 
-def _check_present(files: Sequence[Path]) -> None:
+def check_present(files: Sequence[Path], what: str = "image") -> None:
+    """Raises InputError for the first file that is missing, or is none."""
     if missing := [file for file in files if not os.path.exists(file)]:  # noqa: PTH110 - Path's raises for a long name
         more = f", and {len(missing) - 1} more of {len(files)} are" if len(missing) > 1 else ""
         raise InputError(
-            f"{missing[0]}: the image is missing{more}{_sibling(missing[0])}; "
-            "put the images there, or take their frames out of the json"
+            f"{missing[0]}: the {what} is missing{more}{_sibling(missing[0])}; "
+            f"put the {what}s there, or take their frames out of the json"
         )
     for file in files:
         if not file.is_file():  # reading a pipe would wait for ever
-            raise InputError(f"{file}: is not a file; put the image there, or take its frame out of the json")
+            raise InputError(f"{file}: is not a file; put the {what} there, or take its frame out of the json")
 
 
 def _sibling(file: Path) -> str:
@@ -124,9 +157,14 @@ def _decode(file: Path, size: tuple[int, ...]) -> np.ndarray:
         if image.size != size:
             raise InputError(f"{file}: changed while it was read; run again")
         try:
-            return np.asarray(image.convert("RGBA"))
+            return np.asarray((_of_8_bits(image) if image.mode in DEEP_MODES else image).convert("RGBA"))
         except Exception as error:  # a decoder met with a broken file raises whatever it likes
             raise InputError(f"{file}: broken or truncated ({error}); render or download it again") from None
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits, rounded to 8."""
+    return Image.fromarray(((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8))
 
 
 def _open(file: Path) -> Image.Image:
@@ -139,7 +177,7 @@ def _open(file: Path) -> Image.Image:
     fault = ""
     if num_pixels > min(max(PLAIN_PIXELS, PIXELS_PER_BYTE * num_bytes), Image.MAX_IMAGE_PIXELS or math.inf):
         fault = f"{image.width}x{image.height} pixels are too many, at all or for {num_bytes} bytes; scale it down"
-    elif image.mode not in (*ALPHA_MODES, "RGB", "L", "P"):
+    elif image.mode not in (*ALPHA_MODES, *DEEP_MODES, "RGB", "L", "P"):
         fault = f"pixel format {image.mode!r} is not supported; convert it to 8-bit RGBA"
     if fault:
         image.close()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxngp.config import InputError, SceneConfig
-from jaxngp.data import blender, download, rays
+from jaxngp.data import download, rays, transforms
 from jaxngp.data.capture import Capture
 from jaxngp.presets import SCENES
 
@@ -28,7 +28,10 @@ class Format:
     read: Callable[[Path, tuple[str, ...]], Capture]
 
 
-FORMATS = (Format("blender", blender.detect, blender.read), Format("rays", rays.detect, rays.read))
+FORMATS = (
+    Format("transforms", transforms.detect, transforms.read),
+    Format("rays", rays.detect, rays.read),
+)
 """The first that detects a scene reads it."""
 
 

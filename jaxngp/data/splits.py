@@ -115,7 +115,7 @@ def _view_numbers(name: str, count: int, hold_out_every: int) -> np.ndarray:
 
 
 def _no_split(name: str, location: Location, scene: SceneConfig) -> InputError:
-    wanted = f"transforms_{name}.json" if location.format.name == "blender" else f"a table named {name}"
+    wanted = f"transforms_{name}.json" if location.format.name == "transforms" else f"a table named {name}"
     hint = f"; add {wanted}" if name in SPLITS else ""
     known = ", ".join(_choices(scene, location))
     return InputError(f"{location.path}: has no {name!r} split, only {known}; take one of these{hint}")
@@ -155,6 +155,7 @@ def _load_images(scene: SceneConfig, capture: Capture, views: np.ndarray, transf
         centre_xy=np.asarray(seen.centre_xy, np.float32) / scene.downscale,
         width=size[:, 0],
         height=size[:, 1],
+        lens=seen.lens,
     )
     ends = np.cumsum(size.prod(axis=1))
     width, height = size.max(axis=0).tolist()
