@@ -211,7 +211,7 @@ def _examine(
     error = (place(direction) - jnp.stack([u, v])) * focal_xy.T[:, None]
     # Two directions at right angles to this one, and how fast the place moves along each.
     least = jnp.argmin(jnp.abs(direction), axis=0)
-    first = jnp.cross(direction, jax.nn.one_hot(least, 3, axis=0), axis=0)
+    first = jnp.cross(direction, jax.nn.one_hot(least, 3, axis=0, dtype=direction.dtype), axis=0)
     first = first / jnp.linalg.norm(first, axis=0)
     speeds = [jax.jvp(place, (direction,), (axis,))[1] for axis in (first, jnp.cross(direction, first, axis=0))]
     square = sum(jnp.sum(speed**2, axis=0) for speed in speeds)  # of the Frobenius norm, no less than the largest speed
