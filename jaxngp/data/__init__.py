@@ -4,17 +4,20 @@
                                                       |               |
                                                       +----> splits.load_training, load_evaluation --> Split
 
-A new format is a module with `detect` and `read`, and an entry in `places.FORMATS`. `bricks` renders the scene that
-needs no data, `download` fetches the one that has a public address. `checks` and `fingerprint` look at what was read.
+A format is a module with `detect` and `read`, and an entry in `places.FORMATS`: `transforms` (NeRF-synthetic,
+instant-ngp, nerfstudio), `sparse` (COLMAP), `llff`, `phones` (Polycam, Record3D), `rays`. `views` is what they share:
+it finds files and makes the `Capture`; `points` reads point clouds. `bricks` renders the scene that needs no data,
+`download` fetches the one that has a public address. `checks` and `fingerprint` look at what was read.
 
 `image` reads one picture of any size, and `atlas` draws one; `meshes`, `solids` and `shapes` are signed distances.
 """
 
 from __future__ import annotations
 
+from jaxngp.data.cache import cache_dir, expand
 from jaxngp.data.capture import SPLITS, Capture, Placement, SceneTransform, normalise
 from jaxngp.data.fingerprint import changed, fingerprint
-from jaxngp.data.places import FORMATS, Format, Location, cache_dir, expand, locate
+from jaxngp.data.places import FORMATS, Format, Location, locate
 from jaxngp.data.rays import RayTable
 from jaxngp.data.splits import Split, load_evaluation, load_training
 

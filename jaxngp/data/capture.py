@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +67,8 @@ class Capture:
     files: tuple[Path, ...] = ()  # the image of each view; empty for a ray table
     cameras: Cameras | None = None  # (V,) numpy, c2w and intrinsics f64, size that of the image file; None likewise
     has_alpha: tuple[bool, ...] = ()  # of each image
+    alphas: tuple[Path | None, ...] = ()  # images whose red channel, linear, replaces the alpha of each view's
+    reduced: Mapping[int, tuple[Path, ...]] = field(default_factory=dict)  # by 2, 4, 8: the images so much smaller
     rays: tuple[RayRows, ...] = ()
     masks: tuple[Mask | None, ...] = ()
     depths: tuple[DepthMap | None, ...] = ()

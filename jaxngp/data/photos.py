@@ -25,6 +25,9 @@ PIXELS_AT_ONCE = 2**27  # that threads decode side by side; a pixel takes up to 
 PLAIN_PIXELS = 2**24  # with more, an image needs a byte for ...
 PIXELS_PER_BYTE = 1000  # ... so many; a header of a few bytes may promise any number, and a decoder make them up
 
+_SRGB = np.arange(256) / 255
+_LINEAR = (255 * np.where(_SRGB <= 0.04045, _SRGB / 12.92, ((_SRGB + 0.055) / 1.055) ** 2.4)).astype(np.uint8)
+
 Result = TypeVar("Result")
 
 
@@ -73,11 +76,14 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def read_images(files: Sequence[Path], sizes: np.ndarray, downscale: int, label: str) -> np.ndarray:
+def read_images(
+    files: Sequence[Path], sizes: np.ndarray, downscale: int, label: str, alphas: Sequence[Path | None] = ()
+) -> np.ndarray:
     """The pixels (P, 4) u8 of all images one after the other, reduced; an image without alpha gets alpha 255.
 
-    sizes: (V, 2), as `probe_images` found them. label: for the progress bar. Raises InputError where `downscale` does
-    not divide a size, or an image is broken.
+    sizes: (V, 2), as `probe_images` found them. label: for the progress bar. alphas: of each view or of none, an image
+    of the same size whose red channel, from sRGB to linear, is the view's alpha. Raises InputError where `downscale`
+    does not divide a size, or an image is broken.
     """
     for width, height in np.unique(sizes, axis=0).tolist():
         _check_divides(width, height, downscale, label)
@@ -85,7 +91,12 @@ def read_images(files: Sequence[Path], sizes: np.ndarray, downscale: int, label:
     rgba = np.empty((ends[-1], 4), np.uint8)
 
     def read(view: int) -> None:
-        pixels = box_downscale(_decode(files[view], tuple(sizes[view].tolist())), downscale).reshape(-1, 4)
+        size = tuple(sizes[view].tolist())
+        pixels = _decode(files[view], size)
+        if alphas and (alpha := alphas[view]):
+            red = _decode(alpha, size)[..., 0]
+            pixels = np.concatenate([pixels[..., :3], _LINEAR[red][..., None]], axis=-1)
+        pixels = box_downscale(pixels, downscale).reshape(-1, 4)
         rgba[ends[view] - len(pixels) : ends[view]] = pixels
 
     # An image is reduced as soon as it is read, so few are held at full size. Pillow and zlib release the GIL.
@@ -155,7 +166,8 @@ def _decode(file: Path, size: tuple[int, ...]) -> np.ndarray:
     """The pixels (H, W, 4) u8 of an image."""
     with _open(file) as image:
         if image.size != size:
-            raise InputError(f"{file}: changed while it was read; run again")
+            expected = f"is {image.width}x{image.height}: expected {size[0]}x{size[1]}"
+            raise InputError(f"{file}: {expected}; scale it, or run again if it was changed just now")
         try:
             return np.asarray((_of_8_bits(image) if image.mode in DEEP_MODES else image).convert("RGBA"))
         except Exception as error:  # a decoder met with a broken file raises whatever it likes

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxngp.config import InputError, SceneConfig
-from jaxngp.data import download, rays, transforms
+from jaxngp.data import download, llff, phones, rays, sparse, transforms
+from jaxngp.data.cache import cache_dir, expand
 from jaxngp.data.capture import Capture
 from jaxngp.presets import SCENES
 
@@ -26,13 +27,24 @@ class Format:
     name: str
     detect: Callable[[Path], tuple[str, ...]]
     read: Callable[[Path, tuple[str, ...]], Capture]
+    split: str = ""  # for messages: what has to be added for a split; "" where the format has no splits
 
 
 FORMATS = (
-    Format("transforms", transforms.detect, transforms.read),
-    Format("rays", rays.detect, rays.read),
+    Format(
+        "transforms", transforms.detect, transforms.read, "transforms_{0}.json, or {0}_filenames to transforms.json"
+    ),
+    Format("COLMAP", sparse.detect, sparse.read),
+    Format("LLFF", llff.detect, llff.read),
+    Format("Polycam", phones.detect_polycam, phones.read_polycam),
+    Format("Record3D", phones.detect_record3d, phones.read_record3d),
+    Format("rays", rays.detect, rays.read, "a table named {0}"),
 )
 """The first that detects a scene reads it."""
+
+EXPECTED = (
+    "transforms_train.json, transforms.json, sparse/0 of COLMAP, poses_bounds.npy, keyframes of Polycam or train.npy"
+)
 
 
 @dataclass(frozen=True)
@@ -46,22 +58,6 @@ class Location:
     def read(self, *splits: str) -> Capture:
         """The views of some of the splits, without their pixels. Raises InputError."""
         return self.format.read(self.path, splits)
-
-
-def cache_dir() -> Path:
-    """Where downloads and the built-in scene are kept: $JAXNGP_CACHE, else the user's cache directory."""
-    if own := os.environ.get("JAXNGP_CACHE"):
-        return expand(own)
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return expand(base) / "jaxngp"
-
-
-def expand(path: str) -> Path:
-    """`path` with its ~ replaced; as it stands where there is no such user."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
 
 
 def locate(scene: SceneConfig) -> Location:
@@ -102,7 +98,7 @@ def _locate_within(scene: SceneConfig, root: Path) -> Location:
         return found
     raise InputError(
         f"scene.data_dir = {scene.data_dir!r}: scene {scene.name!r} is in none of {', '.join(map(str, looked))}; "
-        "give the folder with its transforms_train.json or train.npy, or the folder that holds it"
+        f"give the folder with its {EXPECTED}, or the folder that holds it"
     )
 
 
@@ -112,8 +108,8 @@ def _locate_path(path: Path) -> Location:
     if found := _detect(path):
         return found
     raise InputError(
-        f"{path}: expected a folder with transforms_train.json or train.npy in it, "
-        f"or a ray table ({', '.join(rays.SUFFIXES)}); give the path of such a folder or table"
+        f"{path}: expected a folder with {EXPECTED}, or a transforms.json, an .r3d or a ray table "
+        f"({', '.join(rays.SUFFIXES)}) itself; give the path of such a folder or file"
     )
 
 

@@ -10,7 +10,7 @@ from jaxngp.cameras import PosedImages, make_cameras
 from jaxngp.config import InputError, SceneConfig
 from jaxngp.data import rays
 from jaxngp.data.capture import SPLITS, Capture, Placement, SceneTransform, normalise
-from jaxngp.data.photos import read_images
+from jaxngp.data.photos import probe_images, read_images
 from jaxngp.data.places import Location, locate
 from jaxngp.data.rays import RayTable
 
@@ -115,8 +115,8 @@ def _view_numbers(name: str, count: int, hold_out_every: int) -> np.ndarray:
 
 
 def _no_split(name: str, location: Location, scene: SceneConfig) -> InputError:
-    wanted = f"transforms_{name}.json" if location.format.name == "transforms" else f"a table named {name}"
-    hint = f"; add {wanted}" if name in SPLITS else ""
+    wanted = location.format.split.format(name)
+    hint = f"; add {wanted}" if name in SPLITS and wanted else ""
     known = ", ".join(_choices(scene, location))
     return InputError(f"{location.path}: has no {name!r} split, only {known}; take one of these{hint}")
 
@@ -147,12 +147,22 @@ def _load_images(scene: SceneConfig, capture: Capture, views: np.ndarray, transf
     assert capture.cameras is not None
     seen = capture.cameras[views]
     full = np.asarray(seen.size)
-    rgba = read_images([capture.files[view] for view in views], full, scene.downscale, str(capture.path))
-    size = full // scene.downscale
+    focal_xy, centre_xy = np.asarray(seen.focal_xy, np.float32), np.asarray(seen.centre_xy, np.float32)
+    if scene.downscale in capture.reduced and not (capture.masks or capture.alphas):
+        files = [capture.reduced[scene.downscale][view] for view in views]
+        size = probe_images(files).sizes
+        rgba = read_images(files, size, 1, str(capture.path))
+        focal_xy, centre_xy = focal_xy * np.float32(size / full), centre_xy * np.float32(size / full)
+    else:
+        files = [capture.files[view] for view in views]
+        alphas = [capture.alphas[view] for view in views] if capture.alphas else ()
+        rgba = read_images(files, full, scene.downscale, str(capture.path), alphas)
+        size = full // scene.downscale
+        focal_xy, centre_xy = focal_xy / scene.downscale, centre_xy / scene.downscale
     cameras = make_cameras(
         transform.pose_to_scene(np.asarray(seen.c2w)),
-        focal_xy=np.asarray(seen.focal_xy, np.float32) / scene.downscale,
-        centre_xy=np.asarray(seen.centre_xy, np.float32) / scene.downscale,
+        focal_xy=focal_xy,
+        centre_xy=centre_xy,
         width=size[:, 0],
         height=size[:, 1],
         lens=seen.lens,

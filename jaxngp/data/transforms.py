@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -143,10 +143,16 @@ def read(path: Path, splits: tuple[str, ...]) -> Capture:
     first = files[0]
     depths = any(view.depth for view in views)
     metres = 1 / _applied_scale(first) if depths and first.dialect == "nerfstudio" else None
+    alphas = tuple(alpha for file in files for alpha in _alphas(file))
+    if any(alphas):
+        headers = replace(
+            headers, has_alpha=tuple(a or bool(f) for a, f in zip(headers.has_alpha, alphas, strict=True))
+        )
     return make_capture(
         path,
         views,
         headers,
+        alphas=alphas if any(alphas) else (),
         notes=list(dict.fromkeys(note for file in files for note in (*file.notes, *file.finder.notes()))),
         box=_box(first) or box,
         up=_up(first),
@@ -547,6 +553,16 @@ def _masks(file: _File, images: list[Path]) -> list[Mask | None]:
         else:
             masks.append(Mask(dynamic, keep="zero") if dynamic.name in listing else None)
     return masks
+
+
+def _alphas(file: _File) -> list[Path | None]:
+    """The file <file_path>.alpha.<extension> of each frame, where there is one."""
+    files = []
+    for frame in file.frames:
+        name = frame["file_path"]
+        suffix = file.finder.find(name).suffix
+        files.append(file.folder / f"{name}.alpha{suffix}")
+    return [found if os.path.exists(found) else None for found in files]  # noqa: PTH110 - Path's raises for a long name
 
 
 def _depths(file: _File) -> list[DepthMap | None]:

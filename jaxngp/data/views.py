@@ -21,7 +21,8 @@ from jaxngp.lenses import COEFFICIENTS, Lens, Model, make_lens
 FOCAL_RANGE = (1e-2, 1e7)  # px; beyond it float32 has no digits left for where pixels look
 MAX_FOLD = 0.05  # px by which a place may be missed when it is undistorted and distorted again
 POSE_TOLERANCE = 1e-3  # of the entries of R^T R - I, of det R - 1 and of the matrix's last row
-REDUCED = (2, 4, 8)  # n of the folders images_n
+IMAGE_FOLDERS = ("images", "images_2", "images_4", "images_8")
+"""The first that is there is read; the others have the images of `images` at a half, a quarter and an eighth."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,7 @@ def make_capture(
         cameras=Cameras(np.stack([view.c2w for view in views]), focal_xy, centre_xy, sizes, lens),  # type: ignore[arg-type]
         has_alpha=headers.has_alpha,
         lens_models=tuple(view.lens for view in views),
+        reduced=reduced_files([view.file for view in views]),
         unusual=(*unusual, *more),
         **rest,
     )
@@ -149,6 +151,37 @@ def view_names(files: Sequence[Path], folder: Path) -> list[str]:
     return [file.stem if stems[file.stem] == 1 else name for file, name in zip(files, whole, strict=True)]
 
 
+def find_image_folder(path: Path, names: Sequence[str]) -> Path:
+    """The folder that the names of a model's images are relative to, at or above the scene's path."""
+    for base in (path, *path.absolute().parents[:3]):
+        for folder in (*(base / name for name in IMAGE_FOLDERS), base):
+            if any(os.path.exists(folder / name) for name in (names[0], names[-1])):  # noqa: PTH110 - as above
+                return folder
+    return path / IMAGE_FOLDERS[0]
+
+
+def reduced_files(files: Sequence[Path]) -> dict[int, tuple[Path, ...]]:
+    """The files of the same images at a half, a quarter or an eighth, by 2, 4 or 8, as far as they are there.
+
+    They are in images_2, images_4 and images_8 beside images, under their names, maybe with another extension, or else
+    under other names in the same order.
+    """
+    first = next((p for p in files[0].parents if p.name == IMAGE_FOLDERS[0]), None)
+    if first is None or not all(file.is_relative_to(first) for file in files):
+        return {}
+    found = {}
+    for name in IMAGE_FOLDERS[1:]:
+        folder = first.parent / name
+        there = sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) if folder.is_dir() else []
+        by_stem = {f.relative_to(folder).with_suffix(""): f for f in there}
+        wanted = [file.relative_to(first).with_suffix("") for file in files]
+        if all(w in by_stem for w in wanted):
+            found[int(name[-1])] = tuple(by_stem[w] for w in wanted)
+        elif len(there) == len(files) and [*files] == sorted(files):
+            found[int(name[-1])] = tuple(there)
+    return found
+
+
 def natural_key(text: str) -> list[Any]:
     """For sorting by name with numbers by their value."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", text))]
@@ -199,7 +232,7 @@ def _lens(
     view = views[folded[0]]
     values = ", ".join(f"{name} = {value:g}" for name, value in view.coefficients.items() if value)
     whole = f"{view.where}: the lens {view.lens} ({values}, focal length {focal_xy[folded[0], 0]:.4g})"
-    if model == "fisheye":
+    if model in ("fisheye", "eucm"):
         # A circular fisheye lights a disc: at least the rectangle within it must be sound.
         part = {"size": sizes * np.sqrt(0.5), "centre_xy": centre_xy - sizes * (1 - np.sqrt(0.5)) / 2}
         if (make_lens(model, coefficients, **intrinsics | part)[1] <= MAX_FOLD).all():
