@@ -52,6 +52,9 @@ _NEWTON_STEPS = 12
 _GRID = 33
 """Places per side at which a new lens is examined, borders included."""
 
+_SOUND = 0.05
+"""Pixels by which a place may be missed when it is undistorted and distorted again."""
+
 _MARGIN = 1.1
 """By which a lens may be used beyond the image that it was examined over."""
 
@@ -187,7 +190,8 @@ def make_lens(
 
     coefficients (V, C); focal_xy, centre_xy, size (V, 2). Each is looked at over a grid that covers its image: what
     comes back of places that are undistorted and distorted again, how large the angles become, and how fast places
-    move with the angle. An error of more than a small part of a pixel means that the lens folds over.
+    move with the angle. An error of more than a small part of a pixel means that the lens folds over, or, of a circular
+    fisheye, that the image is larger than what it shows; reach and stretch are those of the other places.
     """
     arrays = [np.asarray(a, np.float32) for a in (coefficients, focal_xy, centre_xy, size)]
     rows, number = np.unique(np.concatenate(arrays, axis=-1), axis=0, return_inverse=True)
@@ -202,7 +206,10 @@ def _examine(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Reach, stretch and error (V,) of lenses (V, ...); see `make_lens`."""
     share = jnp.linspace(0, 1, _GRID, dtype=jnp.float32)
-    x, y = (axis.reshape(-1, 1) * size[:, i] for i, axis in enumerate(jnp.meshgrid(share, share)))  # (places, V)
+    # The border, but of a panorama, where a pole is a whole row and two columns are one, the centres of its pixels.
+    inset = 0.5 if model == "equirectangular" else 0.0
+    axes = jnp.meshgrid(share, share)
+    x, y = (inset + axis.reshape(-1, 1) * (size[:, i] - 2 * inset) for i, axis in enumerate(axes))  # (places, V)
     u, v = (x - centre_xy[:, 0]) / focal_xy[:, 0], (y - centre_xy[:, 1]) / focal_xy[:, 1]
     lens = Lens(coefficients, jnp.full(len(size), np.float32(4)), jnp.ones(len(size), np.float32), model)
     direction = jnp.stack(undistort(lens, u, v))
@@ -215,7 +222,8 @@ def _examine(
     first = first / jnp.linalg.norm(first, axis=0)
     speeds = [jax.jvp(place, (direction,), (axis,))[1] for axis in (first, jnp.cross(direction, first, axis=0))]
     square = sum(jnp.sum(speed**2, axis=0) for speed in speeds)  # of the Frobenius norm, no less than the largest speed
-    reach = jnp.max(jnp.arctan2(jnp.hypot(direction[0], direction[1]), direction[2]), axis=0)
-    # A comparison with a number that is none is False: such a place counts as an error.
-    lost = jnp.where(jnp.linalg.norm(error, axis=0) >= 0, jnp.linalg.norm(error, axis=0), jnp.inf)
-    return _MARGIN * reach, _MARGIN * jnp.sqrt(jnp.max(square, axis=0)), jnp.max(lost, axis=0)
+    miss = jnp.linalg.norm(error, axis=0)
+    sound = miss < _SOUND  # False where it is no number
+    reach = jnp.max(jnp.where(sound, jnp.arctan2(jnp.hypot(direction[0], direction[1]), direction[2]), 0), axis=0)
+    stretch = jnp.sqrt(jnp.max(jnp.where(sound, square, 0), axis=0))
+    return _MARGIN * reach, _MARGIN * stretch, jnp.max(jnp.where(miss >= 0, miss, jnp.inf), axis=0)

@@ -33,6 +33,7 @@ def ray_error(capture: Capture, scene: Scene) -> float:
     """By how many pixels rays miss their pixels, where the scene itself projects a point on each of them."""
     share = np.stack(np.meshgrid(np.linspace(0, 1, 9), np.linspace(0, 1, 7)), axis=-1).reshape(-1, 2)
     pixel = (share * scene.sizes[:, None]).astype(np.float32)  # (V, P, 2)
+    assert capture.cameras is not None
     rays = cast(capture.cameras[:, None], pixel)
     points = np.asarray(rays.origin, np.float64) + 3.0 * np.asarray(rays.direction, np.float64)
     return max(float(np.abs(scene.project(v, points[v]) - pixel[v]).max()) for v in range(len(pixel)))

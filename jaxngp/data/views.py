@@ -232,7 +232,7 @@ def _lens(
     view = views[folded[0]]
     values = ", ".join(f"{name} = {value:g}" for name, value in view.coefficients.items() if value)
     whole = f"{view.where}: the lens {view.lens} ({values}, focal length {focal_xy[folded[0], 0]:.4g})"
-    if model == "fisheye":
+    if model in ("fisheye", "eucm"):
         # A circular fisheye lights a disc: at least the rectangle within it must be sound.
         part = {"size": sizes * np.sqrt(0.5), "centre_xy": centre_xy - sizes * (1 - np.sqrt(0.5)) / 2}
         if (make_lens(model, coefficients, **intrinsics | part)[1] <= MAX_FOLD).all():
