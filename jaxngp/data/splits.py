@@ -152,7 +152,8 @@ def _load_images(scene: SceneConfig, capture: Capture, views: np.ndarray, transf
         files = [capture.reduced[scene.downscale][view] for view in views]
         size = probe_images(files).sizes
         rgba = read_images(files, size, 1, str(capture.path))
-        focal_xy, centre_xy = focal_xy * np.float32(size / full), centre_xy * np.float32(size / full)
+        scale = (size / full).astype(np.float32)
+        focal_xy, centre_xy = focal_xy * scale, centre_xy * scale
     else:
         files = [capture.files[view] for view in views]
         alphas = [capture.alphas[view] for view in views] if capture.alphas else ()
