@@ -152,7 +152,7 @@ def _load_images(scene: SceneConfig, capture: Capture, views: np.ndarray, transf
         files = [capture.reduced[scene.downscale][view] for view in views]
         size = probe_images(files).sizes
         rgba = read_images(files, size, 1, str(capture.path))
-        scale = (size / full).astype(np.float32)
+        scale: np.ndarray = (size / full).astype(np.float32)
         focal_xy, centre_xy = focal_xy * scale, centre_xy * scale
     else:
         files = [capture.files[view] for view in views]
