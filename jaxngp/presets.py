@@ -76,9 +76,14 @@ def for_surroundings(config: NerfConfig, num_cascades: int) -> NerfConfig:
     """
     if not isinstance(config.sampler, MarchConfig):
         raise InputError("this preset samples a box of known size and takes no surroundings: give another --preset")
-    num_steps = config.sampler.num_steps // 2
-    occupancy = replace(config.sampler.occupancy, num_cascades=num_cascades, resolution=64)
-    sampler = replace(config.sampler, num_steps=num_steps, growth=3 / num_steps, occupancy=occupancy)
+    sampler = config.sampler
+    num_steps = sampler.num_steps // 2
+    # In warm-up a refresh looks at every cell: at no more of them than 4 steps have samples.
+    cells = 4 * sampler.num_samples / num_cascades
+    resolution = min(sampler.occupancy.resolution, max(32, round(cells ** (1 / 3)) // 32 * 32))
+    # Surfaces fill their pixels, and a thin haze, of which there is much at first, costs samples and hides no errors.
+    occupancy = replace(sampler.occupancy, num_cascades=num_cascades, resolution=resolution, threshold=0.05)
+    sampler = replace(sampler, num_steps=num_steps, growth=3 / num_steps, occupancy=occupancy)
     return replace(config, sampler=sampler)
 
 
