@@ -44,7 +44,7 @@ from jaxngp.config import (
     to_plain,
 )
 from jaxngp.console import ProgressBar, TrainingWarnings, interruption, warn
-from jaxngp.data import Split, changed, fingerprint
+from jaxngp.data import SceneTransform, Split, changed, fingerprint
 from jaxngp.evaluation import COLOURS, EvalBackground
 from jaxngp.lenses import MODELS, Lens
 from jaxngp.occupancy import OccupancyGrid
@@ -254,6 +254,7 @@ class Run:
     progress: Progress  # where training stands
     trained_on: dict[str, Any]  # device, versions and memory
     cameras: Cameras | None  # of the training views, scene units; None where the run has none
+    transform: SceneTransform = SceneTransform()  # from the units of the scene's files to scene units
 
     @functools.cached_property
     def field(self) -> Any:
@@ -285,7 +286,8 @@ def load(workdir: Path | str, kind: type | None = None) -> Run:
     config = read_config(workdir, kind)
     with Checkpoints(workdir) as checkpoints:
         progress, trained_on = checkpoints.restore_trained(config), checkpoints.environment()
-    return Run(workdir, config, progress, trained_on, _read_cameras(workdir / "scene.json"))
+    scene = workdir / "scene.json"
+    return Run(workdir, config, progress, trained_on, _read_cameras(scene), _read_transform(scene))
 
 
 def _read_cameras(path: Path) -> Cameras | None:
@@ -298,6 +300,14 @@ def _read_cameras(path: Path) -> Cameras | None:
         return Cameras(**arrays, lens=_read_lens(plain.get("lens")))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}; the file was edited: restore it, or train from scratch") from None
+
+
+def _read_transform(path: Path) -> SceneTransform:
+    plain = _read_json(path).get("transform") if path.exists() else None
+    try:
+        return SceneTransform.from_plain(plain) if plain else SceneTransform()
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: transform: {error}; the file was edited: restore it, or train anew") from None
 
 
 def _read_lens(plain: dict[str, Any] | None) -> Lens | None:

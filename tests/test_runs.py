@@ -131,6 +131,7 @@ def test_an_opened_run_is_what_training_had(trained: tuple[Path, Progress, Split
     assert_equal_trees(opened.field, progress.field)
     assert_equal_trees(opened.occupancy, progress.state.occupancy)
     assert_equal_trees(opened.cameras, views.images.cameras)
+    assert opened.transform == views.transform
 
 
 def test_an_opened_run_renders_what_training_would(trained: tuple[Path, Progress, Split]) -> None:
