@@ -30,7 +30,7 @@ from jaxngp.config import (
     declared,
     field_help,
 )
-from jaxngp.data import cache_dir, expand
+from jaxngp.data import Split, cache_dir, expand
 from jaxngp.presets import PRESET_HELP, PRESETS, SCENES, for_surroundings, scene_config
 
 Flags = flags.FlagValues
@@ -155,14 +155,15 @@ def define_preset(values: Flags, presets: dict[str, str], *, gpu: str) -> None:
     flags.DEFINE_flag(_PresetFlag(presets, gpu), values)
 
 
-def chosen_preset(values: Flags) -> str:
-    """The preset that --preset names, or the one for the device."""
+def chosen_preset(values: Flags, *, say: bool = True) -> str:
+    """The preset that --preset names, or the one for the device, which is then said."""
     if values.preset != "auto":
         return values.preset
     flag: Any = values["preset"]
     backend = jax.default_backend()
     preset = "small" if backend == "cpu" else flag.gpu
-    print(f"preset {preset}, since jax runs on {backend}; --preset chooses another")
+    if say:
+        print(f"preset {preset}, since jax runs on {backend}; --preset chooses another")
     return preset
 
 
@@ -253,9 +254,12 @@ def define_render_flags(values: Flags) -> None:
     flags.DEFINE_enum("background", "white", ["white", "black"], "Background colour.", flag_values=values)
 
 
-def train_config(values: Flags) -> Callable[[int], NerfConfig]:
-    """The config for a scene of a number of cascades: defaults < preset < scene < flags that were given < overrides."""
-    preset = PRESETS[chosen_preset(values)]
+def train_config(values: Flags, training: Split | None = None) -> NerfConfig:
+    """Dataclass defaults < preset < what the training views ask for < flags that were given < overrides.
+
+    Without the views, which have to be found and read first, only the group `scene` is what it will be.
+    """
+    preset = PRESETS[chosen_preset(values, say=training is None)]
     scene = _given(scene_config(values.scene), values, _SCENE_FLAGS)
     if values.aabb:
         scene = replace(scene, **_box(values.aabb))
@@ -265,13 +269,11 @@ def train_config(values: Flags) -> Callable[[int], NerfConfig]:
         scene = replace(scene, name=os.path.realpath(scene.name))
     if values.data_dir:
         scene = replace(scene, data_dir=os.path.realpath(values.data_dir))
-
-    def of(num_cascades: int) -> NerfConfig:
-        config = preset if num_cascades == 1 else for_surroundings(preset, num_cascades)
-        config = replace(config, scene=scene, train=loop_config(config.train, values))
-        return apply_overrides(config, values.override)
-
-    return of
+    config = preset
+    if training and training.placement.num_cascades > 1:
+        config = for_surroundings(preset, training.placement.num_cascades, has_alpha=training.has_alpha)
+    config = replace(config, scene=scene, train=loop_config(config.train, values))
+    return apply_overrides(config, values.override)
 
 
 def _box(text: Sequence[str]) -> dict[str, Any]:

@@ -69,10 +69,10 @@ SCENES: dict[str, SceneConfig] = {
 """The built-in scene and the eight of NeRF-synthetic; any other scene is given as a path."""
 
 
-def for_surroundings(config: NerfConfig, num_cascades: int) -> NerfConfig:
+def for_surroundings(config: NerfConfig, num_cascades: int, *, has_alpha: bool = False) -> NerfConfig:
     """`config` for a scene around its cameras, which reaches as far as so many nested cubes: steps grow with distance.
 
-    Raises InputError for a config that does not march.
+    has_alpha: whether images have alpha, so that silhouettes can exclude cells. Raises InputError for a config that does not march.
     """
     if not isinstance(config.sampler, MarchConfig):
         raise InputError("this preset samples a box of known size and takes no surroundings: give another --preset")
@@ -82,7 +82,9 @@ def for_surroundings(config: NerfConfig, num_cascades: int) -> NerfConfig:
     cells = 4 * sampler.num_samples / num_cascades
     resolution = min(sampler.occupancy.resolution, max(32, round(cells ** (1 / 3)) // 32 * 32))
     # Surfaces fill their pixels, and a thin haze, of which there is much at first, costs samples and hides no errors.
-    occupancy = replace(sampler.occupancy, num_cascades=num_cascades, resolution=resolution, threshold=0.05)
+    occupancy = replace(
+        sampler.occupancy, num_cascades=num_cascades, resolution=resolution, threshold=0.05, carve=has_alpha
+    )
     sampler = replace(sampler, num_steps=num_steps, growth=3 / num_steps, occupancy=occupancy)
     return replace(config, sampler=sampler)
 

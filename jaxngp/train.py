@@ -20,9 +20,8 @@ from jaxngp.training.loop import train
 
 
 def main(values: flags.Flags) -> None:
-    config_of = flags.train_config(values)
-    training = load_training(config_of(1).scene)
-    config = white_without_alpha(config_of(training.placement.num_cascades), training)
+    training = load_training(flags.train_config(values).scene)
+    config = white_without_alpha(flags.train_config(values, training), training)
     workdir = Path(values.workdir or f"runs/{Path(config.scene.name).resolve().stem}")
     # Evaluation views are read in the background, since reading images and compiling keep different cores busy.
     with concurrent.futures.ThreadPoolExecutor(1) as reader:

@@ -242,7 +242,7 @@ def test_precedence_is_preset_then_flag_then_override() -> None:
     values = flags.Flags()
     flags.define_train_flags(values)
     values(["x", "--preset=small", "--seed=3", "--max_steps=7", "--override=train.seed=5", "--downscale=2"])
-    config = flags.train_config(values)(1)
+    config = flags.train_config(values)
     assert config.field == PRESETS["small"].field
     assert (config.train.seed, config.train.max_steps, config.train.max_seconds) == (5, 7, 0.0)
     assert config.scene.downscale == 2

@@ -80,7 +80,7 @@ def test_documented_commands_are_accepted(command: str) -> None:
     DEFINE[module](values)
     assert values([module, *rest])[1:] == []
     if module == "jaxngp.train":
-        flags.train_config(values)(1)  # overrides name fields and fit their bounds
+        flags.train_config(values)  # overrides name fields and fit their bounds
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
