@@ -72,7 +72,8 @@ SCENES: dict[str, SceneConfig] = {
 def for_surroundings(config: NerfConfig, num_cascades: int, *, has_alpha: bool = False) -> NerfConfig:
     """`config` for a scene around its cameras, which reaches as far as so many nested cubes: steps grow with distance.
 
-    has_alpha: whether images have alpha, so that silhouettes can exclude cells. Raises InputError for a config that does not march.
+    has_alpha: whether images have alpha, so that silhouettes can exclude cells. Raises InputError for a config that
+    does not march.
     """
     if not isinstance(config.sampler, MarchConfig):
         raise InputError("this preset samples a box of known size and takes no surroundings: give another --preset")

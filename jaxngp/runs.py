@@ -132,6 +132,11 @@ def training_in(
         scene, before = _describe(data) if data else {}, _fingerprint_before(workdir)
         changes = changed(before, scene["fingerprint"]) if data and before else None
         check_same_config(workdir, config, extend=extend, same_data=bool(data and before and not changes))
+        if changes and (old := _another_scene(workdir, config)):
+            raise InputError(
+                f"{workdir} holds a run of another scene of the same name, {old} ({changes}): give another --workdir, "
+                "or --restart to delete that run"
+            )
         if changes:
             warn(
                 f"{workdir} holds a run that was trained on other data: {changes}. It continues on the current data; "
@@ -142,6 +147,12 @@ def training_in(
         write_json(workdir / "config.json", to_plain(config))
         with Checkpoints(workdir) as checkpoints, interruption() as stop, ProgressBar() as bar:
             yield TrainingRun(workdir, config, checkpoints, bar, stop)
+
+
+def _another_scene(workdir: Path, config: RunConfig) -> str | None:
+    """The path of the scene of the run in a workdir, if that is still there and is not the one of `config`."""
+    old = read_config(workdir, NerfConfig).scene.name
+    return old if isinstance(config, NerfConfig) and old != config.scene.name and Path(old).exists() else None
 
 
 def check_same_config(workdir: Path, config: RunConfig, *, extend: bool = False, same_data: bool = False) -> None:

@@ -278,6 +278,19 @@ def test_data_that_changed_in_place_are_named(moved: tuple[Path, Path], capsys: 
     assert "other data" not in capsys.readouterr().err
 
 
+def test_another_scene_of_the_same_name_is_refused(
+    moved: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both are still there, so neither is the other, moved."""
+    workdir, elsewhere = moved
+    run("train", f"--scene={elsewhere}", f"--workdir={workdir}", *TINY, "--eval_views=1")
+    write_scene(tmp_path / "b" / elsewhere.name, num_views=2)
+    other = f"--scene={tmp_path / 'b' / elsewhere.name}"
+    assert f"another scene of the same name, {elsewhere.resolve()}" in refusal(
+        capsys, "train", other, f"--workdir={workdir}", *TINY
+    )
+
+
 def test_a_tilde_in_workdir_is_the_home_folder(
     trained: tuple[Path, Progress, Split], scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
