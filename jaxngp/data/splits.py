@@ -147,7 +147,8 @@ def _load_images(scene: SceneConfig, capture: Capture, views: np.ndarray, transf
     assert capture.cameras is not None
     seen = capture.cameras[views]
     full = np.asarray(seen.size)
-    focal_xy, centre_xy = np.asarray(seen.focal_xy, np.float32), np.asarray(seen.centre_xy, np.float32)
+    focal_xy: np.ndarray = np.asarray(seen.focal_xy, np.float32)
+    centre_xy: np.ndarray = np.asarray(seen.centre_xy, np.float32)
     if scene.downscale in capture.reduced and not (capture.masks or capture.alphas):
         files = [capture.reduced[scene.downscale][view] for view in views]
         size = probe_images(files).sizes
