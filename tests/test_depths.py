@@ -19,7 +19,6 @@ from jaxngp.config import InputError
 from jaxngp.data.capture import DepthMap
 from jaxngp.data.depths import read_depth, read_depths
 from jaxngp.lenses import make_lens
-from jaxngp.losses import depth_loss
 
 WIDTH, HEIGHT = 12, 8
 POSE = look_at((1.7, -0.4, 0.9))[None]
