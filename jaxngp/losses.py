@@ -20,11 +20,6 @@ def colour_loss(prediction: jax.Array, target: jax.Array, *, loss: Loss) -> jax.
     return jnp.where(size < HUBER_DELTA, 0.5 * error**2, HUBER_DELTA * (size - 0.5 * HUBER_DELTA))
 
 
-def depth_loss(depth: jax.Array, opacity: jax.Array, known: jax.Array) -> jax.Array:
-    """|depth - known| of rays whose depth is known; 0 where it is not, as 0 says. (R,) each."""
-    return jnp.where(known > 0, opacity * jnp.abs(depth - known), 0)
-
-
 RELATIVE_FLOOR = 0.01
 """What is added to the size of the target in a relative error; tiny-cuda-nn's value."""
 

@@ -21,7 +21,7 @@ from jaxngp import metrics, pictures, visual_hull
 from jaxngp.cameras import Cameras, PosedImages, make_cameras
 from jaxngp.config import InputError, OccupancyConfig, SceneConfig, StratifiedConfig
 from jaxngp.data import splits
-from jaxngp.data.capture import Capture, Mask
+from jaxngp.data.capture import Capture, Mask, Placement, SceneTransform
 from jaxngp.data.fingerprint import changed, fingerprint
 from jaxngp.data.photos import read_masks
 from jaxngp.data.splits import Split
@@ -101,7 +101,7 @@ def capture(folder: Path, black: list[np.ndarray | None]) -> Capture:
 
 def load(capture: Capture, **changes: Any) -> Split:
     scene = replace(SceneConfig(name="here"), **changes)
-    return splits._load(scene, capture, "train", np.arange(len(capture.names)))
+    return splits._load(scene, capture, "train", np.arange(len(capture.names)), Placement(SceneTransform()))
 
 
 def test_a_split_holds_masks_in_the_order_of_pixels(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from jaxngp.config import Background, InputError, MarchConfig, NerfConfig, progr
 from jaxngp.data.rays import RayTable
 from jaxngp.device import compiled, compiler_options, fusion_barrier
 from jaxngp.fields import RadianceField
-from jaxngp.losses import colour_loss, depth_loss
+from jaxngp.losses import colour_loss
 from jaxngp.marching import jitter_shape
 from jaxngp.metrics import psnr
 from jaxngp.occupancy import OccupancyGrid, init_occupancy, update_occupancy
@@ -175,13 +175,14 @@ def nerf_loss(
     """
     # Behind the barrier a ray is cast once, and not once per sample.
     rays = fusion_barrier(lambda source, view, xy: source.cast(view, xy), source, batch.view, batch.xy)
-    out, samples = render_rays(field, rays, grid, noise.jitter, noise.background, sampler=config.sampler)
+    depth = batch.depth if config.train.depth_weight else None
+    out, samples = render_rays(field, rays, grid, noise.jitter, noise.background, depth, sampler=config.sampler)
     alpha = batch.rgba[:, 3:]
     target = batch.rgba[:, :3] * alpha + noise.background * (1 - alpha)
     # Of each ray, whether it is used, its loss and its squared error: summed over rays together, in one pass.
     losses = jnp.sum(colour_loss(out.rgb, target, loss=config.train.loss), axis=-1)
-    if batch.depth is not None and config.train.depth_weight:
-        losses = losses + 3 * config.train.depth_weight * depth_loss(out.depth, out.opacity, batch.depth)
+    if depth is not None:  # unknown where it is 0
+        losses = losses + 3 * config.train.depth_weight * jnp.where(depth > 0, out.depth_error, 0)
     terms = jnp.stack([jnp.ones_like(out.opacity), losses, jnp.sum((out.rgb - target) ** 2, axis=-1)])
     num_used, loss, squared_error = jnp.sum(jnp.where(samples.ray_complete, terms, 0), axis=1)
     count = 3 * jnp.maximum(num_used, 1)
