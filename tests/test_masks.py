@@ -34,8 +34,9 @@ flags = hnp.arrays(bool, (HEIGHT, WIDTH))
 
 def write_mask(path: Path, black: np.ndarray, mode: str = "L") -> Path:
     """A mask that is black where `black` is True, and of some other value elsewhere."""
-    values = np.where(black, 0, 1 if mode == "1" else 200).astype(np.uint16 if mode == "I;16" else np.uint8)
-    Image.fromarray(values, None if mode == "I;16" else "L").convert(mode).save(path)
+    values = np.where(black, 0, 200).astype(np.uint16 if mode == "I;16" else np.uint8)
+    image = Image.fromarray(values)
+    (image if mode == "I;16" else image.convert(mode, dither=Image.Dither.NONE)).save(path)
     return path
 
 
