@@ -41,7 +41,7 @@ def few_views(split: Split, count: int) -> PosedImages:
     views = np.arange(count) * len(images.cameras) // count
     cameras = jax.tree.map(np.asarray, images.cameras)[views]
     depth = np.concatenate([exact_depth(cameras[i], split.transform).ravel() for i in range(count)])
-    return pose_images(cameras, [images.image(view) for view in views]).replace(depth=depth)  # type: ignore[attr-defined]
+    return pose_images(cameras, [images.image(int(view)) for view in views]).replace(depth=depth)  # type: ignore[attr-defined]
 
 
 def define_flags(values: absl_flags.FlagValues) -> None:

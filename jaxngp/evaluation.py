@@ -105,13 +105,13 @@ def evaluate_views(
         out = render_ray_grid(field, together, grid, jnp.full(3, colour, jnp.float32), sampler=sampler)
         seconds = (time.perf_counter() - started) / size
         views = zip(split.views[first:], truths, masks, out.rgb, out.depth, out.opacity, strict=False)
-        for name, truth, keep, *view in views:
-            prediction = np.clip(np.asarray(view[0]), 0, 1)
+        for name, truth, keep, rgb, depth, opacity in views:
+            prediction = np.clip(np.asarray(rgb), 0, 1)
             similarity = float(ssim(prediction, truth, keep)) if min(truth.shape[:2]) >= 11 else float("nan")
             error = float(psnr(mean_squared_error(prediction, truth, keep)))
             yield (
                 ViewScore(name, error, similarity, seconds),
-                ViewPicture(prediction, truth, *map(np.asarray, view[1:]), keep=keep),
+                ViewPicture(prediction, truth, np.asarray(depth), np.asarray(opacity), keep),
             )
 
 
@@ -174,10 +174,10 @@ def write_pictures(pictures: Iterable[ViewPicture], folder: Path, *, num_views: 
         write_png(unfinished / f"img_{index}.png", prediction)
         if index in on_sheet:
             depth = depth_image(picture.depth, picture.opacity)
-            images = to_uint8(picture.truth), error_image(picture.prediction, picture.truth)
+            truth, error = to_uint8(picture.truth), error_image(picture.prediction, picture.truth)
             if picture.keep is not None:
-                images = tuple(hatched(image, picture.keep) for image in images)
-            rows.append([images[0], prediction, images[1], depth])
+                truth, error = hatched(truth, picture.keep), hatched(error, picture.keep)
+            rows.append([truth, prediction, error, depth])
     sheet = contact_sheet(rows, ["ground truth", "prediction", "error x 4", "depth"])
     write_png(unfinished / "contact_sheet.png", sheet)
     shutil.rmtree(folder, ignore_errors=True)

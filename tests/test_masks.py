@@ -26,6 +26,7 @@ from jaxngp.data.fingerprint import changed, fingerprint
 from jaxngp.data.photos import read_masks
 from jaxngp.data.splits import Split
 from jaxngp.evaluation import evaluate_views
+from jaxngp.training.pixels import Silhouettes
 
 WIDTH, HEIGHT = 8, 4
 SIZES = np.array([[WIDTH, HEIGHT]])
@@ -218,15 +219,11 @@ def test_what_is_only_seen_masked_is_not_seen(carve: bool) -> None:
 def test_opaque_views_need_no_alpha() -> None:
     """A hull without alpha is that of views that are all opaque; masks count all the same."""
 
-    class Views:
-        def __init__(self, images: PosedImages) -> None:
-            self.cameras, self.offset, self.keep = images.cameras, images.offset, images.keep
-            self.max_size, self.num_pixels, self.alpha = images.max_size, images.num_pixels, None
-
     images = ball_views("several")
     opaque = replace(images, rgba=np.full_like(images.rgba, 255), keep=blocks(images, 0))
     for some in (opaque, replace(opaque, keep=None)):
-        cells, pixels = jax.jit(lambda some=some: visual_hull.visual_hull(Views(some), config=CONFIG))()
+        views = Silhouettes(some.cameras, some.offset, None, some.keep, some.max_size, some.num_pixels)
+        cells, pixels = hull(views, config=CONFIG)
         expected_cells, expected_pixels = hull(some, config=CONFIG)
         np.testing.assert_array_equal(cells, expected_cells)
         np.testing.assert_array_equal(pixels.words, expected_pixels.words)

@@ -181,7 +181,7 @@ def nerf_loss(
     target = batch.rgba[:, :3] * alpha + noise.background * (1 - alpha)
     # Of each ray, whether it is used, its loss and its squared error: summed over rays together, in one pass.
     losses = jnp.sum(colour_loss(out.rgb, target, loss=config.train.loss), axis=-1)
-    if depth is not None:  # unknown where it is 0
+    if depth is not None and out.depth_error is not None:  # unknown where it is 0
         losses = losses + 3 * config.train.depth_weight * jnp.where(depth > 0, out.depth_error, 0)
     terms = jnp.stack([jnp.ones_like(out.opacity), losses, jnp.sum((out.rgb - target) ** 2, axis=-1)])
     num_used, loss, squared_error = jnp.sum(jnp.where(samples.ray_complete, terms, 0), axis=1)

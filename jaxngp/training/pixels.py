@@ -99,9 +99,9 @@ class HostStore:
 
     def views(self) -> Silhouettes:
         """What the visual hull reads of the views, on the device."""
-        alpha = np.asarray(self._images.alpha)
-        shown = None if (alpha == 255).all() else np.ascontiguousarray(alpha)
-        alpha, keep = default_placement().put((shown, self._images.keep))
+        alpha: Any = np.asarray(self._images.alpha)
+        alpha = None if (alpha == 255).all() else np.ascontiguousarray(alpha)
+        alpha, keep = default_placement().put((alpha, self._images.keep))
         return Silhouettes(self._cameras, self._offset, alpha, keep, **self._static)
 
     def drawn(self, step: int, key: jax.Array, pixels: PixelSet | None) -> TrainingData:
