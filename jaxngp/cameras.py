@@ -7,7 +7,7 @@ y down, and the centre of pixel (i, j) lies at (i + 0.5, j + 0.5). Scene units: 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,8 @@ class PosedImages:
     rgba: jax.Array  # (P, 4) u8, sRGB, colour not multiplied by alpha
     offset: jax.Array  # (V,) i32, the number of each view's first pixel
     max_size: tuple[int, int] = struct.field(pytree_node=False)  # the largest width, the largest height
+    keep: jax.Array | None = None  # (P,) bool: whether a pixel takes part, or is masked; None where all do
+    depth: jax.Array | None = None  # (P,) f16 or f32, distance along the pixel's ray, 0 where unknown; None: no depths
 
     @property
     def num_pixels(self) -> int:
@@ -76,23 +78,62 @@ class PosedImages:
         """Where the rays of its pixels come from."""
         return self.cameras
 
+    @property
+    def alpha(self) -> jax.Array:
+        """(P,) u8."""
+        return self.rgba[:, 3]
+
     def pixel(self, number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Of pixels by their numbers (R,) i32: view (R,) i32, centre xy (R, 2) f32, and rgba (R, 4) f32 in [0, 1]."""
-        width, height = self.max_size
-        row: int | jax.Array = width
-        if self.num_pixels == len(self.offset) * width * height:  # one size: divisors that are known
-            view, within = number // (width * height), number % (width * height)
-        else:
-            view = jnp.searchsorted(self.offset, number, side="right", method="scan_unrolled").astype(jnp.int32) - 1
-            within, row = number - self.offset[view], self.cameras.size[view, 0]
-        xy = jnp.stack([within % row, within // row], axis=-1).astype(jnp.float32) + 0.5
-        return view, xy, self.rgba[number].astype(jnp.float32) / 255
+        return *pixel_place(self, number), self.rgba[number].astype(jnp.float32) / 255
+
+    def pixel_depth(self, number: jax.Array) -> jax.Array | None:
+        """The known depths (R,) f32 of pixels, 0 where unknown; None without any."""
+        return None if self.depth is None else self.depth[number].astype(jnp.float32)
 
     def image(self, view: int) -> np.ndarray:
         """(H, W, 4) u8 of one view, as a numpy array."""
+        return self._of_view(self.rgba, view)
+
+    def mask(self, view: int) -> np.ndarray | None:
+        """(H, W) bool, whether each pixel of one view takes part, as a numpy array; None where all do."""
+        return None if self.keep is None else self._of_view(self.keep, view)
+
+    def masked_share(self) -> np.ndarray:
+        """(V,) f64: the share of each view's pixels that is masked."""
+        if self.keep is None:
+            return np.zeros(len(self.offset))
+        return np.array([1 - np.mean(part) for part in np.split(np.asarray(self.keep), np.asarray(self.offset)[1:])])
+
+    def _of_view(self, pixels: jax.Array, view: int) -> np.ndarray:
         width, height = image_size(self.cameras[view])
         start = int(self.offset[view])
-        return np.asarray(self.rgba[start : start + width * height]).reshape(height, width, 4)
+        return np.asarray(pixels[start : start + width * height]).reshape(height, width, *pixels.shape[1:])
+
+
+class Pixels(Protocol):
+    """Views of any sizes whose pixels are numbered as those of `PosedImages`, wherever their colours are."""
+
+    @property
+    def cameras(self) -> Cameras: ...
+    @property
+    def offset(self) -> jax.Array: ...
+    @property
+    def max_size(self) -> tuple[int, int]: ...
+    @property
+    def num_pixels(self) -> int: ...
+
+
+def pixel_place(pixels: Pixels, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where pixels are, by their numbers (R,) i32: view (R,) i32, and centre xy (R, 2) f32."""
+    width, height = pixels.max_size
+    row: int | jax.Array = width
+    if pixels.num_pixels == len(pixels.offset) * width * height:  # one size: divisors that are known
+        view, within = number // (width * height), number % (width * height)
+    else:
+        view = jnp.searchsorted(pixels.offset, number, side="right", method="scan_unrolled").astype(jnp.int32) - 1
+        within, row = number - pixels.offset[view], pixels.cameras.size[view, 0]
+    return view, jnp.stack([within % row, within // row], axis=-1).astype(jnp.float32) + 0.5
 
 
 def make_cameras(

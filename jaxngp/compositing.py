@@ -17,11 +17,13 @@ class RenderOutput:
     """rgb (..., 3) over the background; opacity (...) in [0, 1]; depth (...) scene units, of what is opaque.
 
     Depth is the mean distance of what the ray met: the weighted sum of t over the opacity, and 0 where nothing was.
+    depth_error (...): the weighted sum of |t - known depth|; None where no depths were given.
     """
 
     rgb: jax.Array
     opacity: jax.Array
     depth: jax.Array
+    depth_error: jax.Array | None = None
 
 
 def optical_weights(density: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -42,16 +44,23 @@ def composite(
     dt: jax.Array,
     ray: jax.Array,
     background: jax.Array,
+    known_depth: jax.Array | None = None,
 ) -> RenderOutput:
     """`optical_weights` for packed samples, then the weighted sums of each ray.
 
     density, t, dt (N,); rgb (N, 3); ray (N,) i32, sorted; background (R, 3). A sample with dt = 0 changes nothing.
+    known_depth (R,), for `depth_error`.
     """
     thickness = density * dt
     weight = jnp.exp(-optical_depth_before(thickness, ray, background.shape[0])) * -jnp.expm1(-thickness)
-    terms = jnp.concatenate([weight[:, None] * rgb, weight[:, None], (weight * t)[:, None]], axis=1)
-    sums = jax.ops.segment_sum(terms, ray, num_segments=background.shape[0], indices_are_sorted=True)
-    return blend(sums[:, :3], sums[:, 3], sums[:, 4], background)
+    terms = [weight[:, None] * rgb, weight[:, None], (weight * t)[:, None]]
+    if known_depth is not None:
+        terms.append((weight * jnp.abs(t - known_depth[ray]))[:, None])
+    sums = jax.ops.segment_sum(
+        jnp.concatenate(terms, axis=1), ray, num_segments=background.shape[0], indices_are_sorted=True
+    )
+    out = blend(sums[:, :3], sums[:, 3], sums[:, 4], background)
+    return out if known_depth is None else out.replace(depth_error=sums[:, 5])  # type: ignore[attr-defined]
 
 
 FAINT = 1e-31

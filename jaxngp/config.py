@@ -207,6 +207,7 @@ Precision = Literal["float32", "bfloat16"]
 Loss = Literal["huber", "l2"]
 Background = Literal["random", "white", "black"]
 Up = Literal["auto", "x", "y", "z", "-x", "-y", "-z"]
+ImagesOn = Literal["auto", "device", "host"]
 
 MAX_LENGTH = 1e9
 """World units; larger coordinates or sizes are taken to be errors."""
@@ -409,6 +410,8 @@ class TrainConfig(LoopConfig):
     num_rays: Annotated[Count, "rays drawn per step; those whose samples fit the buffer are used"] = 2**16
     loss: Annotated[Loss, "loss on the colour of a ray"] = "huber"
     background: Annotated[Background, "behind transparent pixels; random is one colour per ray"] = "random"
+    depth_weight: Annotated[NonNegative, "of the loss on the depth of a ray, where it is known"] = 0.1
+    images_on: Annotated[ImagesOn, Role.FREE, "where images are kept; auto: on the device where they fit"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from jaxngp.data.rays import RayTable
 from jaxngp.device import default_batching
 from jaxngp.metrics import mean_squared_error, psnr, ssim
 from jaxngp.occupancy import OccupancyGrid
-from jaxngp.pictures import contact_sheet, depth_image, error_image, to_uint8, write_png
+from jaxngp.pictures import contact_sheet, depth_image, error_image, hatched, to_uint8, write_png
 from jaxngp.records import environment, table, write_json
 from jaxngp.rendering import Field, Sampler, render_ray_grid
 from jaxngp.training.loop import Progress
@@ -37,18 +37,22 @@ class ViewScore:
 
     name: str
     psnr: float  # dB
-    ssim: float  # not a number for an image smaller than its window
+    ssim: float  # not a number where no window of an image is whole: it is smaller, or masked
     seconds: float  # to render it
 
 
 @dataclasses.dataclass(frozen=True)
 class ViewPicture:
-    """One view: prediction and truth (H, W, 3) sRGB in [0, 1], depth and opacity (H, W)."""
+    """One view: prediction and truth (H, W, 3) sRGB in [0, 1], depth and opacity (H, W).
+
+    keep (H, W) bool: the pixels that count; None where all do.
+    """
 
     prediction: np.ndarray
     truth: np.ndarray
     depth: np.ndarray
     opacity: np.ndarray
+    keep: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +86,10 @@ def evaluate_views(
     sampler: Sampler,
     background: EvalBackground = "white",
 ) -> Iterator[tuple[ViewScore, ViewPicture]]:
-    """Render every view of a split and compare; each is yielded, with its share of the time, as its batch is ready."""
+    """Render every view of a split and compare; each is yielded, with its share of the time, as its batch is ready.
+
+    Masked pixels count in neither PSNR nor SSIM.
+    """
     if not split.views:
         raise InputError(f"the {split.name} rays have no image size, so there is no view to evaluate")
     if background == "black" and not split.has_alpha:
@@ -92,18 +99,19 @@ def evaluate_views(
     for first in range(0, split.num_views, size):
         # Every batch has one size, so that one compiled program serves all; padding of the last batch is not yielded.
         index = np.minimum(np.arange(first, first + size), split.num_views - 1)
-        rays, truths = zip(*(_view(split, i, colour) for i in index), strict=True)
+        rays, truths, masks = zip(*(_view(split, i, colour) for i in index), strict=True)
         together = jax.tree.map(lambda *a: jnp.stack(a), *rays)
         started = time.perf_counter()
         out = render_ray_grid(field, together, grid, jnp.full(3, colour, jnp.float32), sampler=sampler)
         seconds = (time.perf_counter() - started) / size
-        for name, truth, *view in zip(split.views[first:], truths, out.rgb, out.depth, out.opacity, strict=False):
-            prediction = np.clip(np.asarray(view[0]), 0, 1)
-            similarity = float(ssim(prediction, truth)) if min(truth.shape[:2]) >= 11 else float("nan")
-            error = float(psnr(mean_squared_error(prediction, truth)))
+        views = zip(split.views[first:], truths, masks, out.rgb, out.depth, out.opacity, strict=False)
+        for name, truth, keep, rgb, depth, opacity in views:
+            prediction = np.clip(np.asarray(rgb), 0, 1)
+            similarity = float(ssim(prediction, truth, keep)) if min(truth.shape[:2]) >= 11 else float("nan")
+            error = float(psnr(mean_squared_error(prediction, truth, keep)))
             yield (
                 ViewScore(name, error, similarity, seconds),
-                ViewPicture(prediction, truth, *map(np.asarray, view[1:])),
+                ViewPicture(prediction, truth, np.asarray(depth), np.asarray(opacity), keep),
             )
 
 
@@ -117,12 +125,13 @@ def _views_at_once(split: Split) -> int:
 
 
 def summarise(scores: Sequence[ViewScore], split: Split, background: EvalBackground) -> Evaluation:
-    """The means over the scores of `evaluate_views`."""
+    """The means over the scores of `evaluate_views`; that of SSIM over the views that have one."""
     # The first views share the time in which the program was compiled, if they are not all.
     later = [s.seconds for s in scores if s.seconds != scores[0].seconds]
+    similarities = [s.ssim for s in scores if not np.isnan(s.ssim)]
     return Evaluation(
         psnr=float(np.mean([s.psnr for s in scores])),
-        ssim=float(np.mean([s.ssim for s in scores])),
+        ssim=float(np.mean(similarities or [np.nan])),
         split=split.name,
         background=background,
         colour_space="sRGB",
@@ -134,17 +143,17 @@ def summarise(scores: Sequence[ViewScore], split: Split, background: EvalBackgro
     )
 
 
-def _view(split: Split, index: int, background: float) -> tuple[Rays, np.ndarray]:
-    """Rays (H, W) of a view, and its true colours (H, W, 3) f32 over the background."""
+def _view(split: Split, index: int, background: float) -> tuple[Rays, np.ndarray, np.ndarray | None]:
+    """Rays (H, W) of a view, its true colours (H, W, 3) f32 over the background, and which of its pixels count."""
     data = split.images
     if isinstance(data, RayTable):
         shape = (data.height, data.width, 3)
         rows = slice(index * data.height * data.width, (index + 1) * data.height * data.width)
         rays = jax.tree.map(lambda a: jnp.asarray(a).reshape(shape), data.rays[rows])
-        return rays, np.asarray(data.rgb[rows]).reshape(shape)
+        return rays, np.asarray(data.rgb[rows]).reshape(shape), None
     rgba = data.image(index).astype(np.float32) / 255
     truth = rgba[..., :3] * rgba[..., 3:] + background * (1 - rgba[..., 3:])
-    return view_rays(data.cameras[index]), truth
+    return view_rays(data.cameras[index]), truth, data.mask(index)
 
 
 _SHEET_ROWS = 8
@@ -153,6 +162,7 @@ _SHEET_ROWS = 8
 def write_pictures(pictures: Iterable[ViewPicture], folder: Path, *, num_views: int) -> None:
     """Write folder/img_{i}.png for each picture, and a contact sheet of some of them beside the truth.
 
+    Masked pixels are hatched in truth and error, and shown as predicted.
     They replace what the folder held, all at once when the last is written.
     """
     unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -164,8 +174,10 @@ def write_pictures(pictures: Iterable[ViewPicture], folder: Path, *, num_views: 
         write_png(unfinished / f"img_{index}.png", prediction)
         if index in on_sheet:
             depth = depth_image(picture.depth, picture.opacity)
-            error = error_image(picture.prediction, picture.truth)
-            rows.append([to_uint8(picture.truth), prediction, error, depth])
+            truth, error = to_uint8(picture.truth), error_image(picture.prediction, picture.truth)
+            if picture.keep is not None:
+                truth, error = hatched(truth, picture.keep), hatched(error, picture.keep)
+            rows.append([truth, prediction, error, depth])
     sheet = contact_sheet(rows, ["ground truth", "prediction", "error x 4", "depth"])
     write_png(unfinished / "contact_sheet.png", sheet)
     shutil.rmtree(folder, ignore_errors=True)

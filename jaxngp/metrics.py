@@ -17,10 +17,14 @@ SSIM_C1 = 0.01**2  # (K1 L)^2, where the range of values L is 1
 SSIM_C2 = 0.03**2  # (K2 L)^2
 
 
-def mean_squared_error(a: Array, b: Array) -> jax.Array:
-    """The mean over all elements of (a - b)^2. Two arrays of one shape -> scalar. Raises ValueError if they differ."""
+def mean_squared_error(a: Array, b: Array, keep: Array | None = None) -> jax.Array:
+    """The mean of (a - b)^2. Two arrays of one shape -> scalar. Raises ValueError if the shapes differ.
+
+    keep: bool, of the shape of a and b without their last axis, the pixels to take the mean over; None is all. Of no
+    pixel the mean is not a number.
+    """
     _check_same_shape(a, b)
-    return jnp.mean(jnp.square(a - b))
+    return _mean_where(jnp.square(a - b), keep)
 
 
 def psnr(mse: Array) -> jax.Array:
@@ -28,8 +32,11 @@ def psnr(mse: Array) -> jax.Array:
     return -10.0 * jnp.log10(mse)
 
 
-def ssim(a: Array, b: Array) -> jax.Array:
+def ssim(a: Array, b: Array, keep: Array | None = None) -> jax.Array:
     """Structural similarity of two images. a, b (H, W, C) in [0, 1] -> scalar, 1 where they are equal.
+
+    keep: (H, W) bool, the pixels that count; None is all. Only windows of such pixels alone do, and without any the
+    result is not a number.
 
     Wang et al. 2004: an 11 x 11 Gaussian window of sigma 1.5 px, K1 = 0.01, K2 = 0.03. Each channel is an image of
     its own; only windows that lie wholly inside it count; the result is the mean over all windows and channels.
@@ -49,7 +56,25 @@ def ssim(a: Array, b: Array) -> jax.Array:
     variance_a, variance_b, covariance_ab = covariance
     luminance = (2 * mean_a * mean_b + SSIM_C1) / (jnp.square(mean_a) + jnp.square(mean_b) + SSIM_C1)
     structure = (2 * covariance_ab + SSIM_C2) / (variance_a + variance_b + SSIM_C2)
-    return jnp.mean(luminance * structure)
+    return _mean_where(luminance * structure, None if keep is None else _whole_windows(jnp.asarray(keep)))
+
+
+def _mean_where(values: jax.Array, keep: Array | None) -> jax.Array:
+    """The mean of values (..., C) where keep (...) is True, or of all for None."""
+    if keep is None:
+        return jnp.mean(values)
+    kept = jnp.sum(jnp.where(jnp.asarray(keep)[..., None], values, 0))
+    return kept / (jnp.sum(jnp.asarray(keep), dtype=jnp.int32) * values.shape[-1])
+
+
+@jax.jit
+def _whole_windows(keep: jax.Array) -> jax.Array:
+    """Whether all of every window is kept. keep (H, W) -> bool of the shape that `_pool_window` leaves."""
+    for axis in (0, 1):
+        num_windows = keep.shape[axis] - SSIM_WINDOW_SIZE + 1
+        parts = [lax.slice_in_dim(keep, k, k + num_windows, axis=axis) for k in range(SSIM_WINDOW_SIZE)]
+        keep = jnp.all(jnp.stack(parts), axis=0)
+    return keep
 
 
 @functools.partial(jax.jit, static_argnames="axis")

@@ -22,6 +22,7 @@ _DEPTH_COLOURS = np.array([[38, 30, 98], [116, 42, 138], [196, 64, 92], [240, 14
 _CAPTION_HEIGHT = 18  # px
 _CAPTION_SIZE = 12  # px
 _GAP = 4  # px between the images of a contact sheet
+_STRIPE = 3  # px, of what is hatched
 _PALETTE_FRAMES = 16  # frames that a GIF's palette is chosen from
 _PALETTE_PIXELS = 2**14  # pixels of each of these
 
@@ -52,6 +53,13 @@ def depth_image(depth: ArrayLike, opacity: ArrayLike, near_far: tuple[float, flo
     stops = np.linspace(0, 1, len(_DEPTH_COLOURS))
     rgb = np.stack([np.interp(nearness, stops, channel) for channel in _DEPTH_COLOURS.T], axis=-1)
     return to_uint8(rgb / 255 * opacity[..., None])
+
+
+def hatched(image: Image8, keep: NDArray[np.bool_]) -> Image8:
+    """The image (H, W, 3), with grey stripes wherever keep (H, W) is False."""
+    y, x = np.indices(keep.shape)
+    stripes = np.where((x + y) % (2 * _STRIPE) < _STRIPE, 96, 160).astype(np.uint8)
+    return np.where(keep[..., None], image, stripes[..., None])
 
 
 def _percentiles(depth: NDArray[np.float32]) -> tuple[float, float]:

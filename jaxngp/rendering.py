@@ -38,19 +38,21 @@ def render_rays(
     grid: OccupancyGrid | None,
     jitter: jax.Array,
     background: jax.Array,
+    known_depth: jax.Array | None = None,
     *,
     sampler: Sampler,
 ) -> tuple[RenderOutput, Samples]:
     """The colour of R rays: sample, evaluate the field, composite. Differentiable in the field and the background.
 
-    jitter: uniform noise of `marching.jitter_shape`; all 0.5 is deterministic. background (R, 3) sRGB. A ray whose
-    samples did not fit the buffer (samples.ray_complete is False) has no meaningful colour.
+    jitter: uniform noise of `marching.jitter_shape`; all 0.5 is deterministic. background (R, 3) sRGB. known_depth (R,)
+    is for `RenderOutput.depth_error`. A ray whose samples did not fit the buffer (samples.ray_complete is False)
+    has no meaningful colour.
     """
     rays = jax.tree.map(jnp.asarray, rays)
     samples = fusion_barrier(functools.partial(sample_rays, sampler=sampler), rays, grid, jitter)
     origin, direction = rays.origin[samples.ray], rays.direction[samples.ray]
     density, rgb = field(origin + samples.t[:, None] * direction, direction)
-    return composite(density, rgb, samples.t, samples.dt, samples.ray, background), samples
+    return composite(density, rgb, samples.t, samples.dt, samples.ray, background, known_depth), samples
 
 
 # A whole view. Training spends a fixed budget of samples and may leave rays out; a view must take every sample of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import struct
 from jax import lax
 
 from jaxngp.bitsets import count_bits, nth_bit, pack_bits
-from jaxngp.cameras import Cameras, PosedImages, project_axes
+from jaxngp.cameras import Cameras, Pixels, project_axes
 from jaxngp.config import OccupancyConfig
 from jaxngp.device import fusion_barrier, largest
 from jaxngp.occupancy import Cells
@@ -20,6 +21,15 @@ _FIRST_VIEWS = 8
 """Views that look at all cells; the others look only at what these leave open, a fraction of them."""
 
 _CHUNK = 2**16  # cells looked at together: what is computed of them stays in a CPU's cache
+
+
+class Silhouettes(Pixels, Protocol):
+    """What is read of views, such as `PosedImages`: their cameras, alpha and masks."""
+
+    @property
+    def alpha(self) -> jax.Array | None: ...  # (P,) u8; None where all pixels are opaque
+    @property
+    def keep(self) -> jax.Array | None: ...  # (P,) bool, whether a pixel takes part; None where all do
 
 
 @struct.dataclass
@@ -47,14 +57,15 @@ def pixel_set(flags: jax.Array) -> PixelSet:
     return PixelSet(words=words, end=count_bits(words))
 
 
-def visual_hull(images: PosedImages, *, config: OccupancyConfig) -> tuple[jax.Array, PixelSet]:
+def visual_hull(images: Silhouettes, *, config: OccupancyConfig) -> tuple[jax.Array, PixelSet]:
     """`candidate_cells`, and the pixels to draw from.
 
     Those are all pixels, or, with `config.carve`, those whose ray may meet a candidate. The others have no sample and
-    no gradient, whatever the field, so leaving them out changes the objective by nothing but a constant factor.
+    no gradient, whatever the field, so leaving them out changes the objective by nothing but a constant factor. Masked
+    pixels are never among them.
     """
     candidates = candidate_cells(images, config=config)
-    everywhere = jnp.ones(len(images.rgba), bool)
+    everywhere = jnp.ones(images.num_pixels, bool) if images.keep is None else images.keep
     if not config.carve:
         return candidates, pixel_set(everywhere)
     # Where little of the cube is excluded, few pixels would be, and looking for them takes longest. Counted in cells of
@@ -64,15 +75,16 @@ def visual_hull(images: PosedImages, *, config: OccupancyConfig) -> tuple[jax.Ar
     worthwhile = 4 * volume < candidates.shape[1]
     look = functools.partial(_facing_pixels, cells=_cells(config))
     any_worthwhile = largest(worthwhile.astype(jnp.int32)) > 0
-    flags = lax.cond(any_worthwhile, look, lambda *_: everywhere, candidates, images)
-    return candidates, pixel_set(flags | ~worthwhile)
+    flags = lax.cond(any_worthwhile, look, lambda *_: everywhere, candidates, images) | ~worthwhile
+    return candidates, pixel_set(flags if images.keep is None else flags & images.keep)
 
 
-def candidate_cells(images: PosedImages, *, config: OccupancyConfig) -> jax.Array:
+def candidate_cells(images: Silhouettes, *, config: OccupancyConfig) -> jax.Array:
     """(K, G^3) bool: the cells that at least one camera sees and, with `config.carve`, that no silhouette excludes.
 
     A view excludes a cell whose footprint lies inside its image and has alpha 0 everywhere: light through those
-    pixels met nothing, so the cell holds nothing. Views whose pixels are all opaque exclude nothing.
+    pixels met nothing, so the cell holds nothing. Views whose pixels are all opaque exclude nothing. A masked pixel is
+    as if it lay outside the image: it excludes no cell, and a cell whose footprint has no other is not seen.
     """
     cells, num_views = _cells(config), len(images.cameras)
     stride = -(-num_views // _FIRST_VIEWS)
@@ -99,7 +111,7 @@ def _cells(config: OccupancyConfig) -> Cells:
 
 
 def _look(
-    images: PosedImages,
+    images: Silhouettes,
     views: np.ndarray,
     cells: jax.Array,
     count: jax.Array,
@@ -112,15 +124,17 @@ def _look(
 
     def add_view(known: tuple[jax.Array, jax.Array], view: tuple[Cameras, jax.Array]) -> tuple:
         camera, offset = view
-        area = _summed_area(_read(images.rgba[:, 3], images, camera, offset) > 0)
+        shown, kept = _silhouette(images, camera, offset)
 
         def add_chunk(i: jax.Array, known: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             # The last chunk is pushed back to the end of the list; what it looks at twice stays what it was.
             start = jnp.minimum(i * size, cells.size - size)
             cell, seen, excluded = (_slice(a, start, size) for a in (cells, *known))
             x, y, radius, inside = fusion_barrier(functools.partial(_footprint, cells=_cells(config)), camera, cell)
-            if config.carve:
-                excluded = excluded | (inside & _is_empty(area, camera, x, y, radius))
+            if config.carve and shown is not None:
+                excluded = excluded | (inside & _is_empty(shown, camera, x, y, radius))
+            if kept is not None:
+                inside = inside & _meets(kept, camera, x, y, radius)
             seen, excluded = (
                 lax.dynamic_update_slice(whole, part, (start,))
                 for whole, part in zip(known, (seen | inside, excluded), strict=True)
@@ -132,7 +146,7 @@ def _look(
     return lax.scan(add_view, known, (images.cameras[views], images.offset[views]))[0]
 
 
-def _facing_pixels(candidates: jax.Array, images: PosedImages, *, cells: Cells) -> jax.Array:
+def _facing_pixels(candidates: jax.Array, images: Silhouettes, *, cells: Cells) -> jax.Array:
     """(P,) bool: at least the pixels whose centres some candidate cell (K, G^3) covers.
 
     In each view the pixels in which the cells' centres lie are marked, and the marks are grown by the largest
@@ -167,14 +181,28 @@ def _facing_pixels(candidates: jax.Array, images: PosedImages, *, cells: Cells) 
         grown = _grow(marks.reshape(height, width), jnp.minimum(jnp.floor(radius), width + height).astype(jnp.int32))
         return _write(flags, grown, images, camera, offset), None
 
-    flags = jnp.zeros(len(images.rgba), bool)
+    flags = jnp.zeros(images.num_pixels, bool)
     return lax.scan(mark, flags, (images.cameras, images.offset))[0]
+
+
+def _silhouette(images: Silhouettes, camera: Cameras, offset: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+    """Of one view, the summed areas of the pixels that are not known to be empty, and of those that take part.
+
+    None where those are all pixels.
+    """
+    if images.keep is None:
+        if images.alpha is None:
+            return None, None
+        return _summed_area(_read(images.alpha, images, camera, offset) > 0), None
+    keep = _read(images.keep, images, camera, offset)
+    shown = None if images.alpha is None else _summed_area((_read(images.alpha, images, camera, offset) > 0) | ~keep)
+    return shown, _summed_area(keep)
 
 
 # Views of any size, one after the other, each in an array of the largest size.
 
 
-def _read(pixels: jax.Array, images: PosedImages, camera: Cameras, offset: jax.Array) -> jax.Array:
+def _read(pixels: jax.Array, images: Silhouettes, camera: Cameras, offset: jax.Array) -> jax.Array:
     """The values (P,) of one view's pixels as (max H, max W); 0 outside the view."""
     width, height = images.max_size
     if _equal_sizes(images):
@@ -182,24 +210,24 @@ def _read(pixels: jax.Array, images: PosedImages, camera: Cameras, offset: jax.A
     return pixels.at[_pixel_numbers(images, camera, offset)].get(mode="fill", fill_value=0)
 
 
-def _write(pixels: jax.Array, values: jax.Array, images: PosedImages, camera: Cameras, offset: jax.Array) -> jax.Array:
+def _write(pixels: jax.Array, values: jax.Array, images: Silhouettes, camera: Cameras, offset: jax.Array) -> jax.Array:
     """The values (P,), with those of one view's pixels set to `values` (max H, max W)."""
     if _equal_sizes(images):
         return lax.dynamic_update_slice(pixels, values.reshape(-1), (offset,))
     return pixels.at[_pixel_numbers(images, camera, offset)].set(values, mode="drop")
 
 
-def _pixel_numbers(images: PosedImages, camera: Cameras, offset: jax.Array) -> jax.Array:
+def _pixel_numbers(images: Silhouettes, camera: Cameras, offset: jax.Array) -> jax.Array:
     """(max H, max W) i32: the numbers of a view's pixels, and P outside it."""
     width, height = images.max_size
     x, y = jnp.arange(width, dtype=jnp.int32), jnp.arange(height, dtype=jnp.int32)[:, None]
     inside = (x < camera.size[0]) & (y < camera.size[1])
-    return jnp.where(inside, offset + x + camera.size[0] * y, len(images.rgba))
+    return jnp.where(inside, offset + x + camera.size[0] * y, images.num_pixels)
 
 
-def _equal_sizes(images: PosedImages) -> bool:
+def _equal_sizes(images: Silhouettes) -> bool:
     """Whether every view has the largest size: then its pixels are a slice."""
-    return len(images.rgba) == len(images.cameras) * images.max_size[0] * images.max_size[1]
+    return images.num_pixels == len(images.cameras) * images.max_size[0] * images.max_size[1]
 
 
 def _slice(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
@@ -255,13 +283,26 @@ def _is_empty(area: jax.Array, camera: Cameras, x: jax.Array, y: jax.Array, radi
     left, top = (jnp.floor(v - radius).astype(jnp.int32) for v in (x, y))
     right, bottom = (jnp.ceil(v + radius).astype(jnp.int32) for v in (x, y))
     within = (left >= 0) & (top >= 0) & (right <= camera.size[0]) & (bottom <= camera.size[1])
+    return within & (_count(area, left, top, right, bottom) == 0)
+
+
+def _meets(area: jax.Array, camera: Cameras, x: jax.Array, y: jax.Array, radius: jax.Array) -> jax.Array:
+    """Whether the part in the image of the squares of half-side radius (N,) around x, y (N,) holds anything."""
+    left, top = (jnp.maximum(jnp.floor(v - radius).astype(jnp.int32), 0) for v in (x, y))
+    right, bottom = (jnp.ceil(v + radius).astype(jnp.int32) for v in (x, y))
+    right, bottom = jnp.minimum(right, camera.size[0]), jnp.minimum(bottom, camera.size[1])
+    return _count(area, left, top, right, bottom) > 0
+
+
+def _count(area: jax.Array, left: jax.Array, top: jax.Array, right: jax.Array, bottom: jax.Array) -> jax.Array:
+    """How many are set in rectangles (N,), by the summed area (H + 1, W + 1), to which they are clipped."""
     height, width = area.shape
 
     def count(row: jax.Array, column: jax.Array) -> jax.Array:
         index = jnp.clip(row, 0, height - 1) * width + jnp.clip(column, 0, width - 1)
         return area.reshape(-1).at[index].get(mode="promise_in_bounds")
 
-    return within & (count(bottom, right) - count(top, right) - count(bottom, left) + count(top, left) == 0)
+    return count(bottom, right) - count(top, right) - count(bottom, left) + count(top, left)
 
 
 def _grow(mask: jax.Array, radius: jax.Array) -> jax.Array:

@@ -28,9 +28,10 @@ def dataset_warnings(training: Split, evaluation: Split | None) -> list[str]:
 
 
 def _some_pixels(images: PosedImages, count: int) -> np.ndarray:
-    """The numbers of about `count` pixels, evenly spaced among those of all views."""
+    """The numbers of about `count` pixels, evenly spaced among those of all views; masked ones are left out."""
     # An odd stride, so that it does not always meet the same column.
-    return np.arange(0, len(images.rgba), max(1, len(images.rgba) // count) | 1)
+    number = np.arange(0, len(images.rgba), max(1, len(images.rgba) // count) | 1)
+    return number if images.keep is None else number[np.asarray(images.keep)[number]]
 
 
 def _premultiplied(training: Split, images: PosedImages) -> str | None:

@@ -15,7 +15,7 @@ _PARTS = {"pixels": "pixels", "poses": "poses", "intrinsics": "intrinsics", "ray
 
 
 def fingerprint(views: Split | PosedImages | RayTable) -> dict[str, list[int]]:
-    """A checksum of the pixels and of the camera of each view, in their order; JSON holds it.
+    """A checksum of the pixels, masks and depths among them, and of the camera of each view, in their order, for JSON.
 
     A ray table has checksums of colours and rays instead: of each view, or of the whole where its image size is
     unknown.
@@ -29,11 +29,12 @@ def fingerprint(views: Split | PosedImages | RayTable) -> dict[str, list[int]]:
             "rays": _checksums(np.split(rays, count)),
         }
     cameras = images.cameras
+    more = [pixels for pixels in (images.keep, images.depth) if pixels is not None]
     numbers = [np.asarray(part, np.float32) for part in (cameras.focal_xy, cameras.centre_xy, cameras.size)]
     if cameras.lens is not None:
         numbers.append(np.asarray(cameras.lens.coefficients, np.float32))
     return {
-        "pixels": _checksums(np.split(np.asarray(images.rgba), np.asarray(images.offset)[1:])),
+        "pixels": _checksums(_of_views(images, images.rgba), *(_of_views(images, a) for a in more)),
         "poses": _checksums([*np.asarray(cameras.c2w)]),
         "intrinsics": _checksums([*np.concatenate(numbers, axis=-1)]),
     }
@@ -51,5 +52,11 @@ def changed(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     return ", ".join(found) or None
 
 
-def _checksums(parts: list[np.ndarray]) -> list[int]:
-    return [zlib.crc32(np.ascontiguousarray(part).data) for part in parts]
+def _of_views(images: PosedImages, pixels: Any) -> list[np.ndarray]:
+    return np.split(np.asarray(pixels), np.asarray(images.offset)[1:])
+
+
+def _checksums(*parts: list[np.ndarray]) -> list[int]:
+    """Of each view, over all that belongs to it."""
+    joined = (b"".join(np.ascontiguousarray(part).tobytes() for part in of) for of in zip(*parts, strict=True))
+    return [zlib.crc32(content) for content in joined]

@@ -1,4 +1,7 @@
-"""The image files of a capture: sizes from their headers, and pixels, decoded in parallel and reduced as they come."""
+"""The image files of a capture: sizes from their headers, and pixels, decoded in parallel and reduced as they come.
+
+Pictures, and the masks that say which of their pixels take part; depth maps are in `depths`.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from jaxngp.config import InputError
+from jaxngp.data.capture import Mask
 
 # Recognised by the first bytes, whatever a file is called. Pillow knows many more; for one of them it runs Ghostscript.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 ALPHA_MODES = ("RGBA", "LA", "PA")
 DEEP_MODES = ("I;16", "I;16L", "I;16B")
+IMAGE_MODES = (*ALPHA_MODES, *DEEP_MODES, "RGB", "L", "P")
 PIXELS_AT_ONCE = 2**27  # that threads decode side by side; a pixel takes up to 16 bytes meanwhile
 PLAIN_PIXELS = 2**24  # with more, an image needs a byte for ...
 PIXELS_PER_BYTE = 1000  # ... so many; a header of a few bytes may promise any number, and a decoder make them up
@@ -48,11 +53,11 @@ def probe_images(files: Sequence[Path]) -> ImageHeaders:
     check_present(files)
 
     def probe(view: int) -> tuple[tuple[int, int], bool, bool, bool]:
-        with _open(files[view]) as image:
+        with open_image(files[view]) as image:
             has_alpha = image.mode in ALPHA_MODES or "transparency" in image.info
             return image.size, has_alpha, _orientation(image) > 1, image.mode in DEEP_MODES
 
-    sizes, has_alpha, turned, deep = zip(*_in_parallel(probe, len(files), workers=8), strict=True)
+    sizes, has_alpha, turned, deep = zip(*in_parallel(probe, len(files), workers=8), strict=True)
     notes = [
         f"{files[flags.index(True)]}: {what}; so {'do' if sum(flags) > 2 else 'does'} {sum(flags) - 1} more"
         if sum(flags) > 1
@@ -99,10 +104,34 @@ def read_images(
         pixels = box_downscale(pixels, downscale).reshape(-1, 4)
         rgba[ends[view] - len(pixels) : ends[view]] = pixels
 
-    # An image is reduced as soon as it is read, so few are held at full size. Pillow and zlib release the GIL.
-    workers = min(8, os.cpu_count() or 1, max(1, PIXELS_AT_ONCE // int(sizes.prod(axis=1).max())))
-    _in_parallel(read, len(files), workers=workers, label=label)
+    # An image is reduced as soon as it is read, so few are held at full size.
+    in_parallel(read, len(files), workers=num_workers(sizes), label=label)
     return rgba
+
+
+def read_masks(masks: Sequence[Mask | None], sizes: np.ndarray, downscale: int, label: str) -> list[np.ndarray]:
+    """Which pixels of each view take part, (H, W) bool, reduced: all that are made of such pixels alone.
+
+    masks: of each view; None masks nothing. sizes: (V, 2), of the views' images. label: for the progress bar. Raises
+    InputError where a mask is missing, broken, or of another size than its image.
+    """
+    check_present([mask.file for mask in masks if mask], "mask")
+    for width, height in np.unique(sizes, axis=0).tolist():
+        _check_divides(width, height, downscale, label)
+
+    def read(view: int) -> np.ndarray:
+        mask, (width, height) = masks[view], sizes[view].tolist()
+        if mask is None:
+            return np.ones((height // downscale, width // downscale), bool)
+        keep = _decode_mask(mask.file, (width, height)) == (mask.keep == "non-zero")
+        return keep.reshape(height // downscale, downscale, width // downscale, downscale).all(axis=(1, 3))
+
+    return in_parallel(read, len(masks), workers=num_workers(sizes), label=label)
+
+
+def num_workers(sizes: np.ndarray) -> int:
+    """Threads that decode images of these sizes (V, 2) side by side. Pillow and zlib release the GIL."""
+    return min(8, os.cpu_count() or 1, max(1, PIXELS_AT_ONCE // int(sizes.prod(axis=1).max())))
 
 
 def box_downscale(rgba: np.ndarray, downscale: int) -> np.ndarray:
@@ -124,7 +153,8 @@ def box_downscale(rgba: np.ndarray, downscale: int) -> np.ndarray:
     return np.concatenate([rgb, np.rint(alpha / downscale**2)[..., None]], axis=-1).astype(np.uint8)
 
 
-def _in_parallel(call: Callable[[int], Result], count: int, *, workers: int, label: str = "") -> list[Result]:
+def in_parallel(call: Callable[[int], Result], count: int, *, workers: int, label: str = "") -> list[Result]:
+    """call(0) ... call(count - 1), with a progress bar where it takes long and has a label."""
     with ThreadPoolExecutor(workers) as pool:
         done = pool.map(call, range(count))
         return [*tqdm(done, label, count, delay=1.0, disable=None if label else True, leave=False, unit="image")]
@@ -164,34 +194,62 @@ def _check_divides(width: int, height: int, downscale: int, label: str) -> None:
 
 def _decode(file: Path, size: tuple[int, ...]) -> np.ndarray:
     """The pixels (H, W, 4) u8 of an image."""
-    with _open(file) as image:
+    with open_image(file) as image:
         if image.size != size:
             expected = f"is {image.width}x{image.height}: expected {size[0]}x{size[1]}"
             raise InputError(f"{file}: {expected}; scale it, or run again if it was changed just now")
-        try:
-            return np.asarray((_of_8_bits(image) if image.mode in DEEP_MODES else image).convert("RGBA"))
-        except Exception as error:  # a decoder met with a broken file raises whatever it likes
-            raise InputError(f"{file}: broken or truncated ({error}); render or download it again") from None
+        if image.mode in DEEP_MODES:
+            image = Image.fromarray(_in_8_bits(load_pixels(file, image)))
+        return load_pixels(file, image, "RGBA")
 
 
-def _of_8_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 bits, rounded to 8."""
-    return Image.fromarray(((np.asarray(image).astype(np.int32) + 128) // 257).astype(np.uint8))
+def _in_8_bits(pixels: np.ndarray) -> np.ndarray:
+    """Grey of 16 bits, rounded to 8."""
+    return ((pixels.astype(np.int32) + 128) // 257).astype(np.uint8)
 
 
-def _open(file: Path) -> Image.Image:
-    """An image whose header is read and whose pixels are not."""
+def _decode_mask(file: Path, size: tuple[int, int]) -> np.ndarray:
+    """Where a mask (H, W) is not black, bool."""
+    with open_image(file, (*IMAGE_MODES, "1"), "one channel of 8 bits") as image:
+        if image.size != size:
+            raise InputError(
+                f"{file}: the mask is {image.width}x{image.height} and its image {size[0]}x{size[1]}: expected one "
+                "size; scale the mask, without interpolation"
+            )
+        if image.mode not in ALPHA_MODES and "transparency" not in image.info:
+            pixels = load_pixels(file, image, "RGB" if image.mode == "P" else None)
+            return np.any(pixels.reshape(size[1], size[0], -1), axis=2)
+        pixels = load_pixels(file, image, "RGBA")
+    if (pixels[..., 3] < 255).any():  # is it alpha that masks, or the colour below it?
+        raise InputError(f"{file}: the mask has transparent pixels: expected one channel; export it without alpha")
+    return np.any(pixels[..., :3], axis=2)
+
+
+def load_pixels(file: Path, image: Image.Image, mode: str | None = None) -> np.ndarray:
+    """The pixels of an opened image, converted to a mode if one is given. Raises InputError where it is broken."""
+    try:
+        return np.asarray(image.convert(mode) if mode else image)
+    except Exception as error:  # a decoder met with a broken file raises whatever it likes
+        raise InputError(f"{file}: broken or truncated ({error}); render or download it again") from None
+
+
+def open_image(file: Path, modes: Sequence[str] = IMAGE_MODES, wanted: str = "8-bit RGBA") -> Image.Image:
+    """An image whose header is read and whose pixels are not. Raises InputError where it is not of one of the modes."""
     try:
         image = Image.open(file, formats=IMAGE_FORMATS)
     except Exception as error:  # as above; a decompression bomb is found here too
         raise InputError(f"{file}: cannot be read as an image ({error}); render or download it again") from None
-    num_bytes, num_pixels = file.stat().st_size, image.width * image.height
-    fault = ""
-    if num_pixels > min(max(PLAIN_PIXELS, PIXELS_PER_BYTE * num_bytes), Image.MAX_IMAGE_PIXELS or math.inf):
-        fault = f"{image.width}x{image.height} pixels are too many, at all or for {num_bytes} bytes; scale it down"
-    elif image.mode not in (*ALPHA_MODES, *DEEP_MODES, "RGB", "L", "P"):
-        fault = f"pixel format {image.mode!r} is not supported; convert it to 8-bit RGBA"
+    fault = too_many_pixels(image.width, image.height, file.stat().st_size)
+    if not fault and image.mode not in modes:
+        fault = f"pixel format {image.mode!r} is not supported; convert it to {wanted}"
     if fault:
         image.close()
         raise InputError(f"{file}: {fault}")
     return image
+
+
+def too_many_pixels(width: int, height: int, num_bytes: int) -> str:
+    """What is wrong with an image of this size in a file of so many bytes, or nothing."""
+    if width * height <= min(max(PLAIN_PIXELS, PIXELS_PER_BYTE * num_bytes), Image.MAX_IMAGE_PIXELS or math.inf):
+        return ""
+    return f"{width}x{height} pixels are too many, at all or for {num_bytes} bytes; scale it down"

@@ -61,6 +61,10 @@ class RayTable:
         rgba = jnp.concatenate([self.rgb[number], jnp.ones((count, 1), jnp.float32)], axis=1)
         return number, jnp.zeros((count, 2), jnp.float32), rgba
 
+    def pixel_depth(self, number: jax.Array) -> None:
+        """A table has no depths."""
+        del number
+
     def cast(self, row: jax.Array, _: jax.Array) -> Rays:
         """The rays (R,) of rows (R,) i32."""
         return self.rays[row]

@@ -10,7 +10,8 @@ from jaxngp.cameras import PosedImages, make_cameras
 from jaxngp.config import InputError, SceneConfig
 from jaxngp.data import rays
 from jaxngp.data.capture import SPLITS, Capture, Placement, SceneTransform, normalise
-from jaxngp.data.photos import probe_images, read_images
+from jaxngp.data.depths import read_depths
+from jaxngp.data.photos import probe_images, read_images, read_masks
 from jaxngp.data.places import Location, locate
 from jaxngp.data.rays import RayTable
 
@@ -132,15 +133,42 @@ def _place(scene: SceneConfig, location: Location, capture: Capture) -> Placemen
 
 def _load(scene: SceneConfig, capture: Capture, name: str, views: np.ndarray, placement: Placement) -> Split:
     """The given views of a capture, as the split `name`."""
+    notes, images = capture.unusual, None
     try:
-        images = (_load_rays if capture.rays else _load_images)(scene, capture, views, placement.transform)
+        if capture.rays:
+            images = _load_rays(scene, capture, views, placement.transform)
+        else:
+            views, keep, more = _load_masks(scene, capture, views)
+            images = _load_images(scene, capture, views, placement.transform).replace(keep=keep)  # type: ignore[attr-defined]
+            notes += more
     except MemoryError as error:
         raise InputError(
             f"{capture.path}: the {name} views do not fit into memory ({error}); shrink them with --downscale, "
             "or take some out"
         ) from None
     has_alpha = any(capture.has_alpha[view] for view in views) if capture.has_alpha else False
-    return Split(name, tuple(capture.names[view] for view in views), images, has_alpha, placement, capture.unusual)
+    return Split(name, tuple(capture.names[view] for view in views), images, has_alpha, placement, notes)
+
+
+def _load_masks(
+    scene: SceneConfig, capture: Capture, views: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None, tuple[str, ...]]:
+    """The views that are not wholly masked, which of their pixels take part, and a note on those that are."""
+    if not any(capture.masks[view] for view in views if capture.masks):
+        return views, None, ()
+    assert capture.cameras is not None
+    sizes = np.asarray(capture.cameras.size)[views]
+    keep = read_masks([capture.masks[view] for view in views], sizes, scene.downscale, f"{capture.path}: masks")
+    left = np.array([part.any() for part in keep])
+    if not left.any():
+        first = next(mask.file for view in views if (mask := capture.masks[view]))
+        raise InputError(f"{first}: like the masks of all other views, leaves no pixel; remove or invert them")
+    notes: tuple[str, ...] = ()
+    if not left.all():
+        names = [capture.names[view] for view in views[~left]]
+        named = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        notes = (f"{capture.path}: left out, as their masks leave no pixel: {named}",)
+    return views[left], np.concatenate([part.ravel() for part in keep if part.any()]), notes
 
 
 def _load_images(scene: SceneConfig, capture: Capture, views: np.ndarray, transform: SceneTransform) -> PosedImages:
@@ -171,7 +199,10 @@ def _load_images(scene: SceneConfig, capture: Capture, views: np.ndarray, transf
     )
     ends = np.cumsum(size.prod(axis=1))
     width, height = size.max(axis=0).tolist()
-    return PosedImages(cameras, rgba, np.concatenate([[0], ends[:-1]]).astype(np.int32), (width, height))  # type: ignore[arg-type]
+    depths = [capture.depths[view] for view in views if capture.depths]
+    depth = read_depths(depths, cameras, transform.side, f"{capture.path}: depths") if any(depths) else None
+    offset = np.concatenate([[0], ends[:-1]]).astype(np.int32)
+    return PosedImages(cameras, rgba, offset, (width, height), depth=depth)  # type: ignore[arg-type]
 
 
 def _load_rays(scene: SceneConfig, capture: Capture, views: np.ndarray, transform: SceneTransform) -> RayTable:

@@ -18,13 +18,14 @@ from jax import lax
 from jaxngp.cameras import PosedImages, Rays
 from jaxngp.config import Background, InputError, MarchConfig, NerfConfig, program_config
 from jaxngp.data.rays import RayTable
-from jaxngp.device import compiled, compiler_options, default_placement, fusion_barrier
+from jaxngp.device import compiled, compiler_options, fusion_barrier
 from jaxngp.fields import RadianceField
 from jaxngp.losses import colour_loss
 from jaxngp.marching import jitter_shape
 from jaxngp.metrics import psnr
 from jaxngp.occupancy import OccupancyGrid, init_occupancy, update_occupancy
 from jaxngp.rendering import render_rays
+from jaxngp.training.pixels import DeviceStore, HostStore, TrainingData, on_host
 from jaxngp.training.state import TrainState, fresh_state
 from jaxngp.training.step import (
     NO_STEPS,
@@ -38,10 +39,9 @@ from jaxngp.training.step import (
     step_options,
     zero_rates,
 )
-from jaxngp.visual_hull import PixelSet, pixel_set, visual_hull
+from jaxngp.visual_hull import PixelSet, Silhouettes, pixel_set, visual_hull
 
 Field = RadianceField
-TrainingData = PosedImages | RayTable
 
 
 class RaySource(Protocol):
@@ -59,6 +59,7 @@ class PixelBatch:
     view: jax.Array  # (R,) i32, a view, or a row of a ray table
     xy: jax.Array  # (R, 2) f32 px
     rgba: jax.Array
+    depth: jax.Array | None = None  # (R,) f32, distance along the ray, 0 where unknown; None without depths
 
 
 @struct.dataclass
@@ -103,8 +104,7 @@ def draw_batches(
 ) -> tuple[PixelBatch, StepNoise]:
     """Pixels and noise of num_steps steps from a given one on, (K, R, ...), each from fold_in(key, its number)."""
     num_rays = config.train.num_rays
-    shape = (num_rays, 1 + config.sampler.jitters_per_ray + 3)
-    bits = draw_bits(step, key, shape, num_steps=num_steps)
+    bits = draw_bits(step, key, _shape_of_draw(config), num_steps=num_steps)
     batch = pick_pixels(bits[..., 0].reshape(-1), data, pixels)
     batch = jax.tree.map(lambda a: a.reshape(num_steps, num_rays, *a.shape[1:]), batch)
     return batch, jax.vmap(functools.partial(make_noise, config=config))(bits[..., 1:])
@@ -115,8 +115,27 @@ def pick_pixels(bits: jax.Array, data: TrainingData, pixels: PixelSet | None) ->
 
     Of n pixels some are likelier than others by a factor of at most 1 + n / 2^32.
     """
-    number = _below(bits, data.num_pixels) if pixels is None else pixels.nth(_below(bits, pixels.size))
-    return PixelBatch(*data.pixel(number))
+    number = pick_numbers(bits, data.num_pixels, pixels)
+    return PixelBatch(*data.pixel(number), depth=data.pixel_depth(number))
+
+
+def pick_numbers(bits: jax.Array, num_pixels: int, pixels: PixelSet | None) -> jax.Array:
+    """The numbers (R,) i32 of the pixels that `pick_pixels` draws. bits (R,) u32."""
+    return _below(bits, num_pixels) if pixels is None else pixels.nth(_below(bits, pixels.size))
+
+
+@functools.partial(jax.jit, static_argnames=("num_pixels", "config"))
+def draw_numbers(
+    step: jax.Array, key: jax.Array, pixels: PixelSet | None, *, num_pixels: int, config: NerfConfig
+) -> jax.Array:
+    """The numbers (K R,) i32 of the pixels that the K steps of a call of `nerf_steps` draw, from a given one on."""
+    bits = draw_bits(step, key, _shape_of_draw(config), num_steps=config.train.steps_per_dispatch)
+    return pick_numbers(bits[..., 0].reshape(-1), num_pixels, pixels)
+
+
+def _shape_of_draw(config: NerfConfig) -> tuple[int, int]:
+    """Random numbers of one step: of each ray its pixel, its jitters, and a background colour."""
+    return config.train.num_rays, 1 + config.sampler.jitters_per_ray + 3
 
 
 def _below(bits: jax.Array, count: int | jax.Array) -> jax.Array:
@@ -156,14 +175,15 @@ def nerf_loss(
     """
     # Behind the barrier a ray is cast once, and not once per sample.
     rays = fusion_barrier(lambda source, view, xy: source.cast(view, xy), source, batch.view, batch.xy)
-    out, samples = render_rays(field, rays, grid, noise.jitter, noise.background, sampler=config.sampler)
+    depth = batch.depth if config.train.depth_weight else None
+    out, samples = render_rays(field, rays, grid, noise.jitter, noise.background, depth, sampler=config.sampler)
     alpha = batch.rgba[:, 3:]
     target = batch.rgba[:, :3] * alpha + noise.background * (1 - alpha)
     # Of each ray, whether it is used, its loss and its squared error: summed over rays together, in one pass.
-    terms = jnp.stack(
-        [jnp.ones_like(out.opacity)]
-        + [jnp.sum(e, axis=-1) for e in (colour_loss(out.rgb, target, loss=config.train.loss), (out.rgb - target) ** 2)]
-    )
+    losses = jnp.sum(colour_loss(out.rgb, target, loss=config.train.loss), axis=-1)
+    if depth is not None and out.depth_error is not None:  # unknown where it is 0
+        losses = losses + 3 * config.train.depth_weight * jnp.where(depth > 0, out.depth_error, 0)
+    terms = jnp.stack([jnp.ones_like(out.opacity), losses, jnp.sum((out.rgb - target) ** 2, axis=-1)])
     num_used, loss, squared_error = jnp.sum(jnp.where(samples.ray_complete, terms, 0), axis=1)
     count = 3 * jnp.maximum(num_used, 1)
     metrics = NerfMetrics(
@@ -234,14 +254,18 @@ def refresh_occupancy(state: TrainState, *, config: NerfConfig) -> TrainState:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def hull_of_views(images: PosedImages, *, config: NerfConfig) -> tuple[OccupancyGrid, PixelSet]:
-    """The grid before the first step, and the pixels to draw from: see `visual_hull.visual_hull`."""
-    assert isinstance(config.sampler, MarchConfig)
+def hull_of_views(images: Silhouettes, *, config: NerfConfig) -> tuple[OccupancyGrid | None, PixelSet]:
+    """The grid before the first step, and the pixels to draw from: see `visual_hull.visual_hull`.
+
+    Where no rays march there is no grid, and the pixels are those that are not masked.
+    """
+    if not isinstance(config.sampler, MarchConfig):
+        return None, pixel_set(jnp.ones(images.num_pixels, bool) if images.keep is None else images.keep)
     candidates, pixels = visual_hull(images, config=config.sampler.occupancy)
     return init_occupancy(candidates), pixels
 
 
-def compile_programs(state: TrainState, data: TrainingData, config: NerfConfig) -> Programs:
+def compile_programs(state: TrainState, data: PosedImages | RayTable, config: NerfConfig) -> Programs:
     """The programs of a run. Raises InputError where there are too many pixels, or no camera sees the scene's box.
 
     They compile in threads: XLA compiles several programs at once, and while it does Python traces the next. The
@@ -249,24 +273,29 @@ def compile_programs(state: TrainState, data: TrainingData, config: NerfConfig) 
     """
     if data.num_pixels >= 2**31:
         raise InputError(f"the views have {data.num_pixels} pixels, and 2^31 are too many: give a --downscale")
-    data = default_placement().put(data)
-    marching, posed = isinstance(config.sampler, MarchConfig), isinstance(data, PosedImages)
+    marching = isinstance(config.sampler, MarchConfig)
+    chosen = isinstance(data, PosedImages) and (marching or data.keep is not None)  # whether not all pixels are drawn
     every = config.sampler.occupancy.refresh_every if marching else 0  # type: ignore[union-attr]
     static, options = program_config(config), compiler_options()
     hull: Callable[[], tuple[Any, Any]] = lambda: (None, None)  # noqa: E731
     refresh: Any = None
-    pixels = jax.eval_shape(pixel_set, jax.ShapeDtypeStruct((data.num_pixels,), bool)) if marching and posed else None
+    pixels = jax.eval_shape(pixel_set, jax.ShapeDtypeStruct((data.num_pixels,), bool)) if chosen else None
+    store = _make_store(state, data, pixels, config)
     # A thread starts without the context of its caller, in which `device.formulation` may have been chosen.
     contexts = [contextvars.copy_context() for _ in range(2)]
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        if marching and posed:
-            find_hull = lambda: compiled(hull_of_views, data, options=options, config=static)(data)  # noqa: E731
+        if chosen:
+
+            def find_hull() -> tuple[OccupancyGrid | None, PixelSet]:
+                views = store.views()
+                return compiled(hull_of_views, views, options=options, config=static)(views)
+
             hull = threads.submit(contexts[0].run, find_hull).result
         if marching:
             refresh = threads.submit(
                 contexts[1].run, compiled, refresh_occupancy, state, options=options, config=static
             )
-        arguments = (state, data, pixels, zero_rates(config), NO_STEPS)
+        arguments = (state, store.data, pixels, zero_rates(config), NO_STEPS)
         steps = compiled(nerf_steps, *arguments, options=step_options(config), config=static)
         grid, pixels = hull()
 
@@ -277,12 +306,27 @@ def compile_programs(state: TrainState, data: TrainingData, config: NerfConfig) 
         _check_candidates(grid)
         return replace(state, occupancy=grid)
 
+    def take_steps(state: TrainState, step: int, rates: jax.Array, number: int) -> tuple[TrainState, NerfMetrics]:
+        return steps(state, store.drawn(step, state.key, pixels), pixels, rates, np.int32(number))
+
     return Programs(
-        steps=lambda state, _, rates, number: steps(state, data, pixels, rates, np.int32(number)),
+        steps=take_steps,
         begin=with_hull,
         refresh=refresh.result() if refresh else lambda state: state,
         refresh_every=every,
     )
+
+
+def _make_store(
+    state: TrainState, data: PosedImages | RayTable, pixels: PixelSet | None, config: NerfConfig
+) -> DeviceStore | HostStore:
+    if not on_host(data, config.train.images_on):
+        return DeviceStore(data)
+    assert isinstance(data, PosedImages)
+    static = {"num_pixels": data.num_pixels, "config": program_config(config)}
+    draw = compiled(draw_numbers, NO_STEPS, state.key, pixels, options=compiler_options(), **static)
+    size = config.train.steps_per_dispatch
+    return HostStore(data, draw, steps_per_call=size, pixels_per_call=size * config.train.num_rays)
 
 
 def _check_candidates(grid: OccupancyGrid) -> None:

@@ -1,0 +1,168 @@
+"""Where pixels are kept changes nothing that is learned; masked ones are never drawn; depths draw rays to them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compilations import Compilations
+from hypothesis import given, settings
+from scenes import BALL, photograph, pixel_rays, poses_around
+from strategies import TINY_FIELD, TINY_GRID, seeds
+
+from jaxngp.cameras import PosedImages, make_cameras
+from jaxngp.config import MarchConfig, NerfConfig, OccupancyConfig, StratifiedConfig, TrainConfig
+from jaxngp.fields import RadianceField
+from jaxngp.training import nerf, pixels
+from jaxngp.training.loop import Progress, init_state, train
+from jaxngp.training.state import TrainState
+
+MARCH = NerfConfig(
+    field=replace(TINY_FIELD, encoding=replace(TINY_GRID, num_levels=1)),
+    sampler=MarchConfig(
+        num_steps=64, num_samples=2**12, occupancy=OccupancyConfig(resolution=32, refresh_every=4, warmup_steps=4)
+    ),
+    train=TrainConfig(num_rays=128, max_steps=10, steps_per_dispatch=4, seed=3),
+)
+BINS = replace(MARCH, sampler=StratifiedConfig(num_bins=8, near=1.0, far=2.4))
+
+
+@functools.cache
+def views(sizes: str = "equal") -> PosedImages:
+    """Views of a ball, with masks and depths: those of its surface."""
+    size = np.array([[20, 18]] * 4 if sizes == "equal" else [[20, 18], [9, 16], [16, 9], [12, 12]])
+    c2w = poses_around(4, 1.7)
+    cameras = make_cameras(c2w, focal_xy=1.6 * size, centre_xy=0.5 * size, width=size[:, 0], height=size[:, 1])
+    images = photograph(BALL, cameras)
+    depth = []
+    for view in range(4):
+        t0, t1 = BALL.chord(*pixel_rays(cameras[view]))
+        depth.append(np.where(t1 > t0, t0, 0).astype(np.float16).ravel())
+    keep = np.random.default_rng(0).uniform(size=images.num_pixels) < 0.7
+    return replace(images, keep=keep, depth=np.concatenate(depth))
+
+
+def learn(config: NerfConfig, images: PosedImages, resume: Progress | None = None) -> list[Progress]:
+    """All that a run yields; only the last state is still there."""
+    return list(train(config, images, resume=resume))
+
+
+def on(place: str, config: NerfConfig = MARCH) -> NerfConfig:
+    return replace(config, train=replace(config.train, images_on=place))
+
+
+def assert_equal_bits(a: TrainState, b: TrainState) -> None:
+    for x, y in zip(*(jax.tree.leaves(s.replace(key=jax.random.key_data(s.key))) for s in (a, b)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+# On the device or on the host.
+
+
+@pytest.mark.parametrize("config", [MARCH, BINS], ids=["march", "bins"])
+def test_pixels_on_the_host_train_the_same(config: NerfConfig) -> None:
+    """Two whole calls and a shorter one, bit for bit; and all is compiled once, before the first."""
+    *_, device = learn(on("device", config), views())
+    compiled, host = [], []
+    with Compilations() as compilations:
+        for progress in train(on("host", config), views()):
+            compiled.append(sum(compilations[name] for name in ("nerf_steps", "draw_numbers", "hull_of_views")))
+            host.append(replace(progress, state=None))
+    assert [p.step for p in host] == [0, 4, 8, 10]
+    assert len(set(compiled)) == 1
+    assert_equal_bits(progress.state, device.state)
+    assert jax.tree.leaves(host[-1].metrics) == jax.tree.leaves(device.metrics)
+
+
+def test_views_of_several_sizes_may_be_on_the_host() -> None:
+    images = replace(views("several"), keep=None, depth=None)
+    *_, device = learn(on("device"), images)
+    *_, host = learn(on("host"), images)
+    assert_equal_bits(host.state, device.state)
+
+
+def test_a_run_on_the_host_goes_on_on_the_device() -> None:
+    """And the other way round: it is the same run."""
+    *_, whole = learn(on("device"), views())
+    for first, then in (("host", "device"), ("device", "host")):
+        run = train(on(first), views())
+        next(run), next(run)
+        *_, last = learn(on(then), views(), resume=next(run))
+        assert last.step == 10
+        assert_equal_bits(last.state, whole.state)
+
+
+def test_images_are_on_the_device_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = replace(views(), keep=None, depth=None)
+    for bytes_there, expected in ((0, False), (images.rgba.nbytes, True), (2 * images.rgba.nbytes, False)):
+        monkeypatch.setattr(pixels, "device_memory", lambda bytes_there=bytes_there: bytes_there)
+        assert pixels.on_host(images, "auto") == expected
+        assert pixels.on_host(images, "host")
+        assert not pixels.on_host(images, "device")
+    with_depth = replace(images, depth=np.zeros(images.num_pixels, np.float16))
+    assert pixels.on_host(with_depth, "auto")
+
+
+# Masks.
+
+
+@pytest.mark.parametrize("config", [MARCH, BINS], ids=["march", "bins"])
+@pytest.mark.parametrize("sizes", ["equal", "several"])
+def test_nothing_is_learned_of_masked_pixels(config: NerfConfig, sizes: str) -> None:
+    images = views(sizes)
+    assert images.keep is not None
+    rng = np.random.default_rng(1)
+    noise = rng.integers(0, 256, images.rgba.shape).astype(np.uint8)
+    spoilt = replace(
+        images,
+        rgba=np.where(np.asarray(images.keep)[:, None], images.rgba, noise),
+        depth=np.where(images.keep, images.depth, np.float16(0.1)),
+    )
+    *_, expected = learn(config, images)
+    *_, found = learn(config, spoilt)
+    assert_equal_bits(found.state, expected.state)
+
+
+@settings(max_examples=5)
+@given(seeds)
+def test_a_mask_of_nothing_draws_the_same(seed: int) -> None:
+    """From the set of all pixels, and without a set."""
+    images = views()
+    everything = nerf.hull_of_views(replace(images, keep=None), config=BINS)[1]
+    bits = jax.random.bits(jax.random.key(seed), (500,), jnp.uint32)
+    np.testing.assert_array_equal(*(nerf.pick_numbers(bits, images.num_pixels, p) for p in (everything, None)))
+
+
+# Depths.
+
+
+def gradient_and_loss(images: PosedImages, weight: float = 0.5) -> tuple[Any, jax.Array]:
+    config = replace(BINS, train=replace(BINS.train, depth_weight=weight))
+    state = init_state(0, config=config)
+    batch, noise = nerf.draw_batches(state.step, state.key, images, None, num_steps=1, config=config)
+    batch, noise = jax.tree.map(lambda a: a[0], (batch, noise))
+    source = jax.tree.map(jnp.asarray, images.cameras)
+
+    def loss(params: Any) -> jax.Array:
+        return nerf.nerf_loss(RadianceField.of(params, config=config.field), source, batch, noise, None, config=config)[
+            0
+        ]
+
+    return jax.value_and_grad(loss)(state.params)[::-1]
+
+
+def test_unknown_depths_change_no_loss_and_no_gradient() -> None:
+    images = replace(views(), keep=None)
+    gradient, loss = gradient_and_loss(replace(images, depth=None))
+    unknown = gradient_and_loss(replace(images, depth=np.zeros(images.num_pixels, np.float16)))
+    unweighted = gradient_and_loss(images, weight=0.0)
+    for other, other_loss in (unknown, unweighted):
+        np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(a).max())
+    assert gradient_and_loss(images)[1] > 1.1 * loss
