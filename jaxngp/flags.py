@@ -30,6 +30,8 @@ from jaxngp.config import (
     field_help,
 )
 from jaxngp.data import cache_dir, expand
+from jaxngp.data.colmap import CAMERA_MODELS
+from jaxngp.data.motion import EXHAUSTIVE_UP_TO
 from jaxngp.presets import PRESET_HELP, PRESETS, SCENES, scene_config
 
 Flags = flags.FlagValues
@@ -240,6 +242,23 @@ def define_render_flags(values: Flags) -> None:
     flags.DEFINE_float("fps", 20.0, "Frames per second of the animation.", 0.1, 50.0, flag_values=values)
     flags.DEFINE_enum("animation", "gif", ["gif", "webp"], "Format of the animation.", flag_values=values)
     flags.DEFINE_enum("background", "white", ["white", "black"], "Background colour.", flag_values=values)
+
+
+def define_capture_flags(values: Flags) -> None:
+    """The flags of `python -m jaxngp.capture`."""
+    define_path(values, "images", None, "Folder of the photographs, with its subfolders. They are only read.")
+    define_path(values, "video", None, "A video, of which the sharpest frames are taken.")
+    define_path(values, "out", None, "Folder to write transforms.json into; captures/<name> by default.")
+    flags.DEFINE_integer("frames", 120, "Frames to take from the video, evenly spread.", 2, flag_values=values)
+    text = "COLMAP's model of the lens. OPENCV_FISHEYE is for fisheye lenses, PINHOLE for images that are undistorted."
+    flags.DEFINE_enum("camera_model", "OPENCV", [*CAMERA_MODELS], text, flag_values=values)
+    text = (
+        "Which images to compare: exhaustive is all with each other, sequential each with its neighbours by name. auto "
+        f"is sequential for a video and for more than {EXHAUSTIVE_UP_TO} images."
+    )
+    flags.DEFINE_enum("matching", "auto", ["auto", "exhaustive", "sequential"], text, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of the random numbers that COLMAP draws.", flag_values=values)
+    flags.DEFINE_bool("restart", False, "Discard what --out holds of an earlier attempt.", flag_values=values)
 
 
 def train_config(values: Flags) -> NerfConfig:
