@@ -244,17 +244,17 @@ def _run(work: Path, stage: str, label: str = "", total: int = 0, unit: str = "i
         process = subprocess.Popen(
             command, stdin=given, stdout=returned, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace"
         )
-        line, last = "", ""
-        try:
-            assert process.stderr is not None
-            for line in process.stderr:
-                log.write(line)
-                last = line.strip() or last
-                bar.update(max(0, min(_progress(line, total, bar.n), total) - bar.n))
-            code = process.wait()
-        finally:
-            process.kill()
-            process.wait()
+        last = ""
+        with process:
+            try:
+                assert process.stderr is not None
+                for line in process.stderr:
+                    log.write(line)
+                    last = line.strip() or last
+                    bar.update(max(0, min(_progress(line, total, bar.n), total) - bar.n))
+                code = process.wait()
+            finally:
+                process.kill()
         if code:
             reason = textwrap.shorten(last, 200) or f"exit code {code}"
             raise InputError(f"{log.name}: COLMAP failed ({reason}); run again, with --restart if it fails again")
