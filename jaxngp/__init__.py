@@ -24,7 +24,7 @@ modules above it:
     records, pictures, console            what a run writes and shows
     checkpoints, evaluation, runs         state on disk; views beside the truth; a run in its workdir
     flags                                 command lines -> config
-    train, evaluate, render,              the commands: python -m jaxngp.train
+    capture, train, evaluate, render,     the commands: python -m jaxngp.train
     train_image, train_sdf
 
 Units: scene units, in which the scene's box is the cube [0, 1]^3 and an image the square [0, 1]^2; t is the distance

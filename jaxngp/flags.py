@@ -30,8 +30,15 @@ from jaxngp.config import (
     declared,
     field_help,
 )
+<<<<<<< HEAD
 from jaxngp.data import Split, cache_dir, expand
 from jaxngp.presets import PRESET_HELP, PRESETS, SCENES, for_surroundings, scene_config
+=======
+from jaxngp.data import cache_dir, expand
+from jaxngp.data.colmap import CAMERA_MODELS
+from jaxngp.data.motion import EXHAUSTIVE_UP_TO
+from jaxngp.presets import PRESET_HELP, PRESETS, SCENES, scene_config
+>>>>>>> sfm
 
 Flags = flags.FlagValues
 Group = TypeVar("Group", bound=SceneConfig | LoopConfig)
@@ -254,12 +261,35 @@ def define_render_flags(values: Flags) -> None:
     flags.DEFINE_enum("background", "white", ["white", "black"], "Background colour.", flag_values=values)
 
 
+<<<<<<< HEAD
 def train_config(values: Flags, training: Split | None = None) -> NerfConfig:
     """Dataclass defaults < preset < what the training views ask for < flags that were given < overrides.
 
     Without the views, which have to be found and read first, only the group `scene` is what it will be.
     """
     preset = PRESETS[chosen_preset(values, say=training is None)]
+=======
+def define_capture_flags(values: Flags) -> None:
+    """The flags of `python -m jaxngp.capture`."""
+    define_path(values, "images", None, "Folder of the photographs, with its subfolders. They are only read.")
+    define_path(values, "video", None, "A video, of which the sharpest frames are taken.")
+    define_path(values, "out", None, "Folder to write transforms.json into; captures/<name> by default.")
+    flags.DEFINE_integer("frames", 120, "Frames to take from the video, evenly spread.", 2, flag_values=values)
+    text = "COLMAP's model of the lens. OPENCV_FISHEYE is for fisheye lenses, PINHOLE for images that are undistorted."
+    flags.DEFINE_enum("camera_model", "OPENCV", [*CAMERA_MODELS], text, flag_values=values)
+    text = (
+        "Which images to compare: exhaustive is all with each other, sequential each with its neighbours by name. auto "
+        f"is sequential for a video and for more than {EXHAUSTIVE_UP_TO} images."
+    )
+    flags.DEFINE_enum("matching", "auto", ["auto", "exhaustive", "sequential"], text, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of the random numbers that COLMAP draws.", flag_values=values)
+    flags.DEFINE_bool("restart", False, "Discard what --out holds of an earlier attempt.", flag_values=values)
+
+
+def train_config(values: Flags) -> NerfConfig:
+    """Dataclass defaults < preset < flags that were given < overrides."""
+    config = PRESETS[chosen_preset(values)]
+>>>>>>> sfm
     scene = _given(scene_config(values.scene), values, _SCENE_FLAGS)
     if values.aabb:
         scene = replace(scene, **_box(values.aabb))

@@ -27,7 +27,7 @@ LAYERS = (
     "checkpoints evaluation",
     "runs",
     "flags",
-    "train train_image train_sdf evaluate render",
+    "capture train train_image train_sdf evaluate render",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 ENTRYPOINTS = frozenset(LAYERS[-1].split())

@@ -9,6 +9,8 @@ instant-ngp, nerfstudio), `sparse` (COLMAP), `llff`, `phones` (Polycam, Record3D
 it finds files and makes the `Capture`; `points` reads point clouds. `bricks` renders the scene that needs no data,
 `download` fetches the one that has a public address. `checks` and `fingerprint` look at what was read.
 
+`motion` finds the cameras of photographs by structure from motion, with `colmap`, and `video` takes them from a video.
+
 `image` reads one picture of any size, and `atlas` draws one; `meshes`, `solids` and `shapes` are signed distances.
 """
 
