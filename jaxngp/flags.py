@@ -30,15 +30,10 @@ from jaxngp.config import (
     declared,
     field_help,
 )
-<<<<<<< HEAD
 from jaxngp.data import Split, cache_dir, expand
-from jaxngp.presets import PRESET_HELP, PRESETS, SCENES, for_surroundings, scene_config
-=======
-from jaxngp.data import cache_dir, expand
 from jaxngp.data.colmap import CAMERA_MODELS
 from jaxngp.data.motion import EXHAUSTIVE_UP_TO
-from jaxngp.presets import PRESET_HELP, PRESETS, SCENES, scene_config
->>>>>>> sfm
+from jaxngp.presets import PRESET_HELP, PRESETS, SCENES, for_surroundings, scene_config
 
 Flags = flags.FlagValues
 Group = TypeVar("Group", bound=SceneConfig | LoopConfig)
@@ -261,14 +256,6 @@ def define_render_flags(values: Flags) -> None:
     flags.DEFINE_enum("background", "white", ["white", "black"], "Background colour.", flag_values=values)
 
 
-<<<<<<< HEAD
-def train_config(values: Flags, training: Split | None = None) -> NerfConfig:
-    """Dataclass defaults < preset < what the training views ask for < flags that were given < overrides.
-
-    Without the views, which have to be found and read first, only the group `scene` is what it will be.
-    """
-    preset = PRESETS[chosen_preset(values, say=training is None)]
-=======
 def define_capture_flags(values: Flags) -> None:
     """The flags of `python -m jaxngp.capture`."""
     define_path(values, "images", None, "Folder of the photographs, with its subfolders. They are only read.")
@@ -286,10 +273,12 @@ def define_capture_flags(values: Flags) -> None:
     flags.DEFINE_bool("restart", False, "Discard what --out holds of an earlier attempt.", flag_values=values)
 
 
-def train_config(values: Flags) -> NerfConfig:
-    """Dataclass defaults < preset < flags that were given < overrides."""
-    config = PRESETS[chosen_preset(values)]
->>>>>>> sfm
+def train_config(values: Flags, training: Split | None = None) -> NerfConfig:
+    """Dataclass defaults < preset < what the training views ask for < flags that were given < overrides.
+
+    Without the views, which have to be found and read first, only the group `scene` is what it will be.
+    """
+    preset = PRESETS[chosen_preset(values, say=training is None)]
     scene = _given(scene_config(values.scene), values, _SCENE_FLAGS)
     if values.aabb:
         scene = replace(scene, **_box(values.aabb))
