@@ -141,7 +141,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _groups(images: Path, names: Sequence[str]) -> list[list[str]]:
     """The images, by the lens they were taken with."""
-    sizes, _ = probe_images([images / name for name in names])
+    sizes = probe_images([images / name for name in names]).sizes
     groups: dict[tuple, list[str]] = {}
     for name, size in zip(names, sizes.tolist(), strict=True):
         exif = _exif(images / name)
