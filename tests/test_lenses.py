@@ -168,8 +168,8 @@ def test_a_fisheye_looks_behind() -> None:
 )
 def test_a_lens_that_folds_over_is_reported(model: Any, coefficients: dict[str, float], focal: float) -> None:
     """Of several, the one that does; its reach and stretch are finite all the same."""
-    rows = [[c.get(key, 0.0) for key in COEFFICIENTS[model]] for c in (coefficients, dict.fromkeys(coefficients, 0.1))]
-    rows[1] = [0.01 * value for value in rows[0]]
+    folded = [coefficients.get(key, 0.0) for key in COEFFICIENTS[model]]
+    rows = [folded, [0.01 * value for value in folded]]
     lens, error = make_lens(
         model, rows, focal_xy=[[focal, focal], [9e3, 9e3]], centre_xy=[[500, 500]] * 2, size=[[1000, 1000]] * 2
     )

@@ -81,7 +81,7 @@ def read(path: Path, splits: tuple[str, ...]) -> Capture:
         raise InputError(f"{path}: expected a model of COLMAP: cameras and images, as .bin or .txt, in sparse/0")
     cameras, images = _read_cameras(folder), _read_images(folder)
     images.sort(key=lambda image: image.name)
-    root, notes = find_image_folder(path, [image.name for image in images]), []
+    root, notes = find_image_folder(path, [image.name for image in images], above=folder.samefile(path)), []
     others = [other.name for other in sorted(folder.parent.glob("[0-9]*")) if other != folder and _suffix(other)]
     if folder.name.isdigit() and others:
         notes.append(f"{folder}: the model that is read; {', '.join(others[:5])} beside it are not")

@@ -151,9 +151,9 @@ def view_names(files: Sequence[Path], folder: Path) -> list[str]:
     return [file.stem if stems[file.stem] == 1 else name for file, name in zip(files, whole, strict=True)]
 
 
-def find_image_folder(path: Path, names: Sequence[str]) -> Path:
-    """The folder that the names of a model's images are relative to, at or above the scene's path."""
-    for base in (path, *path.absolute().parents[:3]):
+def find_image_folder(path: Path, names: Sequence[str], *, above: bool) -> Path:
+    """The folder that the names of a model's images are relative to, in the scene's, or above it if `above`."""
+    for base in (path, *(path.absolute().parents[:3] if above else ())):
         for folder in (*(base / name for name in IMAGE_FOLDERS), base):
             if any(os.path.exists(folder / name) for name in (names[0], names[-1])):  # noqa: PTH110 - as above
                 return folder
