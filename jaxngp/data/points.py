@@ -52,10 +52,10 @@ def _header(lines: list[str]) -> tuple[str, int, list[tuple[str, str]]]:
     words = [line.split() for line in lines]
     if words[0] != ["ply"]:
         raise ValueError("it does not begin with 'ply'")
-    order = next(_ORDER[w[1]] for w in words if w[:1] == ["format"])
+    formats = [_ORDER[w[1]] for w in words if w[:1] == ["format"]]
     elements = [i for i, w in enumerate(words) if w[:1] == ["element"]]
-    if not elements or words[elements[0]][1] != "vertex":
-        raise ValueError("its first element is not 'vertex'")
+    if not formats or not elements or words[elements[0]][1] != "vertex":
+        raise ValueError("it has no format, or its first element is not 'vertex'")
     last = elements[1] if len(elements) > 1 else len(words)
     own = [w for w in words[elements[0] + 1 : last] if w[:1] == ["property"]]
-    return order, int(words[elements[0]][2]), [(w[2], _TYPES[w[1]]) for w in own]
+    return formats[0], int(words[elements[0]][2]), [(w[2], _TYPES[w[1]]) for w in own]

@@ -141,7 +141,7 @@ def read(path: Path, splits: tuple[str, ...]) -> Capture:
         box = None
     views, headers = _read_views(files, splits)
     first = files[0]
-    depths = any(view.depth for view in views)
+    depths, points = any(view.depth for view in views), _points(first)
     metres = 1 / _applied_scale(first) if depths and first.dialect == "nerfstudio" else None
     alphas = tuple(alpha for file in files for alpha in _alphas(file))
     if any(alphas):
@@ -157,7 +157,7 @@ def read(path: Path, splits: tuple[str, ...]) -> Capture:
         box=_box(first) or box,
         up=_up(first),
         metres=metres,
-        points=_points(first),
+        points=points,
         format={"undecided": "transforms.json"}.get(first.dialect, first.dialect),
     )
 

@@ -19,6 +19,7 @@ from jaxngp.data.photos import IMAGE_SUFFIXES, ImageHeaders, check_present
 from jaxngp.lenses import COEFFICIENTS, Lens, Model, make_lens
 
 FOCAL_RANGE = (1e-2, 1e7)  # px; beyond it float32 has no digits left for where pixels look
+MAX_COEFFICIENT = 1e6  # of a lens
 MAX_FOLD = 0.05  # px by which a place may be missed when it is undistorted and distorted again
 POSE_TOLERANCE = 1e-3  # of the entries of R^T R - I, of det R - 1 and of the matrix's last row
 IMAGE_FOLDERS = ("images", "images_2", "images_4", "images_8")
@@ -225,13 +226,17 @@ def _lens(
             f"{path}: mixes lenses of several models, {found}; train on one of them, or undistort the images"
         )
     coefficients = np.array([[view.coefficients.get(name, 0.0) for name in COEFFICIENTS[model]] for view in views])
+    if (wild := np.abs(coefficients).max(axis=1, initial=0) > MAX_COEFFICIENT).any():
+        view = views[int(wild.argmax())]
+        raise InputError(f"{view.where}: the lens {view.lens} has coefficients above {MAX_COEFFICIENT:g}; correct them")
     intrinsics = {"focal_xy": focal_xy, "centre_xy": centre_xy, "size": sizes}
     lens, error = make_lens(model, coefficients, **intrinsics)
     if not (folded := np.flatnonzero(error > MAX_FOLD)).size:
         return lens, []
     view = views[folded[0]]
-    values = ", ".join(f"{name} = {value:g}" for name, value in view.coefficients.items() if value)
-    whole = f"{view.where}: the lens {view.lens} ({values}, focal length {focal_xy[folded[0], 0]:.4g})"
+    values = [f"{name} = {value:g}" for name, value in view.coefficients.items() if value]
+    values.append(f"focal length {focal_xy[folded[0], 0]:.4g}")
+    whole = f"{view.where}: the lens {view.lens} ({', '.join(values)})"
     if model in ("fisheye", "eucm"):
         # A circular fisheye lights a disc: at least the rectangle within it must be sound.
         part = {"size": sizes * np.sqrt(0.5), "centre_xy": centre_xy - sizes * (1 - np.sqrt(0.5)) / 2}
