@@ -28,6 +28,7 @@ RNG = np.random.default_rng(0)
 RGBA = RNG.integers(0, 256, (HEIGHT, WIDTH, 4)).astype(np.uint8)
 GREY16 = RNG.integers(0, 65536, (HEIGHT, WIDTH)).astype(np.uint16)
 RGB = Image.fromarray(np.ascontiguousarray(RGBA[..., :3]))
+FLOATS = Image.fromarray(np.asarray(RGB.convert("F")) / 255)
 
 
 @pytest.fixture(autouse=True)
@@ -213,6 +214,42 @@ def test_an_array_with_a_nan_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     assert "4 values of its pixels are NaN or infinite" in refusal(tmp_path / "a.npy")
 
 
+@pytest.mark.parametrize("kind", ["npy", "tif"])
+@pytest.mark.parametrize(
+    ("pixels", "peak"),
+    [
+        (RNG.integers(0, 256, (HEIGHT, WIDTH)), 255),
+        (RNG.random((HEIGHT, WIDTH)) * 255, 255),  # resampled
+        (RNG.integers(0, 2, (HEIGHT, WIDTH)) * 3, 255),  # dark
+        (RNG.random((HEIGHT, WIDTH)) * 65535, 65535),
+    ],
+    ids=["integers", "fractions", "dark", "16-bit"],
+)
+def test_floats_on_another_scale_are_refused(tmp_path: Path, kind: str, pixels: np.ndarray, peak: int) -> None:
+    """They would be learned as light so many times too bright, and shown as white."""
+    path = tmp_path / f"a.{kind}"
+    values = pixels.astype(np.float32)
+    np.save(path, np.stack([values] * 3, axis=-1)) if kind == "npy" else Image.fromarray(values).save(path)
+    text = refusal(path)
+    assert f"as on a scale of 0 to {peak}, but white is 1" in text
+    assert f"divide them by {peak}" in text
+
+
+@pytest.mark.parametrize("kind", ["npy", "tif"])
+def test_floats_that_are_brighter_than_white(tmp_path: Path, kind: str) -> None:
+    """Some may be, as lights are; that is said. A picture of 0 and 1 is none of integers to 255."""
+    values = RNG.random((HEIGHT, WIDTH)).astype(np.float32)
+    for brightest, notes in ((0.9, 0), (60.0, 1)):
+        values[0, 0] = brightest
+        path = tmp_path / f"a{notes}.{kind}"
+        np.save(path, np.stack([values] * 3, axis=-1)) if kind == "npy" else Image.fromarray(values).save(path)
+        stored = read_image(path, background="white")
+        assert len(stored.notes) == notes
+        assert not notes or "values up to 60, where 1 is white" in stored.notes[0]
+    np.save(tmp_path / "binary.npy", np.ones((HEIGHT, WIDTH, 3), np.float32))
+    assert read_image(tmp_path / "binary.npy", background="white").notes == ()
+
+
 @pytest.mark.parametrize(
     "pixels",
     [
@@ -393,7 +430,7 @@ def test_a_map_that_shrinks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16", "F"])
 def test_a_large_image_is_decoded_once(tmp_path: Path, cache: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = {"RGBA": Image.fromarray(RGBA), "I;16": Image.fromarray(GREY16), "F": RGB.convert("F")}[mode]
+    picture = {"RGBA": Image.fromarray(RGBA), "I;16": Image.fromarray(GREY16), "F": FLOATS}[mode]
     exif = Image.Exif()
     exif[0x0112] = 6
     path = save(tmp_path, picture, "a b.tif", exif=exif)
@@ -500,7 +537,7 @@ VALID = {
     "png colour of 16 bits": big_endian_png(np.stack([GREY16] * 3, axis=-1), 2),
     "tiff": encoded(Image.fromarray(RGBA), "TIFF"),
     "tiff deflate": encoded(RGB, "TIFF", compression="tiff_deflate"),
-    "tiff float": encoded(RGB.convert("F"), "TIFF"),
+    "tiff float": encoded(FLOATS, "TIFF"),
     "tiff colour of 16 bits": tiff_of_16_bit_colour(np.stack([GREY16] * 3, axis=-1)),
     "jpeg": encoded(RGB, "JPEG"),
     "jpeg cmyk": encoded(RGB.convert("CMYK"), "JPEG"),

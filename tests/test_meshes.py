@@ -268,12 +268,143 @@ def test_points_are_no_solid(read: Read) -> None:
     assert refusal(read, (box()[0], np.empty((0, 3), int))).startswith("holds 8 vertices and no face")
 
 
-@pytest.mark.parametrize("module", ["igl", "trimesh"])
-def test_the_extra_is_named_where_it_is_missing(module: str, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = exported(box(), "stl")
+@pytest.mark.parametrize(("module", "suffix"), [("igl", ".stl"), ("trimesh", ".stl"), ("plyfile", ".ply")])
+def test_the_extra_is_named_where_it_is_missing(
+    module: str, suffix: str, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = exported(box(), suffix[1:])
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=rf"{module}.*pip install \.\[mesh\]"):
-        read(content, ".stl")
+        read(content, suffix)
+
+
+# Polygons.
+
+C_SHAPE = [(0, 0), (1.5, 0), (3, 0), (3, 1), (1, 1), (1, 2), (3, 2), (3, 3), (0, 3)]  # the second on a straight edge
+
+
+def prism(outline: list[tuple[float, float]], first: int = 0) -> tuple[np.ndarray, list[list[int]]]:
+    """Vertices, and polygons that look out: two caps and a quad a side. The caps start at corner `first`."""
+    count = len(outline)
+    vertices = np.array([(x, y, z) for z in (0.0, 1.0) for x, y in outline])
+    cap = [(first + i) % count for i in range(count)]
+    sides = [[i, (i + 1) % count, count + (i + 1) % count, count + i] for i in range(count)]
+    return vertices, [cap[::-1], [count + i for i in cap], *sides]
+
+
+def written(vertices: np.ndarray, polygons: list[list[int]], kind: str) -> bytes:
+    places = [" ".join(map(str, place)) for place in vertices.tolist()]
+    if kind == "obj":
+        return "\n".join(
+            [*(f"v {p}" for p in places), *("f " + " ".join(str(i + 1) for i in f) for f in polygons)]
+        ).encode()
+    faces = [f"{len(f)} " + " ".join(map(str, f)) for f in polygons]
+    if kind == "off":
+        return "\n".join(
+            ["OFF # a comment", f"{len(places)} {len(faces)} 0", "", *places, *(f"{f} 255 0 0" for f in faces)]
+        ).encode()
+    form = "ascii" if kind == "ply-ascii" else "binary_little_endian"
+    header = [
+        "ply",
+        f"format {form} 1.0",
+        f"element vertex {len(places)}",
+        *(f"property double {axis}" for axis in "xyz"),
+    ]
+    header += [f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header", ""]
+    if form == "ascii":
+        return "\n".join([*header[:-1], *places, *faces, ""]).encode()
+    rows = [struct.pack(f"<B{len(f)}i", len(f), *f) for f in polygons]
+    return "\n".join(header).encode() + vertices.astype("<f8").tobytes() + b"".join(rows)
+
+
+@pytest.mark.parametrize("kind", ["obj", "off", "ply-ascii", "ply-binary"])
+@pytest.mark.parametrize("first", range(0, 9, 2))
+def test_polygons_that_are_not_convex(kind: str, first: int, read: Read) -> None:
+    """Whatever corner they start at, what they leave open stays open, and corners on a straight edge are kept."""
+    mesh = read(written(*prism(C_SHAPE, first), kind), f".{kind[:3]}")
+    assert (len(mesh.vertices), len(mesh.faces), mesh.notes) == (18, 2 * 7 + 2 * 9, ())
+    scale = SIDE / 3
+    notch, wall = np.array([[2.0, 1.5, 0.01]]), np.array([[0.5, 1.5, 0.5]])
+    np.testing.assert_allclose(mesh.distance(mesh._frame.to_scene(notch)), 0.5 * scale, rtol=1e-9)
+    np.testing.assert_allclose(mesh.distance(mesh._frame.to_scene(wall)), -0.5 * scale, rtol=1e-9)
+    points = rng().uniform((-0.5, -0.5, -0.5), (3.5, 3.5, 1.5), (2000, 3))
+    x, y, z = points.T
+    inside = (
+        (np.abs(x - 1.5) < 1.5)
+        & (np.abs(y - 1.5) < 1.5)
+        & (np.abs(z - 0.5) < 0.5)
+        & ((x < 1) | (np.abs(y - 1.5) > 0.5))
+    )
+    np.testing.assert_array_equal(mesh.inside(mesh._frame.to_scene(points)), inside)
+
+
+def test_a_polygon_may_lie_any_way(read: Read) -> None:
+    vertices, polygons = prism(C_SHAPE, 3)
+    turn, _ = np.linalg.qr(rng().normal(size=(3, 3)))
+    mesh = read(written(vertices @ turn.T, polygons, "obj"))
+    middle = np.array([[2.0, 1.5, 0.01], [0.5, 1.5, 0.5]]) @ turn.T
+    assert mesh.inside(mesh._frame.to_scene(middle)).tolist() == [False, True]
+    assert mesh.notes == ()
+
+
+def test_a_quad_that_is_not_convex(read: Read) -> None:
+    """A dart: one of its diagonals lies outside of it."""
+    dart = [(0.0, 0.0), (2.0, 1.0), (0.0, 2.0), (0.7, 1.0)]
+    for first in range(4):
+        mesh = read(written(*prism(dart, first), "obj"))
+        points = np.array([[0.3, 1.0, 0.5], [1.2, 1.0, 0.5]])
+        assert mesh.inside(mesh._frame.to_scene(points)).tolist() == [False, True]
+
+
+def test_triangle_strips_of_a_ply(read: Read) -> None:
+    """A box as one strip around it, and two for its ends, with -1 between them."""
+    vertices, _ = box()
+    around = [2, 0, 3, 1, 7, 5, 6, 4, 2, 0]
+    strip = [*around, -1, 1, 0, 5, 4, -1, 6, 2, 7, 3]
+    header = ["ply", "format ascii 1.0", "element vertex 8", *(f"property float {axis}" for axis in "xyz")]
+    header += ["element tristrips 1", "property list int int vertex_indices", "end_header"]
+    rows = [" ".join(map(str, place)) for place in vertices.tolist()]
+    mesh = read("\n".join([*header, *rows, f"{len(strip)} " + " ".join(map(str, strip)), ""]), ".ply")
+    assert (len(mesh.faces), mesh.notes) == (12, ())
+    assert_equal(mesh, exact_box(), 1e-12)
+
+
+# Parts that overlap.
+
+
+def test_parts_that_overlap_are_united(read: Read) -> None:
+    """The distance is that to the surface of the union, and not to what lies inside of it."""
+    first, second = moved(box((2.0, 2.0, 2.0)), (0, 0, 0)), moved(box((2.0, 2.0, 2.0)), (1.0, 0.5, 0.5))
+    mesh = read(joined(first, second))
+    assert mesh.notes == ("2 parts united, some of which overlap",)
+    place = lambda *xyz: mesh._frame.to_scene(np.array([xyz]))  # noqa: E731
+    scale = SIDE / 3
+    for middle, distance in (
+        ((1.5, 1.25, 1.25), -np.hypot(0.5, 0.75)),
+        ((0.75, 1.0, 1.0), -0.75),
+        ((2.5, 1.5, 1.5), -0.5),
+    ):
+        np.testing.assert_allclose(mesh.distance(place(*middle)), distance * scale, rtol=1e-6)
+    apart = read(joined(first, moved(second, (2.0, 0.0, 0.0))))
+    assert apart.notes == ()
+
+
+def test_a_cavity_stays_where_parts_are_united(read: Read) -> None:
+    """But for what another part fills of it."""
+    hollow = joined(box((2.0, 2.0, 2.0)), inside_out(moved(box((1.0, 1.0, 1.0)), (0.5, 0.5, 0.5))))
+    bar = moved(box((2.0, 0.4, 0.4)), (1.0, 0.8, 0.8))
+    mesh = read(joined(hollow, bar))
+    points = np.array([[0.75, 1.0, 1.0], [1.25, 1.0, 1.0], [1.25, 0.6, 1.0], [2.5, 1.0, 1.0], [2.5, 0.5, 1.0]])
+    assert mesh.inside(mesh._frame.to_scene(points)).tolist() == [False, True, False, True, False]
+    assert mesh.notes == ("2 parts united, some of which overlap",)
+
+
+def test_open_parts_that_overlap_are_said(read: Read) -> None:
+    """There is no union of what has no inside, but the faces within are counted."""
+    vertices, faces = joined(ball(2), moved(ball(2), (0.8, 0.0, 0.0)))
+    mesh = read((vertices, faces[1:]))
+    assert any("inside the solid, as parts overlap" in note for note in mesh.notes)
+    assert any("not watertight (3 open edges)" in note for note in mesh.notes)
 
 
 # Numbers.

@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
@@ -157,10 +157,10 @@ def read_image(path: Path, *, background: Background) -> StoredImage:
     Grey becomes three equal channels, and EXIF orientation is applied. 8 bits a channel are u8, 16-bit grey is u16,
     a float TIFF is taken as sRGB values; of 16-bit colour pillow keeps the upper 8 bits, as `notes` then says. An EXR
     is linear light: it is encoded as sRGB, brighter than 1 too, and negative values become 0. A `.npy` holds
-    (H, W, 3) sRGB values u8, u16 or f32, and is mapped.
+    (H, W, 3) sRGB values u8, u16 or f32, and is mapped. White is 1 in floats; that some are brighter is noted.
 
-    Raises InputError for a file that is missing, broken, of another kind, that has a NaN or an infinity, or
-    more pixels than its bytes can hold.
+    Raises InputError for a file that is missing, broken, of another kind, that has a NaN or an infinity, floats on a
+    scale of 0 to 255 or 65535, or more pixels than its bytes can hold.
     """
     path = Path(path)
     status, magic = _probe(path)
@@ -168,7 +168,8 @@ def read_image(path: Path, *, background: Background) -> StoredImage:
         if magic == np.lib.format.MAGIC_PREFIX:
             return _read_npy(path, status)
         if magic.startswith(EXR_MAGIC):
-            return StoredImage(path.name, _read_exr(path, status.st_size, background), status.st_size)
+            pixels, notes = _read_exr(path, status.st_size, background)
+            return StoredImage(path.name, pixels, status.st_size, notes)
         return _read_with_pillow(path, status, background)
     except MemoryError:
         raise InputError(f"{path}: its pixels are more than the memory holds; save it as a .npy") from None
@@ -200,13 +201,19 @@ def _check_size(path: Path, width: int, height: int, num_bytes: float) -> None:
 
 
 def _read_npy(path: Path, status: os.stat_result) -> StoredImage:
-    stored = StoredImage(path.name, map_npy(path), status.st_size)
-    if stored.peak == 1:  # all of it is read once: a NaN that is met in training is found too late
-        rows = max(1, STRIP_BYTES // (12 * stored.width))
-        strips = [strip for strip, _ in tiles(stored.height, 1, rows)]
-        bar = tqdm(strips, f"checking {path.name}", delay=1.0, disable=None, leave=False, unit="strip")
-        _check_finite(path, (stored.read(strip, slice(None)) for strip in bar))
-    return stored
+    return _checked(path, StoredImage(path.name, map_npy(path), status.st_size))
+
+
+def _checked(path: Path, stored: StoredImage) -> StoredImage:
+    """The image, with a note where floats are brighter than white. Raises InputError as `_check_floats` does."""
+    if stored.peak != 1:
+        return stored
+    # All of it is read once: a NaN that is met in training is found too late.
+    rows = max(1, STRIP_BYTES // (12 * stored.width))
+    strips = [strip for strip, _ in tiles(stored.height, 1, rows)]
+    bar = tqdm(strips, f"checking {path.name}", delay=1.0, disable=None, leave=False, unit="strip")
+    levels = _check_floats(path, (stored.read(strip, slice(None)) for strip in bar))
+    return replace(stored, notes=(*stored.notes, *levels.notes(path.name)))
 
 
 def map_npy(path: Path) -> np.memmap:
@@ -230,9 +237,57 @@ def _unreadable(path: Path, error: Exception, advice: str) -> InputError:
     return InputError(f"{path}: is no readable image ({reason}); {advice}")
 
 
-def _check_finite(path: Path, parts: Iterable[np.ndarray]) -> None:
-    if bad := sum(int(part.size - np.isfinite(part).sum()) for part in parts):
+@dataclass(frozen=True)
+class _Levels:
+    """What is known of the values of a float image, of which 1 is white."""
+
+    largest: float
+    bright: float  # the share of values above 2
+    whole: bool  # all values are integers
+
+    @property
+    def scale(self) -> int:
+        """The peak of the scale that the values must be on instead, 255 or 65535; 1 where they need not be.
+
+        A picture may have lights that are brighter than white. But it is not mostly made of them, nor of integers.
+        """
+        if self.largest <= 1 or self.largest > 65535 or not (self.whole or self.bright > 0.5):
+            return 1
+        return 255 if self.largest <= 255 else 65535
+
+    def notes(self, name: str) -> tuple[str, ...]:
+        if self.largest <= 1:
+            return ()
+        return (
+            f"{name} has values up to {self.largest:g}, where 1 is white: they are learned as brighter than white; "
+            "if they are on another scale, divide them by its largest value",
+        )
+
+
+def _check_finite(path: Path, parts: Iterable[np.ndarray]) -> _Levels:
+    """The levels of all parts of an image. Raises InputError where a value is not finite."""
+    size = bad = bright = 0
+    largest, whole = -math.inf, True
+    for part in parts:
+        size += part.size
+        bad += int(part.size - np.isfinite(part).sum())
+        bright += int((part > 2).sum())
+        largest = max(largest, float(part.max()))
+        whole = whole and bool((part == np.floor(part)).all())
+    if bad:
         raise InputError(f"{path}: {bad} values of its pixels are NaN or infinite; render or export it again")
+    return _Levels(largest, bright / max(size, 1), whole)
+
+
+def _check_floats(path: Path, parts: Iterable[np.ndarray]) -> _Levels:
+    """As `_check_finite`, for sRGB values. Raises InputError where they are on a scale to 255 or 65535, too."""
+    levels = _check_finite(path, parts)
+    if levels.scale > 1:
+        raise InputError(
+            f"{path}: holds floats up to {levels.largest:g} as on a scale of 0 to {levels.scale}, but white is 1; "
+            f"divide them by {levels.scale}, or save them as {'uint8' if levels.scale == 255 else 'uint16'}"
+        )
+    return levels
 
 
 # Pillow.
@@ -259,11 +314,11 @@ def _read_with_pillow(path: Path, status: os.stat_result, background: Background
         cached = _cache_path(path, status, background)
         if image.width * image.height * 3 * size <= DECODED_BYTES:
             decoded = _decode(path, image, background)
-            return StoredImage(path.name, np.concatenate([*decoded.strips()]), status.st_size, notes)
+            return _checked(path, StoredImage(path.name, np.concatenate([*decoded.strips()]), status.st_size, notes))
         if not cached.exists():
             decoded = _decode(path, image, background)
             write_npy(cached, (decoded.image.height, decoded.image.width), decoded.dtype, decoded.strips())
-    return StoredImage(path.name, map_npy(cached), status.st_size, notes)
+    return _checked(path, StoredImage(path.name, map_npy(cached), status.st_size, notes))
 
 
 def _open(path: Path, num_bytes: int) -> Image.Image:
@@ -339,7 +394,7 @@ def _decode(path: Path, image: Image.Image, background: Background) -> _Decoded:
     _check_size(path, upright.width, upright.height, math.inf)
     decoded = _Decoded(upright, background)
     if upright.mode == "F":
-        _check_finite(path, map(np.asarray, decoded.crops()))
+        _check_floats(path, map(np.asarray, decoded.crops()))
     return decoded
 
 
@@ -365,8 +420,8 @@ def _over(rgba: np.ndarray, level: int) -> np.ndarray:
 # EXR.
 
 
-def _read_exr(path: Path, num_bytes: int, background: Background) -> np.ndarray:
-    """The first part of an EXR as (H, W, 3) f32 sRGB; its colours are linear light, multiplied by its alpha."""
+def _read_exr(path: Path, num_bytes: int, background: Background) -> tuple[np.ndarray, tuple[str, ...]]:
+    """The first part of an EXR as (H, W, 3) f32 sRGB, and notes; its colours are linear light, multiplied by alpha."""
     try:
         import OpenEXR
     except ImportError:
@@ -382,14 +437,15 @@ def _read_exr(path: Path, num_bytes: int, background: Background) -> np.ndarray:
         raise
     except Exception as error:  # as in _open
         raise _unreadable(path, error, "render or download it again") from None
-    linear = _linear_rgb(path, channels, (height, width))
+    linear, levels = _linear_rgb(path, channels, (height, width))
+    notes = levels.notes(path.name) if levels.scale > 1 else ()  # that lights are brighter is what an EXR is for
     if (alpha := channels.get("A")) is not None and background == "white":
         linear += 1 - np.clip(alpha.astype(np.float32), 0, 1)[..., None]
-    return encode_srgb(linear)
+    return encode_srgb(linear), notes
 
 
-def _linear_rgb(path: Path, channels: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) f32 of the channels R, G and B, or of Y alone."""
+def _linear_rgb(path: Path, channels: dict[str, np.ndarray], shape: tuple[int, int]) -> tuple[np.ndarray, _Levels]:
+    """(H, W, 3) f32 of the channels R, G and B, or of Y alone, and their levels."""
     names = ("R", "G", "B") if {"R", "G", "B"} <= set(channels) else ("Y", "Y", "Y")
     used = [channels[name] for name in {*names, "A"} & set(channels)]
     if names[0] not in channels or any(c.dtype.kind != "f" or c.shape != shape for c in used):
@@ -398,8 +454,8 @@ def _linear_rgb(path: Path, channels: dict[str, np.ndarray], shape: tuple[int, i
             f"{path}: expected channels R, G and B or Y of half or float, at full resolution, "
             f"found {textwrap.shorten(held, 200) or 'none'}; export it so"
         )
-    _check_finite(path, used)
-    return np.stack([channels[name] for name in names], axis=-1).astype(np.float32)
+    levels = _check_finite(path, used)
+    return np.stack([channels[name] for name in names], axis=-1).astype(np.float32), levels
 
 
 def encode_srgb(linear: np.ndarray) -> np.ndarray:

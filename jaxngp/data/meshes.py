@@ -8,7 +8,8 @@ and Aanaes 2005) is the peer: of 10^6 points near the armadillo (100k faces) 10 
 save a fifth of the time of `solids.distance_samples`, and is right only for closed meshes that do not cross themselves.
 While it is asked, libigl holds Python's interpreter lock: another thread waits.
 
-libigl, and trimesh for all but OBJ, come with `pip install .[mesh]` and are imported where they are used.
+Polygons are cut into triangles, and parts that overlap united, by Manifold, whose results are closed whatever rounding
+does. It, libigl, plyfile and trimesh come with `pip install .[mesh]` and are imported where they are used.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ SUFFIXES = (".obj", ".off", ".ply", ".stl")
 MIN_STEPS = 2**8  # of the numbers' precision across a mesh; with fewer, the file has lost its shape
 MIN_THICKNESS = 1e-12  # height over longest side of a triangle; below it the normal is one of rounding errors
 MIN_FACING = 0.02  # see `_facing`; 1/2 for a closed surface, 0 for a flat sheet
+BURIED = 1.0  # see `_facing`; 3/2 for a face inside another part
 PROBES = (1e-2, 3e-4)  # distances from a triangle at which `_facing` looks, over the root of its area: the second is
 # for plates thinner than the first, and comes closer to what the winding number's float32 can tell apart
 CHUNK = 2**19  # points that libigl is given at a time: some 60 MB
@@ -43,8 +45,8 @@ COARSE, FINE, DOUBT = 1.0, 2.0, 0.3
 class Mesh:
     """A `Solid` of triangles in scene units: `vertices` (V, 3) f64 and `faces` (F, 3) int64, counter-clockwise.
 
-    A point is inside where the winding number is above 1/2. Where closed parts of a mesh overlap, the distance there
-    is still that to the nearest triangle, even if it lies inside another part.
+    A point is inside where the winding number is above 1/2. The distance is that to the nearest triangle, even if it
+    lies inside another part, as it may where overlapping parts could not be united.
     """
 
     def __init__(self, name: str, vertices: np.ndarray, faces: np.ndarray, frame: Frame, notes: tuple[str, ...]):
@@ -106,7 +108,8 @@ def read_mesh(path: Path) -> Mesh:
 
     Corners at exactly one place become one vertex. Left out are vertices that no face uses, faces without area, and
     all but the first of faces on the same three vertices. Faces are turned so that neighbours agree and their
-    outsides look out. What was done is said in `notes`. Only this file is read, whatever it refers to.
+    outsides look out; then parts that overlap are united. What was done is said in `notes`. Only this file is read,
+    whatever it refers to.
 
     Raises InputError where the file is no such mesh, has faces of vertices that it has not or whose coordinates are
     not finite, is too far from its origin for the precision of its numbers, or encloses nothing.
@@ -119,7 +122,8 @@ def read_mesh(path: Path) -> Mesh:
     frame = _frame(path, vertices[faces].reshape(-1, 3))
     vertices = frame.to_scene(vertices)
     faces, turned = _oriented(path, vertices, faces)
-    notes += turned + _open_edges(faces)
+    vertices, faces, united = _united(vertices, faces)
+    notes += turned + united + _open_edges(faces)
     if not (thick := _is_thick(vertices, faces)).all():  # left in until here, as they may close their neighbours' gaps
         notes += (f"{_count(~thick, 'face')} thinner than rounding left out",)
     return Mesh(path.stem, *_merged(vertices, faces[thick]), frame, notes)
@@ -147,7 +151,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
         with warnings.catch_warnings():
             # numpy's, of text that is no number: the numbers before it must not pass for the whole mesh.
             warnings.filterwarnings("error", "string or file could not be read")
-            return _parse_obj(content) if suffix == ".obj" else _parse_with_trimesh(content, suffix[1:])
+            return _PARSERS[suffix](content)
     except InputError:
         raise
     except Exception as error:  # a reader met with a broken or hostile file raises whatever it likes
@@ -156,22 +160,21 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _parse_obj(content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """The `v` and `f` lines of an OBJ; a polygon becomes a fan of triangles, lines and points are left out.
+    """The `v` and `f` lines of an OBJ; lines and points are left out.
 
     Not trimesh's: that one (5.2) counts a negative index from the end of the file instead of from the line it is
     on, and takes the index 0, which OBJ has not, for the last vertex.
     """
     vertices: list[list[str]] = []
-    faces: list[tuple[int, int, int]] = []
+    polygons: list[list[int]] = []
     text = content.decode(errors="replace").replace("\r\n", "\n").replace("\\\n", " ")
     for line in text.splitlines():
         kind, *words = line.split() or [""]
         if kind == "v":
             vertices.append(words[:3])
         elif kind == "f":
-            first, *others = (_obj_index(word, len(vertices)) for word in words)
-            faces += [(first, *pair) for pair in zip(others, others[1:], strict=False)]
-    return np.asarray(vertices, np.float64).reshape(len(vertices), 3), np.asarray(faces, np.int64).reshape(-1, 3)
+            polygons.append([_obj_index(word, len(vertices)) for word in words])
+    return _triangulated(np.asarray(vertices, np.float64).reshape(len(vertices), 3), polygons)
 
 
 def _obj_index(word: str, num_vertices: int) -> int:
@@ -180,15 +183,130 @@ def _obj_index(word: str, num_vertices: int) -> int:
     return num_vertices + index if index < 0 else index - 1
 
 
-def _parse_with_trimesh(content: bytes, kind: str) -> tuple[np.ndarray, np.ndarray]:
+def _parse_off(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """An OFF: the counts, a line a vertex, a line a polygon; colours and normals that follow are left out."""
+    text = content.decode(errors="replace")
+    lines = [words for line in text.splitlines() if (words := line.partition("#")[0].split())]
+    kind = lines[0][0]
+    if kind.upper().endswith("OFF"):
+        if "4" in kind or "n" in kind:
+            raise ValueError(f"of kind {kind}, which has not three coordinates a vertex")
+        lines = [lines[0][1:], *lines[1:]] if len(lines[0]) > 1 else lines[1:]
+    num_vertices, num_faces = int(lines[0][0]), int(lines[0][1])
+    vertices, faces = lines[1 : 1 + num_vertices], lines[1 + num_vertices : 1 + num_vertices + num_faces]
+    if num_vertices < 0 or len(faces) != num_faces:
+        raise ValueError(f"{num_vertices} vertices and {num_faces} faces announced, {len(lines) - 1} lines found")
+    polygons = [[int(word) for word in words[1 : 1 + int(words[0])]] for words in faces]
+    if any(len(polygon) != int(words[0]) for polygon, words in zip(polygons, faces, strict=True)):
+        raise ValueError("a face has fewer corners than it announces")
+    return _triangulated(np.asarray([words[:3] for words in vertices], np.float64).reshape(-1, 3), polygons)
+
+
+def _parse_ply(content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """The vertices, polygons and triangle strips of a PLY.
+
+    Not trimesh's: that one (5.2) reads a binary file wrongly whose faces have different numbers of corners.
+    """
+    ply = _library("plyfile").PlyData.read(io.BytesIO(content))
+    if "vertex" not in ply:
+        raise ValueError("without vertices")
+    vertices = np.stack([np.asarray(ply["vertex"][axis], np.float64) for axis in "xyz"], axis=-1)
+    polygons = [_integers(row) for name in ("face",) if name in ply for row in _ply_lists(ply[name])]
+    for name in ("tristrips", "strips"):
+        if name in ply:
+            polygons += [face for row in _ply_lists(ply[name]) for face in _strip_faces(_integers(row))]
+    return _triangulated(vertices, polygons)
+
+
+def _ply_lists(element: Any) -> Any:
+    """The list of vertices of each row of an element of a PLY."""
+    names = [column.name for column in element.properties]
+    known = [name for name in names if name in ("vertex_indices", "vertex_index")]
+    if not known:
+        raise ValueError(f"{element.name} has {', '.join(names)[:100]}, and not vertex_indices")
+    return element[known[0]]
+
+
+def _integers(row: Any) -> list[int]:
+    values = np.asarray(row)
+    if values.dtype.kind not in "iu" or values.ndim != 1:
+        raise ValueError(f"vertex indices of type {values.dtype}")
+    return [int(value) for value in values]
+
+
+def _strip_faces(strip: list[int]) -> list[list[int]]:
+    """The triangles of strips that follow each other, with -1 between them; each second one is turned."""
+    faces, start = [], 0
+    for end in [*(i for i, index in enumerate(strip) if index == -1), len(strip)]:
+        part = strip[start:end]
+        faces += [part[i : i + 3] if i % 2 == 0 else [part[i + 1], part[i], part[i + 2]] for i in range(len(part) - 2)]
+        start = end + 1
+    return faces
+
+
+def _parse_stl(content: bytes) -> tuple[np.ndarray, np.ndarray]:
     """By trimesh, which gets no name of a file and so opens no other."""
     trimesh = _library("trimesh")
-    stream: io.BytesIO | io.StringIO = io.BytesIO(content)
-    if kind == "off" or (kind == "stl" and len(content) != 84 + 50 * int.from_bytes(content[80:84], "little")):
-        kind, stream = kind.replace("stl", "stl_ascii"), io.StringIO(content.decode(errors="replace"))
+    kind, stream = "stl", io.BytesIO(content)
+    if len(content) != 84 + 50 * int.from_bytes(content[80:84], "little"):
+        kind, stream = "stl_ascii", io.StringIO(content.decode(errors="replace"))  # type: ignore[assignment]
     scene = trimesh.load_scene(stream, file_type=kind, process=False, validate=False, skip_materials=True)
     mesh = scene.to_mesh()
     return np.array(mesh.vertices, np.float64), np.array(mesh.faces, np.int64)
+
+
+_PARSERS = {".obj": _parse_obj, ".off": _parse_off, ".ply": _parse_ply, ".stl": _parse_stl}
+
+
+def _triangulated(vertices: np.ndarray, polygons: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """The vertices, and triangles (F, 3) int64 of the polygons, in order: fans of the convex, cut ears of the others.
+
+    A fan of a polygon that is not convex leaves it, and closes what it leaves open. What has less than three corners
+    is left out.
+    """
+    by_size: dict[int, list[int]] = {}
+    for number, polygon in enumerate(polygons):
+        if len(polygon) >= 3:
+            by_size.setdefault(len(polygon), []).append(number)
+    faces, owners = [np.empty((0, 3), np.int64)], [np.empty(0, np.int64)]
+    for size, members in by_size.items():
+        numbers = np.array(members)
+        corners = np.array([polygons[number] for number in members], np.int64)
+        fans = np.stack(
+            [np.broadcast_to(corners[:, :1], (len(corners), size - 2)), corners[:, 1:-1], corners[:, 2:]], -1
+        )
+        for index in np.flatnonzero(_is_concave(vertices, corners)) if size > 3 else ():
+            fans[index] = corners[index][_ears(vertices[corners[index]])]
+        faces.append(fans.reshape(-1, 3))
+        owners.append(np.repeat(numbers, size - 2))
+    return vertices, np.concatenate(faces)[np.argsort(np.concatenate(owners), kind="stable")]
+
+
+def _is_concave(vertices: np.ndarray, corners: np.ndarray) -> np.ndarray:
+    """(N,) bool, whether polygons (N, K) turn both ways; False where a vertex is not there or not finite."""
+    known = ((corners >= 0) & (corners < len(vertices))).all(axis=1)
+    places = vertices[np.where(known[:, None], corners, 0)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        before, after = places - np.roll(places, 1, axis=1), np.roll(places, -1, axis=1) - places
+        turns = np.einsum("nki,ni->nk", np.cross(before, after), _polygon_normal(places))
+        concave = turns.min(axis=1) < -1e-12 * np.abs(turns).max(axis=1)
+    return known & np.isfinite(places).all(axis=(1, 2)) & concave
+
+
+def _polygon_normal(places: np.ndarray) -> np.ndarray:
+    """(..., 3) normals of polygons (..., K, 3), as long as twice their area (Newell)."""
+    local = places - places[..., :1, :]
+    return np.cross(local, np.roll(local, -1, axis=-2)).sum(axis=-2)
+
+
+def _ears(places: np.ndarray) -> np.ndarray:
+    """(K - 2, 3) the corners of the triangles of one polygon (K, 3), seen along its normal, where it is simple."""
+    normal = _polygon_normal(places)
+    normal = normal / np.linalg.norm(normal)
+    right = np.cross(normal, np.eye(3)[np.argmin(np.abs(normal))])
+    right /= np.linalg.norm(right)
+    flat = (places - places[0]) @ np.stack([right, np.cross(normal, right)], axis=1)
+    return np.asarray(_library("manifold3d").triangulate([flat / np.abs(flat).max()]), np.int64)
 
 
 def _checked(path: Path, vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -329,6 +447,65 @@ def _facing(vertices: np.ndarray, faces: np.ndarray, probe: float) -> np.ndarray
         for points in (middle + step, middle - step)
     )
     return 0.5 * (before + behind)
+
+
+# Parts that overlap.
+
+
+def _united(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Vertices and faces of the surface that bounds the union of all parts, and notes; the faces look out.
+
+    As they are where no face lies inside another part. Each part takes the cavities within it along.
+    """
+    buried = _buried(vertices, faces)
+    if not buried.any():
+        return vertices, faces, ()
+    notes: tuple[str, ...] = ()
+    if len(parts := _closed_parts(vertices, faces)) > 1:
+        manifold = _library("manifold3d")
+        solids = [_manifold(manifold, *_merged(vertices, part)) for part in parts]
+        if all(solid.status() == manifold.Error.NoError and solid.num_tri() for solid in solids):
+            mesh = manifold.Manifold.batch_boolean(solids, manifold.OpType.Add).to_mesh64()
+            vertices, faces = np.array(mesh.vert_properties[:, :3], np.float64), np.array(mesh.tri_verts, np.int64)
+            vertices, faces = _merged(vertices, faces)
+            notes, buried = (f"{len(parts)} parts united, some of which overlap",), _buried(vertices, faces)
+    if buried.any():
+        notes += (f"{_count(buried, 'face')} inside the solid, as parts overlap: distances nearby are to them",)
+    return vertices, faces, notes
+
+
+def _buried(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    """(F,) bool, whether a face lies inside another part."""
+    return np.max([_facing(vertices, faces, probe) for probe in PROBES], axis=0) > BURIED
+
+
+def _manifold(manifold: Any, vertices: np.ndarray, faces: np.ndarray) -> Any:
+    mesh = manifold.Mesh64(np.ascontiguousarray(vertices), np.ascontiguousarray(faces, np.uint64))
+    return manifold.Manifold(mesh)
+
+
+def _closed_parts(vertices: np.ndarray, faces: np.ndarray) -> list[np.ndarray]:
+    """The faces of each part that bounds a volume, with those of the cavities within; none where a part is open."""
+    count, number = _library("igl").facet_components(faces)
+    parts = [faces[number == part] for part in range(count)]
+    volumes = [float(_volume(vertices, part)) for part in parts]
+    solids = [i for i, volume in enumerate(volumes) if volume > 0]
+    if any(_open_edges(part) for part in parts) or not solids:
+        return []
+    trees = {i: _winding_tree(vertices, parts[i]) for i in solids}
+    joined = {i: [parts[i]] for i in solids}
+    for cavity in (part for part, volume in zip(parts, volumes, strict=True) if volume <= 0):
+        place = vertices[cavity[:1, 0]]
+        around = [i for i in solids if trees[i].winding_number(place, FINE)[0] > 0.5]
+        if not around:
+            return []
+        joined[min(around, key=lambda i: volumes[i])].append(cavity)
+    return [np.concatenate(together) for together in joined.values()]
+
+
+def _volume(vertices: np.ndarray, faces: np.ndarray) -> float:
+    a, b, c = vertices[faces.T] - 0.5
+    return float(np.einsum("ij,ij->", a, np.cross(b, c)) / 6)
 
 
 # Asking.
