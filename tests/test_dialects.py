@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from strategies import changed_bytes, changed_json, fuzz, or_input_error
 
-from jaxngp import data
+from jaxngp import data, runs
 from jaxngp.cameras import project_axes, unproject
 from jaxngp.config import InputError, SceneConfig
 from jaxngp.data import sparse
@@ -658,3 +658,28 @@ def test_points_of_a_ply(tmp_path: Path) -> None:
     head += "property float z\r\nproperty uchar red\r\nelement face 0\r\nproperty list uchar int i\r\nend_header\r\n"
     (tmp_path / "b.ply").write_bytes((head + "\r\n".join(rows) + "\r\n").encode())
     np.testing.assert_array_equal(read_ply_points(tmp_path / "b.ply"), [[2, 1, 3], [8, 7, 9]])
+
+
+# What a run keeps of them.
+
+
+def test_a_lens_is_kept_in_scene_json_and_noticed(folder: Path) -> None:
+    """It comes back bit for bit, a file without lenses is one of pinholes, and another coefficient is other data."""
+    write("instant-ngp", folder, SCENE)
+    config = SceneConfig(name=str(folder))
+    split = data.load_training(config)
+    path = folder / "scene.json"
+    plain = json.loads(json.dumps(runs._describe(split)))
+    path.write_text(json.dumps(plain))
+    jax.tree.map(np.testing.assert_array_equal, runs._read_cameras(path), split.images.cameras)
+    edit(folder, {}, {"k2": -0.051})
+    assert data.changed(plain["fingerprint"], data.fingerprint(data.load_training(config))) == (
+        "1 of 8 views have other intrinsics"
+    )
+    del plain["cameras"]["lens"]
+    path.write_text(json.dumps(plain))
+    assert runs._read_cameras(path).lens is None
+    plain["cameras"]["lens"] = {"model": "none"}
+    path.write_text(json.dumps(plain))
+    with pytest.raises(InputError, match=r"lens\.model"):
+        runs._read_cameras(path)
