@@ -18,8 +18,8 @@ from PIL import Image
 
 from jaxngp import capture, flags
 from jaxngp.cameras import look_at
-from jaxngp.config import InputError
-from jaxngp.data import bricks, motion, video
+from jaxngp.config import InputError, SceneConfig
+from jaxngp.data import bricks, locate, motion, video
 from jaxngp.data.bricks import pictures
 
 run = Entrypoint("jaxngp.capture", flags.define_capture_flags, capture.main)
@@ -132,6 +132,22 @@ def test_what_is_written_is_whole(captured: Path) -> None:
 
 @pytest.mark.slow
 @needs_colmap
+def test_what_is_written_is_a_scene(captured: Path) -> None:
+    """One trains from it: the views, their lens and the points are read back."""
+    plain = json.loads((captured / "transforms.json").read_text())
+    place = locate(SceneConfig(name=str(captured)))
+    views = place.read(*place.splits)
+    assert len(views.names) == len(plain["frames"])
+    poses = {frame["file_path"]: frame["transform_matrix"] for frame in plain["frames"]}
+    for file, c2w in zip(views.files, np.asarray(views.cameras.c2w), strict=True):
+        np.testing.assert_allclose(c2w, poses[f"../images/{file.name}"][:3], atol=1e-6)
+    np.testing.assert_allclose(np.asarray(views.cameras.focal_xy)[0], [plain["fl_x"], plain["fl_y"]], rtol=1e-6)
+    assert views.cameras.lens is not None
+    assert len(views.points) > 100
+
+
+@pytest.mark.slow
+@needs_colmap
 def test_the_same_again_maps_nothing_anew(
     captured: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,7 +188,7 @@ def write_video(path: Path, *, turn: int = 0, num_frames: int = 30) -> Path:
     sharp = rng.integers(0, 255, (16, 24, 1)).repeat(4, axis=0).repeat(4, axis=1).repeat(3, axis=2).astype(np.float64)
     blurred = sharp
     for _ in range(6):
-        blurred = sum(np.roll(blurred, s, axis) for axis in (0, 1) for s in (-1, 1)) / 4
+        blurred = np.mean([np.roll(blurred, s, axis) for axis in (0, 1) for s in (-1, 1)], axis=0)
     with av.open(str(path), "w") as container:
         stream: Any = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"

@@ -121,8 +121,8 @@ def read_mesh(path: Path) -> Mesh:
         raise InputError(f"{path}: no face has an area; expected the surface of a solid")
     frame = _frame(path, vertices[faces].reshape(-1, 3))
     vertices = frame.to_scene(vertices)
-    faces, turned = _oriented(path, vertices, faces)
-    vertices, faces, united = _united(vertices, faces)
+    faces, facing, turned = _oriented(path, vertices, faces)
+    vertices, faces, united = _united(vertices, faces, facing > BURIED)
     notes += turned + united + _open_edges(faces)
     if not (thick := _is_thick(vertices, faces)).all():  # left in until here, as they may close their neighbours' gaps
         notes += (f"{_count(~thick, 'face')} thinner than rounding left out",)
@@ -284,7 +284,7 @@ def _triangulated(vertices: np.ndarray, polygons: list[list[int]]) -> tuple[np.n
 
 def _is_concave(vertices: np.ndarray, corners: np.ndarray) -> np.ndarray:
     """(N,) bool, whether polygons (N, K) turn both ways; False where a vertex is not there or not finite."""
-    known = ((corners >= 0) & (corners < len(vertices))).all(axis=1)
+    known = np.all((corners >= 0) & (corners < len(vertices)), axis=1)
     places = vertices[np.where(known[:, None], corners, 0)]
     with np.errstate(over="ignore", invalid="ignore"):
         before, after = places - np.roll(places, 1, axis=1), np.roll(places, -1, axis=1) - places
@@ -403,8 +403,8 @@ def _open_edges(faces: np.ndarray) -> tuple[str, ...]:
 # Which side is out.
 
 
-def _oriented(path: Path, vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """The faces, turned to agree with their neighbours and to look out; and notes. Raises InputError.
+def _oriented(path: Path, vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """The faces, turned to agree with their neighbours and to look out, their `_facing`, and notes. Raises InputError.
 
     A patch, a part that hangs together by edges of two faces, first takes the direction that more of its area has
     in the file; so a cavity stays one. Then it is turned as a whole where it looks into what it bounds.
@@ -425,7 +425,7 @@ def _oriented(path: Path, vertices: np.ndarray, faces: np.ndarray) -> tuple[np.n
     else:
         raise InputError(f"{path}: encloses nothing, being flat, open or on itself; expected the surface of a solid")
     notes = (f"{int(turn.sum())} of {len(faces)} faces turned to look out",) if turn.any() else ()
-    return _turned(faces, turn), notes
+    return _turned(faces, turn), facing, notes
 
 
 def _turned(faces: np.ndarray, turn: np.ndarray) -> np.ndarray:
@@ -452,12 +452,14 @@ def _facing(vertices: np.ndarray, faces: np.ndarray, probe: float) -> np.ndarray
 # Parts that overlap.
 
 
-def _united(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def _united(
+    vertices: np.ndarray, faces: np.ndarray, buried: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Vertices and faces of the surface that bounds the union of all parts, and notes; the faces look out.
 
-    As they are where no face lies inside another part. Each part takes the cavities within it along.
+    buried (F,) bool: which faces lie inside another part; where none does, nothing changes. Each part takes the
+    cavities within it along.
     """
-    buried = _buried(vertices, faces)
     if not buried.any():
         return vertices, faces, ()
     notes: tuple[str, ...] = ()
@@ -468,15 +470,11 @@ def _united(vertices: np.ndarray, faces: np.ndarray) -> tuple[np.ndarray, np.nda
             mesh = manifold.Manifold.batch_boolean(solids, manifold.OpType.Add).to_mesh64()
             vertices, faces = np.array(mesh.vert_properties[:, :3], np.float64), np.array(mesh.tri_verts, np.int64)
             vertices, faces = _merged(vertices, faces)
-            notes, buried = (f"{len(parts)} parts united, some of which overlap",), _buried(vertices, faces)
+            notes = (f"{len(parts)} parts united, some of which overlap",)
+            buried = _facing(vertices, faces, PROBES[0]) > BURIED
     if buried.any():
         notes += (f"{_count(buried, 'face')} inside the solid, as parts overlap: distances nearby are to them",)
     return vertices, faces, notes
-
-
-def _buried(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
-    """(F,) bool, whether a face lies inside another part."""
-    return np.max([_facing(vertices, faces, probe) for probe in PROBES], axis=0) > BURIED
 
 
 def _manifold(manifold: Any, vertices: np.ndarray, faces: np.ndarray) -> Any:
