@@ -30,6 +30,7 @@ class Split:
     has_alpha: bool
     placement: Placement = Placement(SceneTransform())
     notes: tuple[str, ...] = ()  # a sentence about each thing that the user may not expect
+    capture: Capture | None = None  # that the views are of, with the files that they come from
 
     @property
     def num_views(self) -> int:
@@ -147,7 +148,8 @@ def _load(scene: SceneConfig, capture: Capture, name: str, views: np.ndarray, pl
             "or take some out"
         ) from None
     has_alpha = any(capture.has_alpha[view] for view in views) if capture.has_alpha else False
-    return Split(name, tuple(capture.names[view] for view in views), images, has_alpha, placement, notes)
+    names = tuple(capture.names[view] for view in views)
+    return Split(name, names, images, has_alpha, placement, notes, capture)
 
 
 def _load_masks(
