@@ -95,6 +95,21 @@ def load_evaluation(scene: SceneConfig, split: str = "auto", num_views: int = 0)
     return loaded
 
 
+def read_views(scene: SceneConfig) -> tuple[Capture, tuple[str, ...], Placement]:
+    """All views of a scene, no pixels; what each is for: train, val, test or held-out; and where they are placed.
+
+    Raises InputError.
+    """
+    location = locate(scene)
+    capture = location.read(*location.splits)
+    roles = list(capture.splits)
+    if every := _hold_out_every(scene, location):
+        training = [i for i, split in enumerate(capture.splits) if split == "train"]
+        for number in _view_numbers("held-out", len(training), every) if len(training) > 1 else ():
+            roles[training[number]] = "held-out"
+    return capture, tuple(roles), normalise(capture, scene)
+
+
 # Which views.
 
 

@@ -8,7 +8,7 @@ what makes far more rays meet is named. Rays meet or do not: how far the scene i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import permutations, product
 
 import jax
@@ -75,6 +75,21 @@ class Agreement:
         """The share of the matches that fit the cameras as they are read."""
         return float(self.meeting.fits.mean())
 
+    def points(self, evidence: Evidence, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where rays of matches meet at an angle, (N, 3) in scene units, and their colours (N, 3) u8."""
+        meeting, matches = self.meeting, self.matches
+        chosen = np.flatnonzero(meeting.fits & (meeting.angle > np.radians(1.5)))
+        chosen = chosen[:: max(1, len(chosen) // most)]
+        view = matches.views[0][chosen]
+        rays = camera_rays(evidence.cameras, matches)[0][chosen]
+        poses = evidence.poses[view]
+        world = poses[:, :, 3] + np.einsum("mij,mj->mi", poses[:, :, :3], rays) * meeting.distance[0][chosen, None]
+        pixels = [
+            evidence.pictures[v].rgba[y, x, :3]
+            for v, (x, y) in zip(view.tolist(), matches.pixels[0][chosen], strict=True)
+        ]
+        return evidence.placement.transform.to_scene(world), np.array(pixels, np.uint8).reshape(-1, 3)
+
 
 def find_matches(evidence: Evidence) -> Matches:
     """Corners that look alike in training images that seem to show the same."""
@@ -90,7 +105,9 @@ def find_matches(evidence: Evidence) -> Matches:
     counts = [len(part[2]) for part in parts]
     seen = np.array([np.repeat([part[side] for part in parts], counts) for side in (0, 1)])
     xy = np.array([np.concatenate([part[2 + side] for part in parts]) for side in (0, 1)])
-    sizes = np.array([evidence.pictures[view].size if view in evidence.pictures else (1, 1) for view in range(len(evidence.names))])
+    sizes = np.array(
+        [evidence.pictures[view].size if view in evidence.pictures else (1, 1) for view in range(len(evidence.names))]
+    )
     return Matches(seen, xy / sizes[seen], np.repeat(np.arange(len(parts)), counts), xy.astype(np.int64))
 
 
@@ -104,7 +121,10 @@ def camera_rays(cameras: Cameras, matches: Matches) -> np.ndarray:
     padded = np.concatenate([seen, np.zeros(-count % 2**13, int)])  # few shapes, so that little is compiled
     xy = np.zeros((len(padded), 2), np.float32)
     xy[:count] = matches.xy.reshape(-1, 2) * np.asarray(cameras.size)[seen]
-    chosen = jax.tree.map(lambda array: np.asarray(array, np.float32)[padded], cameras.replace(c2w=_AT_ORIGIN[None].repeat(len(cameras.size), 0)))  # type: ignore[attr-defined]
+    chosen = jax.tree.map(
+        lambda array: np.asarray(array, np.float32)[padded],
+        cameras.replace(c2w=_AT_ORIGIN[None].repeat(len(cameras.size), 0)),
+    )  # type: ignore[attr-defined]
     direction = np.asarray(_unproject(chosen, xy), np.float64)[:count]
     return direction.reshape(2, -1, 3) / np.linalg.norm(direction, axis=-1).reshape(2, -1, 1)
 
@@ -228,6 +248,7 @@ def _image_turns(evidence: Evidence) -> Iterator[Reading]:
     half = np.diag([-1.0, -1.0, 1.0])
     by_tag = {3: half, 6: quarter.T, 8: quarter}
     if set(np.unique(tags)) & set(by_tag):
+
         def as_shown(cameras: Cameras) -> Cameras:
             c2w, focal, centre = (np.array(a, np.float64) for a in (cameras.c2w, cameras.focal_xy, cameras.centre_xy))
             for tag, axes in by_tag.items():

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jaxngp.cameras import Cameras, PosedImages, make_cameras
+from jaxngp.cameras import Cameras, make_cameras
 from jaxngp.config import InputError
 from jaxngp.data.capture import Capture, DepthMap, Mask, Placement
 from jaxngp.data.checks.features import Features, find_features
@@ -23,7 +23,7 @@ from jaxngp.data.splits import Split
 MAX_VIEWS = 60  # images that are looked at, of the training views
 MAX_OTHERS = 12  # and of the others
 SIDE = 400  # px, of the longer side of a reduced image, roughly
-_PIXELS = 2**20  # of the split as it is trained on, looked at for what they show
+_PARTIAL = 2000  # pixels of partial alpha that are kept of an image
 _LUMA = np.float32([0.299, 0.587, 0.114]) / 255
 _EXPOSURE_TIME, _APERTURE, _ISO, _EXIF_IFD = 0x829A, 0x829D, 0x8827, 0x8769
 
@@ -34,6 +34,7 @@ class Picture:
 
     rgba: np.ndarray  # (H, W, 4) u8
     sharpness: float  # of the image before it was reduced; see `_sharpness`
+    partial: np.ndarray  # (K, 4) u8, some of its pixels of partial alpha, before it was reduced
     keep: np.ndarray | None = None  # (H, W) bool, whether a pixel takes part; None without a mask
     orientation: int = 1  # of EXIF
     bits: int = 8  # per channel
@@ -84,8 +85,11 @@ class Evidence:
         return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def of_capture(capture: Capture, placement: Placement) -> Evidence:
-    """What there is to look at of a capture of image files, whose images are read here. Raises InputError."""
+def of_capture(capture: Capture, roles: Sequence[str], placement: Placement) -> Evidence:
+    """What there is to look at of a capture of image files, whose images are read here. Raises InputError.
+
+    roles: what each view is for, as `splits.read_views` says.
+    """
     assert capture.cameras is not None
     cameras = jax.tree.map(np.asarray, capture.cameras)
     width, height = np.asarray(cameras.size).T
@@ -96,7 +100,7 @@ def of_capture(capture: Capture, placement: Placement) -> Evidence:
     return _with_pictures(
         Evidence(
             names=capture.names,
-            splits=capture.splits,
+            splits=tuple(roles),
             cameras=placed,
             poses=cameras.c2w,
             placement=placement,
@@ -119,7 +123,7 @@ def of_splits(training: Split, evaluation: Split | None) -> Evidence:
     whole = all(source is not None for source in sources)
     files, masks, depths, poses = ([x for source in sources if source for x in source[i]] for i in range(4))
     where = [(images, view) for images in parts for view in range(len(images.offset))]
-    capture = training.capture
+    points = None if training.capture is None else training.capture.points
 
     def picture(view: int) -> Picture:
         images, number = where[view]
@@ -137,7 +141,7 @@ def of_splits(training: Split, evaluation: Split | None) -> Evidence:
             files=tuple(files) if whole else (),
             masks=tuple(masks) if whole else (),
             depths=tuple(depths) if whole else (),
-            points=None if capture is None or capture.points is None else training.transform.to_scene(capture.points),
+            points=None if points is None else training.transform.to_scene(points),
         ),
         picture,
     )
@@ -203,11 +207,14 @@ def _read_picture(file: Path, mask: Mask | None) -> Picture:
 
 
 def _shrunk(image: Image.Image, mask: Mask | None, facts: dict[str, Any]) -> Picture:
-    sharpness = _sharpness(np.asarray(image.convert("RGBA")))
+    rgba = np.asarray(image.convert("RGBA"))
+    alpha = rgba[..., 3]
+    partial = rgba[(alpha > 0) & (alpha < 255)]
+    partial = partial[:: max(1, len(partial) // _PARTIAL)]
     factor = max(1, round(max(image.size) / SIDE))
     small = image.reduce(factor) if factor > 1 else image
     keep = _read_mask(mask, small.size) if mask else None
-    return Picture(np.asarray(small.convert("RGBA")), sharpness, keep=keep, **facts)
+    return Picture(np.asarray(small.convert("RGBA")), _sharpness(rgba), partial, keep=keep, **facts)
 
 
 def _read_mask(mask: Mask, size: tuple[int, int]) -> np.ndarray | None:
@@ -259,9 +266,3 @@ def _sharpness(rgba: np.ndarray) -> float:
     second = grey[1:-1, 2:] + grey[1:-1, :-2] + grey[2:, 1:-1] + grey[:-2, 1:-1] - 4 * grey[1:-1, 1:-1]
     slope = float(np.mean(first[inner]))
     return float(np.mean(second[inner] ** 2)) / slope if slope > 4 else 0.0
-
-
-def some_pixels(images: PosedImages, count: int = _PIXELS) -> np.ndarray:
-    """The numbers of about `count` pixels, evenly spaced among those of all views."""
-    # An odd stride, so that it does not always meet the same column.
-    return np.arange(0, len(images.rgba), max(1, len(images.rgba) // count) | 1)

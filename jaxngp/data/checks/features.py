@@ -110,7 +110,7 @@ def _describe(smooth: np.ndarray, gx: np.ndarray, gy: np.ndarray, place: np.ndar
     parts = np.maximum(across[..., None] * _BINS[0] + down[..., None] * _BINS[1], 0)
     parts *= parts  # sharper than the cosine
     strength = np.maximum(np.hypot(across, down), 1e-9)
-    found = np.matmul(_CELLS, parts / strength[..., None]).reshape(len(place), -1)
+    found = np.matmul(_CELLS, parts / strength[..., None]).reshape(len(place), 16 * _DIRECTIONS)
     for limit in (0.25, 1.0):
         found = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-9)
         found = np.minimum(found, limit)
@@ -156,7 +156,8 @@ def _largest_around(image: np.ndarray, radius: int) -> np.ndarray:
     for axis in (0, 1):
         padded = np.pad(image, [(radius, radius) if a == axis else (0, 0) for a in (0, 1)], mode="edge")
         first, *others = (
-            padded[i : i + len(image)] if axis == 0 else padded[:, i : i + image.shape[1]] for i in range(2 * radius + 1)
+            padded[i : i + len(image)] if axis == 0 else padded[:, i : i + image.shape[1]]
+            for i in range(2 * radius + 1)
         )
         image = first.copy()
         for other in others:
