@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from jaxngp import flags
-from jaxngp.cameras import Cameras, focus, surrounded, unproject
+from jaxngp.cameras import Cameras, focus, surrounded
 from jaxngp.config import SceneConfig
 from jaxngp.data import Capture, Placement, read_views
 from jaxngp.data.checks import Agreement, Evidence, Finding, check, examine, exposure_gains, of_capture
+from jaxngp.data.checks.evidence import view_directions
 from jaxngp.data.checks.geometry import seen_cells
 from jaxngp.diagram import Colour, Drawing, Group, draw
 from jaxngp.lenses import COEFFICIENTS
@@ -102,7 +102,7 @@ def _rows(
     capture: Capture, evidence: Evidence, agreement: Agreement | None, scene: SceneConfig
 ) -> Iterator[tuple[str, str]]:
     yield "views", _views(evidence)
-    yield "images", _images(capture, evidence)
+    yield "images", _images(capture)
     yield "lens", _lens(capture)
     yield "cameras", _cameras(evidence)
     yield "agreement", _agreement(evidence, agreement)
@@ -121,7 +121,7 @@ def _views(evidence: Evidence) -> str:
     return text + (f"; {len(evidence.pictures)} were looked at" if len(evidence.pictures) < len(evidence.names) else "")
 
 
-def _images(capture: Capture, evidence: Evidence) -> str:
+def _images(capture: Capture) -> str:
     assert capture.cameras is not None
     sizes = Counter(map(tuple, np.asarray(capture.cameras.size).tolist()))
     shown = ", ".join(f"{w}x{h}" + (f" ({n})" if len(sizes) > 1 else "") for (w, h), n in sizes.most_common(3))
@@ -165,10 +165,7 @@ def _lens(capture: Capture) -> str:
 
 def _edge_rays(cameras: Cameras, view: int, shares: Sequence[tuple[float, float]]) -> np.ndarray:
     """Directions (N, 3) in camera axes at shares of the width and height."""
-    camera = jax.tree.map(lambda a: np.asarray(a, np.float32)[view][None].repeat(len(shares), 0), cameras)
-    camera = camera.replace(c2w=np.eye(3, 4, dtype=np.float32)[None].repeat(len(shares), 0))
-    xy = np.array(shares, np.float32) * np.asarray(cameras.size)[view]
-    return np.asarray(unproject(camera, xy.astype(np.float32)).direction, np.float64)
+    return view_directions(cameras, np.full(len(shares), view), np.array(shares))
 
 
 def _field_of_view(cameras: Cameras, view: int) -> tuple[float, float]:

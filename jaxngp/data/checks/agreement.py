@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
 
-import jax
 import numpy as np
 
-from jaxngp.cameras import Cameras, unproject
-from jaxngp.data.checks.evidence import Evidence
+from jaxngp.cameras import Cameras
+from jaxngp.data.checks.evidence import Evidence, view_directions
 from jaxngp.data.checks.features import likely_pairs, match
 
 PARTNERS = 5  # images that each is matched with
@@ -33,6 +32,11 @@ class Matches:
     xy: np.ndarray  # (2, M, 2) in shares of the width and height of the image
     pair: np.ndarray  # (M,) the number of the pair of images
     pixels: np.ndarray  # (2, M, 2) int, the pixel of the reduced picture
+
+    def some(self, most: int) -> Matches:
+        """About so many of them, from all pairs."""
+        step = max(1, len(self.pair) // most)
+        return Matches(self.views[:, ::step], self.xy[:, ::step], self.pair[::step], self.pixels[:, ::step])
 
     @property
     def num_pairs(self) -> int:
@@ -115,26 +119,8 @@ def find_matches(evidence: Evidence) -> Matches:
 
 
 def camera_rays(cameras: Cameras, matches: Matches) -> np.ndarray:
-    """The directions (2, M, 3) f64 in camera axes, of unit length, in which views see matches."""
-    seen = matches.views.ravel()
-    count = len(seen)
-    padded = np.concatenate([seen, np.zeros(-count % 2**13, int)])  # few shapes, so that little is compiled
-    xy = np.zeros((len(padded), 2), np.float32)
-    xy[:count] = matches.xy.reshape(-1, 2) * np.asarray(cameras.size)[seen]
-    chosen = jax.tree.map(
-        lambda array: np.asarray(array, np.float32)[padded],
-        cameras.replace(c2w=_AT_ORIGIN[None].repeat(len(cameras.size), 0)),
-    )  # type: ignore[attr-defined]
-    direction = np.asarray(_unproject(chosen, xy), np.float64)[:count]
-    return direction.reshape(2, -1, 3) / np.linalg.norm(direction, axis=-1).reshape(2, -1, 1)
-
-
-_AT_ORIGIN = np.eye(3, 4, dtype=np.float32)
-
-
-@jax.jit
-def _unproject(cameras: Cameras, xy: jax.Array) -> jax.Array:
-    return unproject(cameras, xy).direction
+    """The directions (2, M, 3) in camera axes in which views see matches."""
+    return view_directions(cameras, matches.views.ravel(), matches.xy.reshape(-1, 2)).reshape(2, -1, 3)
 
 
 def meet(c2w: np.ndarray, rays: np.ndarray, matches: Matches, focal: np.ndarray) -> Meeting:
@@ -442,6 +428,7 @@ def focal_readings() -> Iterator[Reading]:
 
 # Which reading fits.
 
+SOME_MATCHES = 4000  # by which readings are compared
 GAIN = 0.05  # of the score, that another reading must win at least
 FACTOR = 1.3  # by which it must win more
 MAJORITY = 0.8  # of the pairs of images in which it fits better or worse
@@ -455,18 +442,28 @@ def examine(evidence: Evidence) -> Agreement | None:
         return None
     # In the axes that the file has: some readings depend on them.
     cameras = evidence.cameras.replace(c2w=evidence.poses)  # type: ignore[attr-defined]
-    rays = camera_rays(cameras, matches)
-    own = meet(evidence.poses, rays, matches, focal_shares(cameras))
-    best, best_meeting = None, own
+    some = matches.some(SOME_MATCHES)
+    rays = camera_rays(cameras, some)
+
+    def meeting(other: Cameras) -> Meeting:
+        """How some of the matches meet."""
+        same = all(getattr(other, name) is getattr(cameras, name) for name in ("focal_xy", "centre_xy", "lens"))
+        own = rays if same else camera_rays(other, some)
+        return meet(np.asarray(other.c2w, np.float64), own, some, focal_shares(other))
+
+    best, best_meeting, own = None, meeting(cameras), meeting(cameras)
     if own.score.mean() < 1 / FACTOR:
         for reading in (*readings(evidence), *focal_readings()):
-            other = reading.cameras(cameras)
-            same = all(getattr(other, name) is getattr(cameras, name) for name in ("focal_xy", "centre_xy", "lens"))
-            other_rays = rays if same else camera_rays(other, matches)
-            found = meet(np.asarray(other.c2w, np.float64), other_rays, matches, focal_shares(other))
-            if found.score.mean() > 1.05 * best_meeting.score.mean() and _clearly(found, own, matches.pair):
+            found = meeting(reading.cameras(cameras))
+            if found.score.mean() > 1.05 * best_meeting.score.mean() and _clearly(found, own, some.pair):
                 best, best_meeting = reading, found
-    return Agreement(matches, own, best, best_meeting)
+    whole = [_meet_all(other, matches) for other in (cameras, best.cameras(cameras) if best else cameras)]
+    return Agreement(matches, whole[0], best, whole[1])
+
+
+def _meet_all(cameras: Cameras, matches: Matches) -> Meeting:
+    rays = camera_rays(cameras, matches)
+    return meet(np.asarray(cameras.c2w, np.float64), rays, matches, focal_shares(cameras))
 
 
 def _clearly(found: Meeting, before: Meeting, pair: np.ndarray) -> bool:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from jaxngp.cameras import Cameras, make_cameras
+from jaxngp.cameras import Cameras, make_cameras, unproject
 from jaxngp.config import InputError
 from jaxngp.data.capture import Capture, DepthMap, Mask, Placement
 from jaxngp.data.checks.features import Features, find_features
@@ -186,6 +186,30 @@ def _chosen(views: np.ndarray, most: int) -> np.ndarray:
         return views
     first = np.arange(most // 2) * len(views) // (most // 2)
     return views[np.unique(np.concatenate([first, first + 1]) % len(views))]
+
+
+_AT_ONCE = 2**14  # pixels, so that one program is compiled for any number of them
+_AT_ORIGIN = np.eye(3, 4, dtype=np.float32)
+
+
+def view_directions(cameras: Cameras, view: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """The directions (N, 3) f64 of unit length, in camera axes, in which views (N,) see shares (N, 2) of their size."""
+    cameras = cameras.replace(c2w=np.broadcast_to(_AT_ORIGIN, np.shape(cameras.c2w)))  # type: ignore[attr-defined]
+    found = []
+    for start in range(0, len(view), _AT_ONCE):
+        part = view[start : start + _AT_ONCE]
+        padded = np.concatenate([part, np.zeros(_AT_ONCE - len(part), part.dtype)])
+        xy = np.zeros((_AT_ONCE, 2), np.float32)
+        xy[: len(part)] = share[start : start + _AT_ONCE] * np.asarray(cameras.size)[part]
+        chosen = jax.tree.map(lambda array, rows=padded: np.asarray(array, np.float32)[rows], cameras)
+        found.append(np.asarray(_directions(chosen, xy), np.float64)[: len(part)])
+    direction = np.concatenate(found) if found else np.zeros((0, 3))
+    return direction / np.linalg.norm(direction, axis=-1, keepdims=True)
+
+
+@jax.jit
+def _directions(cameras: Cameras, xy: jax.Array) -> jax.Array:
+    return unproject(cameras, xy).direction
 
 
 # Pictures.

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from jaxngp.cameras import Cameras, focus, project, unproject
+from jaxngp.cameras import Cameras, Rays, focus, project
 from jaxngp.data.checks.agreement import Agreement
-from jaxngp.data.checks.evidence import Evidence
+from jaxngp.data.checks.evidence import Evidence, view_directions
 from jaxngp.data.checks.finding import Finding
 from jaxngp.marching import box_interval
 
@@ -145,14 +145,17 @@ def missed_box(evidence: Evidence) -> Finding | None:
     views = [view for view in evidence.training.tolist() if view in evidence.pictures]
     if not views:
         return None
-    share = (np.arange(_PIXELS) + 0.5) / _PIXELS
-    xy = np.stack(np.meshgrid(share, share), axis=-1).reshape(1, -1, 2)
-    size = np.asarray(evidence.cameras.size)[views][:, None]
-    cameras: Cameras = jax.tree.map(lambda array: np.asarray(array)[views][:, None], evidence.cameras)
-    misses = np.asarray(_miss_box(cameras, (xy * size).astype(np.float32)))
-    shows = np.array([_at(evidence.pictures[view].rgba[..., 3], xy[0]) > 0 for view in views])
+    at = (np.arange(_PIXELS) + 0.5) / _PIXELS
+    share = np.stack(np.meshgrid(at, at), axis=-1).reshape(-1, 2)
+    rows = np.repeat(views, len(share))
+    own = view_directions(evidence.cameras, rows, np.tile(share, (len(views), 1)))
+    poses = np.asarray(evidence.cameras.c2w, np.float64)[rows]
+    rays = Rays(poses[:, :, 3], np.einsum("mij,mj->mi", poses[:, :, :3], own))  # type: ignore[arg-type]
+    t_near, t_far = box_interval(rays)
+    misses = np.asarray(t_far <= t_near).reshape(len(views), -1)
+    shows = np.array([_at(evidence.pictures[view].rgba[..., 3], share) > 0 for view in views])
     weights = shows * np.asarray(evidence.cameras.size)[views].prod(axis=1, keepdims=True).astype(float)
-    missing = float(np.sum(misses.reshape(shows.shape) * weights) / max(weights.sum(), 1.0))
+    missing = float(np.sum(misses * weights) / max(weights.sum(), 1.0))
     if missing < (0.01 if evidence.has_alpha else 0.5):
         return None
     what = "of the pixels that are not transparent" if evidence.has_alpha else "of the pixels"
@@ -167,12 +170,6 @@ def _at(image: np.ndarray, share: np.ndarray) -> np.ndarray:
     """The pixels of an image (H, W) at shares (N, 2) of its width and height."""
     x, y = (share * (image.shape[1], image.shape[0])).astype(int).T
     return image[y, x]
-
-
-@jax.jit
-def _miss_box(cameras: Cameras, pixel_xy: jax.Array) -> jax.Array:
-    t_near, t_far = box_interval(unproject(cameras, pixel_xy))
-    return t_far <= t_near
 
 
 def far_cameras(evidence: Evidence) -> Finding | None:
