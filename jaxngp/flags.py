@@ -51,16 +51,24 @@ def run(
     body: Callable[[Flags], None],
     summary: str,
     argv: Sequence[str] | None = None,
+    *,
+    positional: str = "",
 ) -> None:
-    """Parse the command line with the flags that `define` adds, call `body`, and exit with what that means."""
+    """Parse the command line with the flags that `define` adds, call `body`, and exit with what that means.
+
+    positional: the flag that a first argument without a name sets.
+    """
     values = Flags()
     flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=values)
     define(values)
     try:
         rest = values(list(argv or sys.argv))[1:]
         if values.help:
-            print(f"usage: python -m {module} [flags]\n\n{summary}\n\n{_help(values)}")
+            argument = f" [{positional.upper()}]" if positional else ""
+            print(f"usage: python -m {module}{argument} [flags]\n\n{summary}\n\n{_help(values)}")
             return
+        if rest and positional:
+            values[positional].parse(rest.pop(0))
         if rest:
             raise InputError(f"{rest[0]!r}: expected only flags, as in --seed=1; see --help")
         _prepare_jax()
@@ -189,17 +197,22 @@ _LOOP_FLAGS = ("seed", "max_steps", "max_seconds", "log_every", "deterministic")
 
 def define_train_flags(values: Flags) -> None:
     """The flags of `python -m jaxngp.train`."""
-    scenes = ", ".join(SCENES)
-    define_path(values, "scene", "bricks", f"One of {scenes}; or the path of a folder of views or a ray table.")
     define_preset(values, PRESET_HELP, gpu="base")
-    define_path(values, "data_dir", None, "The folder of the scene, or one that contains it.")
-    _define_fields(values, SceneConfig, _SCENE_FLAGS)
-    text = "A box that holds the scene, x,y,z of its lower and its upper corner, in the coordinates of the source."
-    flags.DEFINE_list("aabb", None, text, flag_values=values)
+    define_scene_flags(values)
     define_loop_flags(
         values, workdir="runs/<scene>", config=lambda values: PRESETS.get(values.preset, PRESETS["small"])
     )
     define_evaluation_flags(values)
+
+
+def define_scene_flags(values: Flags) -> None:
+    """The flags that say which scene, and where it lies; `chosen_scene` reads them."""
+    scenes = ", ".join(SCENES)
+    define_path(values, "scene", "bricks", f"One of {scenes}; or the path of a folder of views or a ray table.")
+    define_path(values, "data_dir", None, "The folder of the scene, or one that contains it.")
+    _define_fields(values, SceneConfig, _SCENE_FLAGS)
+    text = "A box that holds the scene, x,y,z of its lower and its upper corner, in the coordinates of the source."
+    flags.DEFINE_list("aabb", None, text, flag_values=values)
 
 
 def define_loop_flags(values: Flags, *, workdir: str, config: Callable[[Flags], Config]) -> None:
@@ -279,6 +292,16 @@ def train_config(values: Flags, training: Split | None = None) -> NerfConfig:
     Without the views, which have to be found and read first, only the group `scene` is what it will be.
     """
     preset = PRESETS[chosen_preset(values, say=training is None)]
+    scene = chosen_scene(values)
+    config = preset
+    if training and training.placement.num_cascades > 1:
+        config = for_surroundings(preset, training.placement.num_cascades, has_alpha=training.has_alpha)
+    config = replace(config, scene=scene, train=loop_config(config.train, values))
+    return apply_overrides(config, values.override)
+
+
+def chosen_scene(values: Flags) -> SceneConfig:
+    """The scene of `define_scene_flags`."""
     scene = _given(scene_config(values.scene), values, _SCENE_FLAGS)
     if values.aabb:
         scene = replace(scene, **_box(values.aabb))
@@ -288,11 +311,7 @@ def train_config(values: Flags, training: Split | None = None) -> NerfConfig:
         scene = replace(scene, name=os.path.realpath(scene.name))
     if values.data_dir:
         scene = replace(scene, data_dir=os.path.realpath(values.data_dir))
-    config = preset
-    if training and training.placement.num_cascades > 1:
-        config = for_surroundings(preset, training.placement.num_cascades, has_alpha=training.has_alpha)
-    config = replace(config, scene=scene, train=loop_config(config.train, values))
-    return apply_overrides(config, values.override)
+    return scene
 
 
 def _box(text: Sequence[str]) -> dict[str, Any]:

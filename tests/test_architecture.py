@@ -16,6 +16,7 @@ LAYERS = (
     "config lenses",
     "presets bitsets cameras device images hashing losses metrics records",
     "compositing encodings occupancy pictures",
+    "diagram",
     "visual_hull",
     "fields marching",
     "tracing",
@@ -27,7 +28,7 @@ LAYERS = (
     "checkpoints evaluation",
     "runs",
     "flags",
-    "capture train train_image train_sdf evaluate render",
+    "capture train train_image train_sdf evaluate render inspect",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 ENTRYPOINTS = frozenset(LAYERS[-1].split())
@@ -76,7 +77,7 @@ def may_import(name: str, outside: str) -> bool:
     if is_below(outside, "flax.linen"):
         return name == "jaxngp.fields"
     if is_below(outside, "PIL"):
-        return part(name) == "data" or name == "jaxngp.pictures"
+        return part(name) == "data" or name in ("jaxngp.pictures", "jaxngp.diagram")
     if is_below(outside, "absl.flags"):
         return RANK[part(name)] >= RANK["flags"]
     return True

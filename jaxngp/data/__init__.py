@@ -21,7 +21,7 @@ from jaxngp.data.capture import SPLITS, Capture, Placement, SceneTransform, norm
 from jaxngp.data.fingerprint import changed, fingerprint
 from jaxngp.data.places import FORMATS, Format, Location, locate
 from jaxngp.data.rays import RayTable
-from jaxngp.data.splits import Split, load_evaluation, load_training
+from jaxngp.data.splits import Split, load_evaluation, load_training, read_views
 
 __all__ = [
     "FORMATS",
@@ -41,4 +41,5 @@ __all__ = [
     "load_training",
     "locate",
     "normalise",
+    "read_views",
 ]

@@ -55,7 +55,7 @@ def probe_images(files: Sequence[Path]) -> ImageHeaders:
     def probe(view: int) -> tuple[tuple[int, int], bool, bool, bool]:
         with open_image(files[view]) as image:
             has_alpha = image.mode in ALPHA_MODES or "transparency" in image.info
-            return image.size, has_alpha, _orientation(image) > 1, image.mode in DEEP_MODES
+            return image.size, has_alpha, orientation(image) > 1, image.mode in DEEP_MODES
 
     sizes, has_alpha, turned, deep = zip(*in_parallel(probe, len(files), workers=8), strict=True)
     notes = [
@@ -71,7 +71,7 @@ def probe_images(files: Sequence[Path]) -> ImageHeaders:
     return ImageHeaders(np.array(sizes, np.int64), has_alpha, tuple(notes))
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """The orientation that EXIF says, 1 where it says none."""
     if "exif" not in image.info and image.format != "TIFF":
         return 1

@@ -30,6 +30,7 @@ class Split:
     has_alpha: bool
     placement: Placement = Placement(SceneTransform())
     notes: tuple[str, ...] = ()  # a sentence about each thing that the user may not expect
+    capture: Capture | None = None  # that the views are of, with the files that they come from
 
     @property
     def num_views(self) -> int:
@@ -94,6 +95,21 @@ def load_evaluation(scene: SceneConfig, split: str = "auto", num_views: int = 0)
     return loaded
 
 
+def read_views(scene: SceneConfig) -> tuple[Capture, tuple[str, ...], Placement]:
+    """All views of a scene, no pixels; what each is for: train, val, test or held-out; and where they are placed.
+
+    Raises InputError.
+    """
+    location = locate(scene)
+    capture = location.read(*location.splits)
+    roles = list(capture.splits)
+    if every := _hold_out_every(scene, location):
+        training = [i for i, split in enumerate(capture.splits) if split == "train"]
+        for number in _view_numbers("held-out", len(training), every) if len(training) > 1 else ():
+            roles[training[number]] = "held-out"
+    return capture, tuple(roles), normalise(capture, scene)
+
+
 # Which views.
 
 
@@ -147,7 +163,8 @@ def _load(scene: SceneConfig, capture: Capture, name: str, views: np.ndarray, pl
             "or take some out"
         ) from None
     has_alpha = any(capture.has_alpha[view] for view in views) if capture.has_alpha else False
-    return Split(name, tuple(capture.names[view] for view in views), images, has_alpha, placement, notes)
+    names = tuple(capture.names[view] for view in views)
+    return Split(name, names, images, has_alpha, placement, notes, capture)
 
 
 def _load_masks(
