@@ -11,19 +11,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxngp import evaluate, flags, render, train, train_image, train_sdf
+from jaxngp import evaluate, flags, inspect, render, train, train_image, train_sdf
 
 
 class Entrypoint:
     """A command, called with its arguments."""
 
-    def __init__(self, module: str, define: Callable[[flags.Flags], None], main: Callable[[flags.Flags], None]) -> None:
-        self._module, self._define, self._main = module, define, main
+    def __init__(
+        self, module: str, define: Callable[[flags.Flags], None], main: Callable[[flags.Flags], None], **options: str
+    ) -> None:
+        self._module, self._define, self._main, self._options = module, define, main, options
 
     def __call__(self, *arguments: str) -> None:
         before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
         try:
-            flags.run(self._module, self._define, self._main, "A summary.", ["jaxngp", *arguments])
+            flags.run(self._module, self._define, self._main, "A summary.", ["jaxngp", *arguments], **self._options)
         finally:
             jax.config.update("jax_compilation_cache_dir", before)
 
@@ -42,6 +44,7 @@ COMMANDS = {
     "evaluate": Entrypoint("jaxngp.evaluate", evaluate.define_flags, evaluate.main),
     "render": Entrypoint("jaxngp.render", flags.define_render_flags, render.main),
     "train_image": Entrypoint("jaxngp.train_image", train_image.define_flags, train_image.main),
+    "inspect": Entrypoint("jaxngp.inspect", inspect.define_flags, inspect.main, positional="scene"),
     "train_sdf": Entrypoint("jaxngp.train_sdf", train_sdf.define_flags, train_sdf.main),
 }
 

@@ -17,7 +17,7 @@ from jaxngp.cameras import Cameras, make_cameras, unproject
 from jaxngp.config import InputError
 from jaxngp.data.capture import Capture, DepthMap, Mask, Placement
 from jaxngp.data.checks.features import Features, find_features
-from jaxngp.data.photos import DEEP_MODES, open_image, orientation
+from jaxngp.data.photos import DEEP_MODES, open_image, orientation, read_masks
 from jaxngp.data.splits import Split
 
 MAX_VIEWS = 60  # images that are looked at, of the training views
@@ -68,7 +68,6 @@ class Evidence:
     placement: Placement
     has_alpha: bool
     files: tuple[Path, ...] = ()  # or empty
-    masks: tuple[Mask | None, ...] = ()
     depths: tuple[DepthMap | None, ...] = ()
     points: np.ndarray | None = None  # (N, 3) scene units
     pictures: dict[int, Picture] = field(default_factory=dict)  # by the number of the view
@@ -106,11 +105,12 @@ def of_capture(capture: Capture, roles: Sequence[str], placement: Placement) -> 
             placement=placement,
             has_alpha=any(capture.has_alpha),
             files=capture.files,
-            masks=capture.masks,
             depths=capture.depths,
             points=None if capture.points is None else placement.transform.to_scene(capture.points),
         ),
-        lambda view: _read_picture(capture.files[view], capture.masks[view] if capture.masks else None),
+        lambda view: _read_picture(
+            capture.files[view], capture.masks[view] if capture.masks else None, np.asarray(cameras.size)[view]
+        ),
     )
 
 
@@ -121,14 +121,14 @@ def of_splits(training: Split, evaluation: Split | None) -> Evidence:
     cameras = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(images.cameras for images in parts))
     sources = [_sources(split) for split in splits]
     whole = all(source is not None for source in sources)
-    files, masks, depths, poses = ([x for source in sources if source for x in source[i]] for i in range(4))
+    files, depths, poses = ([x for source in sources if source for x in source[i]] for i in range(3))
     where = [(images, view) for images in parts for view in range(len(images.offset))]
     points = None if training.capture is None else training.capture.points
 
     def picture(view: int) -> Picture:
         images, number = where[view]
-        mask = masks[view] if whole else None
-        return _shrunk(Image.fromarray(images.image(number)), mask, _facts(files[view]) if whole else {})
+        facts = _facts(files[view]) if whole else {}
+        return _shrunk(Image.fromarray(images.image(number)), images.mask(number), facts)
 
     return _with_pictures(
         Evidence(
@@ -139,7 +139,6 @@ def of_splits(training: Split, evaluation: Split | None) -> Evidence:
             placement=training.placement,
             has_alpha=training.has_alpha,
             files=tuple(files) if whole else (),
-            masks=tuple(masks) if whole else (),
             depths=tuple(depths) if whole else (),
             points=None if points is None else training.transform.to_scene(points),
         ),
@@ -147,17 +146,16 @@ def of_splits(training: Split, evaluation: Split | None) -> Evidence:
     )
 
 
-def _sources(split: Split) -> tuple[list[Path], list[Mask | None], list[DepthMap | None], list[np.ndarray]] | None:
-    """Files, masks, depths and poses of a split's views as its capture has them; None where it is not known."""
+def _sources(split: Split) -> tuple[list[Path], list[DepthMap | None], list[np.ndarray]] | None:
+    """Files, depth maps and poses of a split's views as its capture has them; None where it is not known."""
     capture = split.capture
     if capture is None or capture.cameras is None:
         return None
     own = "train" if split.name == "held-out" else split.name
     number = {name: i for i, (name, of) in enumerate(zip(capture.names, capture.splits, strict=True)) if of == own}
     rows = [number[name] for name in split.views]
-    masks = [capture.masks[i] if capture.masks else None for i in rows]
     depths = [capture.depths[i] if capture.depths else None for i in rows]
-    return [capture.files[i] for i in rows], masks, depths, [np.asarray(capture.cameras.c2w)[i] for i in rows]
+    return [capture.files[i] for i in rows], depths, [np.asarray(capture.cameras.c2w)[i] for i in rows]
 
 
 def _with_pictures(evidence: Evidence, read: Callable[[int], Picture]) -> Evidence:
@@ -215,37 +213,40 @@ def _directions(cameras: Cameras, xy: jax.Array) -> jax.Array:
 # Pictures.
 
 
-def _read_picture(file: Path, mask: Mask | None) -> Picture:
-    """An image file, decoded at a reduced size where its format can do that. Raises InputError."""
+def _read_picture(file: Path, mask: Mask | None, size: np.ndarray) -> Picture:
+    """An image file of (width, height), decoded reduced where its format can do that. Raises InputError."""
     facts = _facts(file)
+    keep = read_masks([mask], size[None], 1, "")[0] if mask else None
     with open_image(file) as image:
         if image.format == "JPEG":
             image.draft("RGB", (SIDE, SIDE))
         try:
             if image.mode in DEEP_MODES:
                 grey = Image.fromarray((np.asarray(image).astype(np.int32) // 257).astype(np.uint8))
-                return _shrunk(grey, mask, facts)
-            return _shrunk(image.convert("RGBA"), mask, facts)
+                return _shrunk(grey, keep, facts)
+            return _shrunk(image.convert("RGBA"), keep, facts)
         except Exception as error:  # a decoder met with a broken file raises whatever it likes
             raise InputError(f"{file}: broken or truncated ({error}); render or download it again") from None
 
 
-def _shrunk(image: Image.Image, mask: Mask | None, facts: dict[str, Any]) -> Picture:
+def _shrunk(image: Image.Image, keep: np.ndarray | None, facts: dict[str, Any]) -> Picture:
     rgba = np.asarray(image.convert("RGBA"))
     alpha = rgba[..., 3]
     partial = rgba[(alpha > 0) & (alpha < 255)]
     partial = partial[:: max(1, len(partial) // _PARTIAL)]
     factor = max(1, round(max(image.size) / SIDE))
     small = image.reduce(factor) if factor > 1 else image
-    keep = _read_mask(mask, small.size) if mask else None
-    return Picture(np.asarray(small.convert("RGBA")), _sharpness(rgba), partial, keep=keep, **facts)
+    return Picture(
+        np.asarray(small.convert("RGBA")), _sharpness(rgba), partial, keep=_at_size(keep, small.size), **facts
+    )
 
 
-def _read_mask(mask: Mask, size: tuple[int, int]) -> np.ndarray | None:
-    with open_image(mask.file) as image:
-        value = np.asarray(image if image.mode in ("L", *DEEP_MODES) else image.convert("L"))
-    at = [np.arange(n) * value.shape[axis] // n for axis, n in enumerate(reversed(size))]
-    return (value[at[0]][:, at[1]] > 0) == (mask.keep == "non-zero")
+def _at_size(keep: np.ndarray | None, size: tuple[int, int]) -> np.ndarray | None:
+    """The nearest pixels of a mask (H, W) for an image of (width, height)."""
+    if keep is None:
+        return None
+    y, x = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(reversed(size), keep.shape, strict=True))
+    return keep[y][:, x]
 
 
 def _facts(file: Path) -> dict[str, Any]:

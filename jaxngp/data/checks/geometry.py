@@ -153,7 +153,9 @@ def missed_box(evidence: Evidence) -> Finding | None:
     rays = Rays(poses[:, :, 3], np.einsum("mij,mj->mi", poses[:, :, :3], own))  # type: ignore[arg-type]
     t_near, t_far = box_interval(rays)
     misses = np.asarray(t_far <= t_near).reshape(len(views), -1)
-    shows = np.array([_at(evidence.pictures[view].rgba[..., 3], share) > 0 for view in views])
+    pictures = [evidence.pictures[view] for view in views]
+    shows = np.array([_at(p.rgba[..., 3], share) > 0 for p in pictures])
+    shows &= np.array([np.ones(len(share), bool) if p.keep is None else _at(p.keep, share) for p in pictures])
     weights = shows * np.asarray(evidence.cameras.size)[views].prod(axis=1, keepdims=True).astype(float)
     missing = float(np.sum(misses * weights) / max(weights.sum(), 1.0))
     if missing < (0.01 if evidence.has_alpha else 0.5):

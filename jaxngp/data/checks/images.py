@@ -17,7 +17,7 @@ from jaxngp.data.checks.agreement import Agreement, camera_rays
 from jaxngp.data.checks.evidence import Evidence, Picture
 from jaxngp.data.checks.features import blurred
 from jaxngp.data.checks.finding import Finding
-from jaxngp.data.photos import DEEP_MODES, open_image
+from jaxngp.data.depths import read_depth
 
 # Alpha and pixel formats.
 
@@ -316,14 +316,10 @@ def _times(factor: float) -> str:
 
 
 def _stored_depth(depth: DepthMap) -> np.ndarray | None:
-    """The values (H, W) of a depth map as they are stored; None for a kind that is not known here."""
+    """The values (H, W) of a depth map as it stores them; None where it cannot be read."""
     try:
-        if depth.file.suffix.lower() == ".npy":
-            stored = np.squeeze(np.load(depth.file, mmap_mode="r", allow_pickle=False))
-            return stored if stored.ndim == 2 else None
-        with open_image(depth.file) as image:
-            return np.asarray(image) if image.mode in (*DEEP_MODES, "L") else None
-    except (InputError, OSError, ValueError):  # its reader says what is wrong
+        return read_depth(depth.file)
+    except InputError:  # as whoever reads all of them says
         return None
 
 
