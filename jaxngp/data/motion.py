@@ -41,7 +41,7 @@ LENS_KEYS = {"OPENCV": ("k1", "k2", "p1", "p2"), "OPENCV_FISHEYE": ("k1", "k2", 
 
 Matching = Literal["auto", "exhaustive", "sequential"]
 
-EXHAUSTIVE_UP_TO = 200  # images; their 19,900 pairs take some ten minutes on a few cores
+EXHAUSTIVE_UP_TO = 200  # images; their 19,900 pairs take some 20 minutes on two cores
 NEIGHBOURS = 10  # images before and after, that a sequence matches each image with
 ANCHORS = 40  # images of a sequence that are all matched with each other, so that it may come back to a place
 
@@ -329,6 +329,8 @@ def _map(work: Path, images: Path, names: Sequence[str], camera_model: str, seed
 
     Raises InputError where no two images have enough in common.
     """
+    for left in work.glob("mapping-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="mapping-", dir=work) as folder:
         num_parts = _run(
             work,
