@@ -302,12 +302,13 @@ def _mirrors() -> Iterator[Reading]:
             f"negate the {names[axis]} coordinate of each position",
             _moved(np.diag(signs)),
         )
-    for signs, what in (((-1, 1, 1), "left and right"), ((1, -1, 1), "above and below"), ((1, 1, -1), "near and far")):
+    sides = (((-1, 1, 1), "left and right"), ((1, -1, 1), "above and below"), ((1, 1, -1), "near and far"))
+    for mirror, what in sides:
         yield Reading(
             "mirrored",
             f"the images, or an axis of the world, are mirrored: {what} of the cameras are exchanged",
             "flip the images back, or remove the factor -1 of one axis from the conversion of the poses",
-            _turned(np.diag(np.array(signs, float))),
+            _turned(np.diag(np.array(mirror, float))),
         )
     yield Reading(
         "mirrored",
@@ -386,7 +387,7 @@ def _lens_slots(evidence: Evidence) -> Iterator[Reading]:
             "lens_slots",
             f"the coefficients of the lens are in the wrong places: {what}",
             "compare k1, k2, k3, p1, p2 with the calibration, and correct the json",
-            lambda cameras, source=source: cameras.replace(  # type: ignore[misc, attr-defined]
+            lambda cameras, source=source: cameras.replace(  # type: ignore[misc]
                 lens=cameras.lens.replace(coefficients=np.asarray(cameras.lens.coefficients)[:, source])
             ),
         )

@@ -24,7 +24,7 @@ MAX_VIEWS = 60  # images that are looked at, of the training views
 MAX_OTHERS = 12  # and of the others
 SIDE = 400  # px, of the longer side of a reduced image, roughly
 _PARTIAL = 2000  # pixels of partial alpha that are kept of an image
-_LUMA = np.float32([0.299, 0.587, 0.114]) / 255
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32) / 255
 _EXPOSURE_TIME, _APERTURE, _ISO, _EXIF_IFD = 0x829A, 0x829D, 0x8827, 0x8769
 
 
@@ -121,7 +121,10 @@ def of_splits(training: Split, evaluation: Split | None) -> Evidence:
     cameras = jax.tree.map(lambda *arrays: np.concatenate(arrays), *(images.cameras for images in parts))
     sources = [_sources(split) for split in splits]
     whole = all(source is not None for source in sources)
-    files, depths, poses = ([x for source in sources if source for x in source[i]] for i in range(3))
+    known = [source for source in sources if source is not None]
+    files = [file for source in known for file in source[0]]
+    depths = [depth for source in known for depth in source[1]]
+    poses = [pose for source in known for pose in source[2]]
     where = [(images, view) for images in parts for view in range(len(images.offset))]
     points = None if training.capture is None else training.capture.points
 

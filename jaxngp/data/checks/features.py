@@ -50,7 +50,7 @@ def find_features(grey: np.ndarray, visible: np.ndarray | None = None) -> Featur
     chosen = np.lexsort((-strength[rows, columns], rank))[:NUM_CORNERS]
     rows, columns = rows[chosen], columns[chosen]
     place = np.stack([columns, rows], axis=1) + _peak_offset(strength, rows, columns)
-    descriptor = _describe(blurred(grey, 2.5), *(blurred(g, 1.0) for g in (gx, gy)), place)
+    descriptor = _describe(blurred(grey, 2.5), blurred(gx, 1.0), blurred(gy, 1.0), place)
     return Features((place + 0.5).astype(np.float32), descriptor)
 
 
@@ -122,9 +122,12 @@ _ACROSS, _DOWN = (a.ravel() for a in np.meshgrid(_REACH, _REACH))
 _BINS = np.stack([f(np.arange(_DIRECTIONS) * (2 * np.pi / _DIRECTIONS)) for f in (np.cos, np.sin)]).astype(np.float32)
 
 
+_MIDDLES = np.array([-6, -2, 2, 6], np.float32)  # px, of the cells of a histogram, along each axis
+
+
 def _cells() -> np.ndarray:
     """(16, 64) f32: by how much each place counts for each of 4 x 4 cells, which overlap."""
-    near = np.maximum(1 - np.abs(_REACH - np.float32([-6, -2, 2, 6])[:, None]) / 5, 0)
+    near = np.maximum(1 - np.abs(_REACH - _MIDDLES[:, None]) / 5, 0)
     return np.einsum("ay,bx->abyx", near, near).reshape(16, -1).astype(np.float32)
 
 

@@ -107,18 +107,54 @@ def _digits(values: np.ndarray) -> int:
 # The box.
 
 
+UNSEEN = 0.02  # of the pixels, at most, that look at the innermost cube
+
+
 def unseen_box(evidence: Evidence) -> Finding | None:
     """An innermost cube of the box that hardly any camera sees."""
-    seen = seen_cells(evidence)
-    if seen.max(initial=1.0) >= 0.1:
+    inner = 0.5**evidence.placement.num_cascades
+    share = _looking_at(evidence, 0.5 - inner, 0.5 + inner)
+    if share is None or share > UNSEEN:
         return None
-    share = float(np.mean(seen > 0))
     return Finding(
         "unseen_box",
-        f"hardly any camera sees the box that the scene is to lie in ({evidence.placement.reason}): {share:.0%} of it "
-        f"is in the image of any, and no part in more than {seen.max():.0%} of the images",
-        "move it with --aabb, or remove box, aabb, scale or offset from the source; or the poses are wrong",
+        f"hardly any camera sees the box that the scene is to lie in ({evidence.placement.reason}): {share:.1%} of "
+        "the pixels look at " + ("it" if evidence.placement.num_cascades == 1 else "the innermost of its cubes"),
+        "move it with --aabb, or remove aabb, scale or offset from the source; or the poses are wrong",
     )
+
+
+def missed_box(evidence: Evidence) -> Finding | None:
+    """Pixels that show something, but whose ray misses the box."""
+    share = _looking_at(evidence, 0.0, 1.0)
+    if share is None or 1 - share < (0.01 if evidence.has_alpha else 0.5):
+        return None
+    what = "of the pixels that are not transparent" if evidence.has_alpha else "of the pixels"
+    return Finding(
+        "missed_box",
+        f"{1 - share:.0%} {what} lie on rays that miss the scene's box, and nothing can be learned there",
+        "raise scene.box_side, or move scene.box_centre, by --override, in the units of the poses",
+    )
+
+
+def _looking_at(evidence: Evidence, low: float, high: float) -> float | None:
+    """The share of the pixels that show something and take part whose rays meet a cube; None without such pixels."""
+    views = [view for view in evidence.training.tolist() if view in evidence.pictures]
+    if not views:
+        return None
+    at = (np.arange(_PIXELS) + 0.5) / _PIXELS
+    share = np.stack(np.meshgrid(at, at), axis=-1).reshape(-1, 2)
+    rows = np.repeat(views, len(share))
+    own = view_directions(evidence.cameras, rows, np.tile(share, (len(views), 1)))
+    poses = np.asarray(evidence.cameras.c2w, np.float64)[rows]
+    rays = Rays(poses[:, :, 3], np.einsum("mij,mj->mi", poses[:, :, :3], own))
+    t_near, t_far = box_interval(rays, low, high)
+    meets = np.asarray(t_far > t_near).reshape(len(views), -1)
+    pictures = [evidence.pictures[view] for view in views]
+    shows = np.array([_at(p.rgba[..., 3], share) > 0 for p in pictures])
+    shows &= np.array([np.ones(len(share), bool) if p.keep is None else _at(p.keep, share) for p in pictures])
+    weights = shows * np.asarray(evidence.cameras.size)[views].prod(axis=1, keepdims=True).astype(float)
+    return float(np.sum(meets * weights) / weights.sum()) if weights.any() else None
 
 
 def seen_cells(evidence: Evidence) -> np.ndarray:
@@ -138,34 +174,6 @@ def seen_cells(evidence: Evidence) -> np.ndarray:
 @jax.jit
 def _project(cameras: Cameras, position: jax.Array) -> tuple[jax.Array, jax.Array]:
     return project(cameras, position)
-
-
-def missed_box(evidence: Evidence) -> Finding | None:
-    """Pixels that show something, but whose ray misses the box."""
-    views = [view for view in evidence.training.tolist() if view in evidence.pictures]
-    if not views:
-        return None
-    at = (np.arange(_PIXELS) + 0.5) / _PIXELS
-    share = np.stack(np.meshgrid(at, at), axis=-1).reshape(-1, 2)
-    rows = np.repeat(views, len(share))
-    own = view_directions(evidence.cameras, rows, np.tile(share, (len(views), 1)))
-    poses = np.asarray(evidence.cameras.c2w, np.float64)[rows]
-    rays = Rays(poses[:, :, 3], np.einsum("mij,mj->mi", poses[:, :, :3], own))  # type: ignore[arg-type]
-    t_near, t_far = box_interval(rays)
-    misses = np.asarray(t_far <= t_near).reshape(len(views), -1)
-    pictures = [evidence.pictures[view] for view in views]
-    shows = np.array([_at(p.rgba[..., 3], share) > 0 for p in pictures])
-    shows &= np.array([np.ones(len(share), bool) if p.keep is None else _at(p.keep, share) for p in pictures])
-    weights = shows * np.asarray(evidence.cameras.size)[views].prod(axis=1, keepdims=True).astype(float)
-    missing = float(np.sum(misses * weights) / max(weights.sum(), 1.0))
-    if missing < (0.01 if evidence.has_alpha else 0.5):
-        return None
-    what = "of the pixels that are not transparent" if evidence.has_alpha else "of the pixels"
-    return Finding(
-        "missed_box",
-        f"{missing:.0%} {what} lie on rays that miss the scene's box, and nothing can be learned there",
-        "raise scene.box_side, or move scene.box_centre, by --override, in the units of the poses",
-    )
 
 
 def _at(image: np.ndarray, share: np.ndarray) -> np.ndarray:

@@ -87,7 +87,7 @@ def linear(evidence: Evidence) -> Finding | None:
     )
 
 
-DARK = 0.2  # of white; half of what a photograph in sRGB shows is brighter than that
+DARK = 0.25  # of white; half of what a photograph in sRGB shows is brighter than that
 
 
 def _median_grey(pictures: Sequence[Picture]) -> float:
@@ -226,42 +226,40 @@ def exposure(evidence: Evidence, agreement: Agreement | None) -> Finding | None:
 # Masks and depths.
 
 CENTRE_MASKED = 0.8  # of the views
-SCENE_MASKED = 0.6  # of the matches that fit
+SCENE_MASKED = 0.1  # of the matches that fit
+STILL = 0.5  # of the share that fits elsewhere; what moves fits hardly ever
 
 
 def inverted_masks(evidence: Evidence, agreement: Agreement | None) -> Finding | None:
     """Masks that leave out what the cameras look at, and with it most of what agrees in several pictures."""
-    masked = [v for v, picture in sorted(evidence.pictures.items()) if picture.keep is not None]
-    if agreement is None or len(masked) < 4:
+    masks = {v: keep for v, picture in sorted(evidence.pictures.items()) if (keep := picture.keep) is not None}
+    if agreement is None or len(masks) < 4:
         return None
     meeting, matches = agreement.better_meeting, agreement.matches
     kept = np.ones(matches.views.shape, bool)
-    for view in masked:
-        keep = evidence.pictures[view].keep
+    for view, keep in masks.items():
         mine = matches.views == view
         x, y = matches.pixels[mine].T
-        assert keep is not None
         kept[mine] = keep[np.minimum(y, keep.shape[0] - 1), np.minimum(x, keep.shape[1] - 1)]
-    outside = ~kept.all(axis=0)
-    if outside.sum() < 100 or meeting.fits.sum() < 100:
+    outside, inside = ~kept[0] & ~kept[1], kept[0] & kept[1]
+    if (outside & meeting.fits).sum() < 100:
         return None
     scene = float(np.mean(outside[meeting.fits]))
     # What moves is masked rightly, though it is in the middle: it fits less than the rest does.
-    rates = float(meeting.fits[outside].mean()), float(meeting.fits[~outside].mean()) if (~outside).any() else 0.0
-    out = [view for view in masked if not _keeps_centre(evidence.pictures[view].keep)]
-    if len(out) < CENTRE_MASKED * len(masked) or scene < SCENE_MASKED or rates[0] < 0.7 * rates[1]:
+    rates = float(meeting.fits[outside].mean()), float(meeting.fits[inside].mean()) if inside.any() else 0.0
+    out = [keep for keep in masks.values() if not _keeps_centre(keep)]
+    if len(out) < CENTRE_MASKED * len(masks) or scene < SCENE_MASKED or rates[0] < STILL * rates[1]:
         return None
-    share = np.mean([np.mean(evidence.pictures[view].keep) for view in masked])
+    share = np.mean([keep.mean() for keep in masks.values()])
     return Finding(
         "inverted_mask",
-        f"the masks seem to be inverted: they leave out the middle of {len(out)} of {len(masked)} images, and "
-        f"{scene:.0%} of what agrees between pictures; {share:.0%} of the pixels are left",
+        f"the masks seem to be inverted: they leave out the middle of {len(out)} of {len(masks)} images, and "
+        f"{scene:.0%} of what agrees between pictures and so does not move; {share:.0%} of the pixels are left",
         "invert them: black is left out by mask_path of nerfstudio, and kept in dynamic_mask_*.png of instant-ngp",
     )
 
 
-def _keeps_centre(keep: np.ndarray | None) -> bool:
-    assert keep is not None
+def _keeps_centre(keep: np.ndarray) -> bool:
     height, width = keep.shape
     middle = keep[round(0.4 * height) : round(0.6 * height) + 1, round(0.4 * width) : round(0.6 * width) + 1]
     return bool(middle.mean() > 0.5)
