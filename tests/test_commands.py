@@ -234,7 +234,7 @@ def test_help_names_every_flag_and_its_default(command: str, capsys: pytest.Capt
     run(command, "--help")
     text = capsys.readouterr().out
     assert f"python -m jaxngp.{command}" in text
-    assert "--workdir" in text
+    assert ("--scene" if command == "inspect" else "--out" if command == "capture" else "--workdir") in text
     assert "(default: " in text
 
 

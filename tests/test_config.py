@@ -481,7 +481,7 @@ def test_the_kinds_of_sampler_are_told_apart() -> None:
 
 
 def test_a_part_of_a_config_has_json_of_its_own() -> None:
-    assert from_json(to_json(SCENES["lego"]), SceneConfig) == SceneConfig(name="lego")
+    assert from_json(to_json(SCENES["lego"]), SceneConfig) == SceneConfig(name="lego", box_side=3.0)
 
 
 def test_scenes_by_name_and_by_path() -> None:
