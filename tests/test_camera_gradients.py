@@ -64,6 +64,7 @@ def bent(model: Model | None, cameras: Cameras) -> Lens | None:
     return in_doubles(make_lens(model, given, **shape)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_gradient_in_cameras_is_the_difference(name: str) -> None:
     with jax.enable_x64(True):

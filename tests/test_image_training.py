@@ -132,6 +132,7 @@ def test_an_image_is_learned(trained: Trained) -> None:
         assert -10 * np.log10(np.mean((other - truth) ** 2)) < 20
 
 
+@pytest.mark.slow
 @needs_float16
 def test_bfloat16_learns_as_well(trained: Trained) -> None:
     """Within a decibel: 8 bits of a colour are a little more than what is kept of a feature."""

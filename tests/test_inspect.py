@@ -277,6 +277,7 @@ def test_nothing_is_said_of_good_masks_and_depths(tmp_path: Path) -> None:
     assert codes(SceneConfig(name=str(save(tmp_path, scene, frames=keys)))) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_the_built_in_scene() -> None:
     assert codes(scene_config("bricks")) == []
 

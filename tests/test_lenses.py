@@ -178,6 +178,7 @@ def test_a_lens_that_folds_over_is_reported(model: Any, coefficients: dict[str, 
     assert np.isfinite([lens.reach, lens.stretch]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["phone", "rational", "action camera", "field of view", "enhanced unified"])
 def test_derivatives_are_those_of_finite_differences(name: str) -> None:
     """Of directions in coefficients and places, in float64, in the middle and off it."""

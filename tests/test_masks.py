@@ -164,6 +164,7 @@ def members(pixels: visual_hull.PixelSet, count: int) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", ["equal", "several"])
 @settings(max_examples=5)
 @given(st.integers(0, 2**32 - 1))

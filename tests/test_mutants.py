@@ -82,6 +82,7 @@ def test_every_fault_fits_the_package() -> None:
     assert max(Counter(fault.name for fault in FAULTS).values()) == 1
 
 
+@pytest.mark.slow
 def test_faults_are_noticed_only_by_tests_of_them() -> None:
     noticed, survivor = mutants.check(
         [

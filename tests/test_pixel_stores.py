@@ -64,6 +64,7 @@ def assert_equal_bits(a: TrainState, b: TrainState) -> None:
 # On the device or on the host.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [MARCH, BINS], ids=["march", "bins"])
 def test_pixels_on_the_host_train_the_same(config: NerfConfig) -> None:
     """Two whole calls and a shorter one, bit for bit; and all is compiled once, before the first."""
@@ -79,6 +80,7 @@ def test_pixels_on_the_host_train_the_same(config: NerfConfig) -> None:
     assert jax.tree.leaves(host[-1].metrics) == jax.tree.leaves(device.metrics)
 
 
+@pytest.mark.slow
 def test_views_of_several_sizes_may_be_on_the_host() -> None:
     images = replace(views("several"), keep=None, depth=None)
     *_, device = learn(on("device"), images)
@@ -156,6 +158,7 @@ def gradient_and_loss(images: PosedImages, weight: float = 0.5) -> tuple[Any, ja
     return jax.value_and_grad(loss)(state.params)[::-1]
 
 
+@pytest.mark.slow
 def test_unknown_depths_change_no_loss_and_no_gradient() -> None:
     images = replace(views(), keep=None)
     gradient, loss = gradient_and_loss(replace(images, depth=None))

@@ -281,6 +281,7 @@ def stacked(*trees: Any) -> Any:
     return jax.tree.map(lambda *a: jnp.stack(a), *trees)
 
 
+@pytest.mark.slow
 def test_stacked_fields_render_as_each_alone() -> None:
     """Two scenes in one program, as batches of training and as views, which end their rays early."""
     fields, grids = [tiny_field(0), tiny_field(1)], [patchy_grid(0), patchy_grid(1)]

@@ -308,6 +308,7 @@ def test_a_tilde_in_workdir_is_the_home_folder(
 # Few views.
 
 
+@pytest.mark.slow
 def test_one_view_is_trained_evaluated_and_rendered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scene, workdir = write_scene(tmp_path / "scene", splits=("train",), num_views=1), tmp_path / "run"
     run("train", f"--scene={scene}", f"--workdir={workdir}", *TINY)

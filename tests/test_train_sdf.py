@@ -105,6 +105,7 @@ def test_the_workdir_of_another_command_is_refused(tmp_path: Path, capsys: pytes
     assert "holds a run of python -m jaxngp.train_image; give another --workdir" in said
 
 
+@pytest.mark.slow
 def test_each_program_is_compiled_once(tmp_path: Path) -> None:
     jax.clear_caches()
     fresh = "--override=train.num_points=1032"  # of a shape that no other test has, since programs are kept

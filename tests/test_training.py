@@ -388,7 +388,8 @@ def test_a_refresh_uses_the_weights_not_their_average() -> None:
 # What a GPU runs: other formulas of the same, which a CPU can compute too.
 
 
-@pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_steps_as_a_gpu_runs_them_are_the_steps(precision: str) -> None:
     """All of a step in its other formulation, and the rounds beyond the last step that only a GPU runs."""
     config = replace(SHORT, field=replace(SHORT.field, precision=precision))

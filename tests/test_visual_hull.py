@@ -252,6 +252,7 @@ def test_the_size_of_a_chunk_does_not_matter(monkeypatch: pytest.MonkeyPatch) ->
 # Views of different sizes.
 
 
+@pytest.mark.slow
 def test_views_of_different_sizes_count_as_each_alone() -> None:
     """What a view sees, excludes and draws is the same beside larger views and by itself."""
     cameras = views_of_sizes([48, 20, 33, 24], [40, 36, 12, 40])
@@ -392,6 +393,7 @@ def scenes(draw: st.DrawFn) -> tuple[PosedImages, np.ndarray]:
     return blank_views(draw(any_cameras(np.stack(c2w)))), flags
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(scenes())
 def test_every_pixel_that_meets_a_candidate_is_drawn(scene: tuple[PosedImages, np.ndarray]) -> None:
