@@ -20,6 +20,7 @@ GREY: Colour = (150, 156, 166)
 FAINT: Colour = (222, 226, 232)
 PAPER: Colour = (252, 252, 250)
 BOX: Colour = (70, 130, 90)
+RED: Colour = (205, 40, 40)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,7 @@ class Drawing:
     num_cascades: int
     side: float  # world units of a scene unit
     title: str
+    alarm: str  # behind the title, in red
     labels: Mapping[str, np.ndarray]  # names of cameras, and where they are
 
 
@@ -52,6 +54,8 @@ def draw(drawing: Drawing) -> Image8:
     sheet = Image.new("RGB", (FINER * width, FINER * height), PAPER)
     pen = _Pen(ImageDraw.Draw(sheet))
     pen.text((MARGIN, 16), drawing.title, INK, 18)
+    end = MARGIN + ImageFont.load_default(18).getlength(drawing.title)
+    pen.text((end + 16, 16), drawing.alarm, RED, 18)
     middle, half = _extent(drawing)
     across = _horizontal(drawing)
     upright = np.array([0.0, 0.0, 1.0])
@@ -141,11 +145,11 @@ def _panel(pen: _Pen, drawing: Drawing, view: _View, name: str) -> None:
     focus = view(drawing.focus)
     if _within(view, focus, 8):
         for offset in ((7, 7), (7, -7)):
-            pen.line(np.stack([focus - offset, focus + offset]), (200, 40, 40), 2.0)
+            pen.line(np.stack([focus - offset, focus + offset]), RED, 2.0)
     for label, position in drawing.labels.items():
         place = view(position)
         if _within(view, place, 10):
-            pen.text((place[0] + 6, place[1] - 16), label, (200, 40, 40), 12)
+            pen.text((place[0] + 6, place[1] - 16), label, RED, 12)
     frame = np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]) * PANEL + view.corner
     pen.line(frame, FAINT, 1.0)
     axes = [_axis_name(axis) for axis in view.axes]
@@ -204,7 +208,7 @@ def _legend(pen: _Pen, drawing: Drawing, width: int) -> None:
     entries.append((BOX, "box" if drawing.num_cascades == 1 else "innermost cube of the box"))
     if drawing.num_cascades > 1:
         entries.append((GREY, f"the cubes around it, up to {2 ** (drawing.num_cascades - 1)} times as wide"))
-    entries.append(((200, 40, 40), "what the cameras look at"))
+    entries.append((RED, "what the cameras look at"))
     for colour, label in entries:
         pen.area((x, y), (x + 14, y + 14), colour)
         pen.text((x + 20, y), label, INK, 13)

@@ -19,9 +19,10 @@ from jaxngp.cameras import Cameras, focus, surrounded
 from jaxngp.config import SceneConfig
 from jaxngp.data import Capture, Placement, read_views
 from jaxngp.data.checks import Agreement, Evidence, Finding, check, examine, exposure_gains, of_capture
+from jaxngp.data.checks.agreement import FINE, GOOD
 from jaxngp.data.checks.evidence import view_directions
 from jaxngp.data.checks.geometry import seen_cells
-from jaxngp.diagram import Colour, Drawing, Group, draw
+from jaxngp.diagram import RED, Colour, Drawing, Group, draw
 from jaxngp.lenses import COEFFICIENTS
 from jaxngp.pictures import write_png
 from jaxngp.presets import SCENES
@@ -33,8 +34,9 @@ _SPLITS: dict[str, tuple[str, Colour]] = {
     "val": ("val views", (226, 140, 40)),
     "test": ("test views", (150, 80, 170)),
 }
-_SUSPECT: tuple[str, Colour] = ("named below", (210, 40, 40))
+_SUSPECT: tuple[str, Colour] = ("suspicious", RED)
 MAX_POINTS = 4000
+MAX_LABELS = 12
 
 
 def define_flags(values: flags.Flags) -> None:
@@ -61,7 +63,7 @@ def main(values: flags.Flags) -> None:
     _write_findings(found)
     out = Path(values.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_png(out, draw(_drawing(evidence, agreement, capture)))
+    write_png(out, draw(_drawing(evidence, agreement, capture, found)))
     print(f"\ndrawing: {out}   ({time.perf_counter() - began:.1f} s)")
 
 
@@ -221,7 +223,10 @@ def _agreement(evidence: Evidence, agreement: Agreement | None) -> str:
     if not meeting.fits.any():
         return text
     pixels = np.median(meeting.miss[meeting.fits]) * np.asarray(evidence.cameras.size).max()
-    return f"{text}, within {pixels:.1f} pixels typically ({'good' if agreement.fitting > 0.4 else 'few'})"
+    if agreement.better is not None:
+        return f"{text}; see below"
+    fine = np.median(meeting.miss[meeting.fits]) < FINE and agreement.fitting > GOOD
+    return f"{text}, typically within {pixels:.1f} pixels: {'good' if fine else 'coarse' if agreement.fitting > GOOD else 'few'}"
 
 
 def _overlap(evidence: Evidence, agreement: Agreement) -> str:
@@ -277,18 +282,20 @@ def _training(evidence: Evidence, scene: SceneConfig) -> str:
 # The drawing.
 
 
-def _drawing(evidence: Evidence, agreement: Agreement | None, capture: Capture) -> Drawing:
+def _drawing(evidence: Evidence, agreement: Agreement | None, capture: Capture, found: Sequence[Finding]) -> Drawing:
     c2w = np.asarray(evidence.cameras.c2w, np.float64)
     corners = _frusta(evidence.cameras)
-    groups = [
-        Group(label, colour, corners[rows], c2w[rows, :, 1])
-        for split, (label, colour) in _SPLITS.items()
-        if (rows := [view for view, own in enumerate(evidence.splits) if own == split])
-    ]
+    suspect = sorted({view for finding in found for view in finding.views})
+    groups = []
+    for split, (label, colour) in {**_SPLITS, "": _SUSPECT}.items():
+        rows = [view for view, own in enumerate(evidence.splits) if own == split and view not in suspect]
+        rows = rows if split else suspect
+        groups += [Group(label, colour, corners[rows], c2w[rows, :, 1])] if rows else []
     points, colours = _points(evidence, agreement)
     return Drawing(
         groups, points, colours, focus(c2w), evidence.placement.num_cascades, evidence.placement.transform.side,
-        f"{Path(capture.path).name}: {len(c2w)} views, {capture.format}", {},
+        f"{Path(capture.path).name}: {len(c2w)} views, {capture.format}", ", ".join(finding.code for finding in found),
+        {evidence.names[view]: corners[view, 0] for view in suspect[:MAX_LABELS]},
     )  # fmt: skip
 
 

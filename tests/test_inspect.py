@@ -22,7 +22,7 @@ from PIL import Image, ImageFilter
 from jaxngp.config import SceneConfig
 from jaxngp.data import load_evaluation, load_training, read_views
 from jaxngp.data.checks import check, dataset_warnings, examine, of_capture
-from jaxngp.data.checks.agreement import from_quaternion, to_quaternion
+from jaxngp.data.checks.readings import from_quaternion, to_quaternion
 from jaxngp.presets import scene_config
 
 DATA = Path(os.environ.get("JAXNGP_DATA", "nowhere"))

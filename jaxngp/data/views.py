@@ -243,4 +243,6 @@ def _lens(
         if (make_lens(model, coefficients, **intrinsics | part)[1] <= MAX_FOLD).all():
             more = f", and those of {len(folded) - 1} more views do" if len(folded) > 1 else ""
             return lens, [f"{whole} ends before the corners of the image{more}: mask them, as rays there mean nothing"]
-    raise InputError(f"{whole} folds over inside the image: correct its values, or undistort the images")
+    raise InputError(
+        f"{whole} folds over inside the image: correct its values, or the focal length if it is that of another image size, or undistort the images"
+    )

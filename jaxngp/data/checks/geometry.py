@@ -13,7 +13,7 @@ import numpy as np
 from jaxngp.cameras import Cameras, Rays, focus, project
 from jaxngp.data.checks.agreement import Agreement
 from jaxngp.data.checks.evidence import Evidence, view_directions
-from jaxngp.data.checks.finding import Finding
+from jaxngp.data.checks.finding import Finding, counted
 from jaxngp.marching import box_interval
 
 FAR = 10.0  # box sides; the cameras of NeRF-synthetic stand 1.3 away
@@ -53,9 +53,10 @@ def pose_outliers(evidence: Evidence, agreement: Agreement | None) -> Finding | 
         return None
     return Finding(
         "pose_outlier",
-        f"{len(wrong)} {'view does' if len(wrong) == 1 else 'views do'} not fit the others: {evidence.named(wrong)}; "
-        "what they show has many matches elsewhere, but not where their poses put it",
-        "leave them out, or find their poses anew",
+        f"{counted(len(wrong), 'view')} {'do' if len(wrong) > 1 else 'does'} not fit the others: "
+        f"{evidence.named(wrong)}; other pictures show the same things, but not where these poses put them",
+        "find the poses anew, or leave these views out",
+        tuple(wrong),
     )
 
 
@@ -88,14 +89,14 @@ def rounded_poses(evidence: Evidence, agreement: Agreement | None) -> Finding | 
     if lost < MIN_BLUR:
         return None
     what = (
-        f"rotations have {digits_axes} decimals"
+        f"rotations have {counted(digits_axes, 'decimal')}"
         if lost_axes >= lost_position
-        else f"positions have {digits_position} decimals"
+        else f"positions have {counted(digits_position, 'decimal')}"
     )
     return Finding(
         "rounded_poses",
-        f"the poses are rounded: their {what}, by which pixels miss by {lost:.1f} of their width",
-        "export them again with all digits, at least 7",
+        f"the poses are rounded: their {what}, by which rays are off by {lost:.1f} pixels",
+        "export them again with at least 7 digits",
     )
 
 

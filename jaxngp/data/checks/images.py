@@ -16,7 +16,7 @@ from jaxngp.data.capture import DepthMap
 from jaxngp.data.checks.agreement import Agreement, camera_rays
 from jaxngp.data.checks.evidence import Evidence, Picture
 from jaxngp.data.checks.features import blurred
-from jaxngp.data.checks.finding import Finding
+from jaxngp.data.checks.finding import Finding, counted
 from jaxngp.data.depths import read_depth
 
 # Alpha and pixel formats.
@@ -54,6 +54,7 @@ def transparent(evidence: Evidence) -> Finding | None:
         f"transparent: {evidence.named(empty)}",
         "render them again with an alpha channel that is 1 where the scene is, save them without alpha, or leave "
         "them out",
+        tuple(empty),
     )
 
 
@@ -64,7 +65,7 @@ def sixteen_bits(evidence: Evidence) -> Finding | None:
         return None
     return Finding(
         "sixteen_bits",
-        f"{len(deep)} images have 16 bits per channel, such as {evidence.named(deep, 1)}; 8 of them are used, as sRGB",
+        f"{counted(len(deep), 'image')} of 16 bits per channel, such as {evidence.names[deep[0]]}; 8 of them are used, as sRGB",
         "nothing, if they are encoded as sRGB; linear or logarithmic ones have to be developed to 8-bit sRGB first",
     )
 
@@ -112,9 +113,10 @@ def duplicates(evidence: Evidence) -> Finding | None:
     moved = any(np.abs(poses[group] - poses[group[0]]).max() > 1e-4 for group in groups)
     return Finding(
         "duplicates",
-        f"{sum(map(len, groups)) - len(groups)} training images are copies of others, such as "
-        f"{' = '.join(evidence.names[view] for view in groups[0][:3])}" + (", and have other poses" if moved else ""),
-        "leave the copies out" + (", of which all but one must have a wrong pose" if moved else ""),
+        f"{counted(sum(map(len, groups)) - len(groups), 'training image')} like another, such as "
+        f"{' = '.join(evidence.names[view] for view in groups[0][:3])}" + (", with other poses" if moved else ""),
+        "leave the copies out" + (": at most one of their poses can be right" if moved else ""),
+        tuple(view for group in groups for view in group),
     )
 
 
@@ -135,8 +137,9 @@ def shared_views(evidence: Evidence) -> Finding | None:
     what = "have the pose of a training view" if by_pose == len(same) else "show the image of a training view"
     return Finding(
         "shared_views",
-        f"{len(same)} of the {len(others)} {split} views {what}, such as {evidence.named(sorted(same), 1)}",
+        f"{len(same)} of the {len(others)} {split} views {what}, such as {evidence.names[min(same)]}",
         "their PSNR measures memorisation, not generalisation; take them out of one of the splits",
+        tuple(sorted(same)),
     )
 
 
@@ -177,6 +180,7 @@ def blurred_views(evidence: Evidence) -> Finding | None:
         f"{len(soft)} of {len(views)} images are far less sharp than the others: {evidence.named(soft)} "
         f"({least:.0%} of the usual fine detail)",
         "leave them out, or they blur the scene where they look",
+        tuple(soft),
     )
 
 
@@ -220,6 +224,7 @@ def exposure(evidence: Evidence, agreement: Agreement | None) -> Finding | None:
         f"{evidence.named(views[:1])}",
         "develop the photographs with one exposure and white balance, or leave out those that differ; otherwise the "
         "difference is learned as fog and as a colour that changes with the view",
+        (views[0], views[-1]),
     )
 
 
