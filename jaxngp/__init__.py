@@ -21,11 +21,11 @@ modules above it:
     losses, metrics                       per element; PSNR and SSIM
     data                                  files -> Capture -> views in scene units; images, meshes, shapes
     training                              nerf, image, sdf: one task each; step: shared by all; loop: train()
-    records, pictures, console            what a run writes and shows
+    records, pictures, diagram, console   what a run writes and shows
     checkpoints, evaluation, runs         state on disk; views beside the truth; a run in its workdir
     flags                                 command lines -> config
-    capture, train, evaluate, render,     the commands: python -m jaxngp.train
-    train_image, train_sdf
+    capture, inspect, train, evaluate,    the commands: python -m jaxngp.train
+    render, train_image, train_sdf
 
 Units: scene units, in which the scene's box is the cube [0, 1]^3 and an image the square [0, 1]^2; t is the distance
 along a ray of unit direction; density is per scene unit; rgb is sRGB in [0, 1]. Importing a module touches no device.

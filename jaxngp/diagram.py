@@ -145,11 +145,15 @@ def _panel(pen: _Pen, drawing: Drawing, view: _View, name: str) -> None:
     focus = view(drawing.focus)
     if _within(view, focus, 8):
         for offset in ((7, 7), (7, -7)):
-            pen.line(np.stack([focus - offset, focus + offset]), RED, 2.0)
+            pen.line(np.stack([focus - offset, focus + offset]), INK, 2.5)
+    taken: list[np.ndarray] = []
     for label, position in drawing.labels.items():
-        place = view(position)
+        place = view(position) + (6, -16)
+        while any(abs(place[0] - x) < 50 and abs(place[1] - y) < 13 for x, y in taken):
+            place = place - (0, 13)
         if _within(view, place, 10):
-            pen.text((place[0] + 6, place[1] - 16), label, RED, 12)
+            pen.text((place[0], place[1]), label, RED, 12)
+            taken.append(place)
     frame = np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]]) * PANEL + view.corner
     pen.line(frame, FAINT, 1.0)
     axes = [_axis_name(axis) for axis in view.axes]
@@ -208,7 +212,7 @@ def _legend(pen: _Pen, drawing: Drawing, width: int) -> None:
     entries.append((BOX, "box" if drawing.num_cascades == 1 else "innermost cube of the box"))
     if drawing.num_cascades > 1:
         entries.append((GREY, f"the cubes around it, up to {2 ** (drawing.num_cascades - 1)} times as wide"))
-    entries.append((RED, "what the cameras look at"))
+    entries.append((INK, "what the cameras look at"))
     for colour, label in entries:
         pen.area((x, y), (x + 14, y + 14), colour)
         pen.text((x + 20, y), label, INK, 13)

@@ -226,7 +226,8 @@ def _agreement(evidence: Evidence, agreement: Agreement | None) -> str:
     if agreement.better is not None:
         return f"{text}; see below"
     fine = np.median(meeting.miss[meeting.fits]) < FINE and agreement.fitting > GOOD
-    return f"{text}, typically within {pixels:.1f} pixels: {'good' if fine else 'coarse' if agreement.fitting > GOOD else 'few'}"
+    verdict = "good" if fine else "coarse" if agreement.fitting > GOOD else "few"
+    return f"{text}, typically within {pixels:.1f} pixels: {verdict}"
 
 
 def _overlap(evidence: Evidence, agreement: Agreement) -> str:

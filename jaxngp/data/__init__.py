@@ -7,7 +7,8 @@
 A format is a module with `detect` and `read`, and an entry in `places.FORMATS`: `transforms` (NeRF-synthetic,
 instant-ngp, nerfstudio), `sparse` (COLMAP), `llff`, `phones` (Polycam, Record3D), `rays`. `views` is what they share:
 it finds files and makes the `Capture`; `points` reads point clouds. `bricks` renders the scene that needs no data,
-`download` fetches the one that has a public address. `checks` and `fingerprint` look at what was read.
+`download` fetches the one that has a public address. `checks` says what looks wrong with what was read,
+and `fingerprint` whether it changed.
 
 `motion` finds the cameras of photographs by structure from motion, with `colmap`, and `video` takes them from a video.
 

@@ -244,5 +244,6 @@ def _lens(
             more = f", and those of {len(folded) - 1} more views do" if len(folded) > 1 else ""
             return lens, [f"{whole} ends before the corners of the image{more}: mask them, as rays there mean nothing"]
     raise InputError(
-        f"{whole} folds over inside the image: correct its values, or the focal length if it is that of another image size, or undistort the images"
+        f"{whole} folds over inside the image: correct its values, or the focal length, "
+        "which may be that of another image size; or undistort the images"
     )

@@ -65,7 +65,8 @@ def sixteen_bits(evidence: Evidence) -> Finding | None:
         return None
     return Finding(
         "sixteen_bits",
-        f"{counted(len(deep), 'image')} of 16 bits per channel, such as {evidence.names[deep[0]]}; 8 of them are used, as sRGB",
+        f"{counted(len(deep), 'image')} of 16 bits per channel, such as {evidence.names[deep[0]]}; "
+        "8 of them are used, as sRGB",
         "nothing, if they are encoded as sRGB; linear or logarithmic ones have to be developed to 8-bit sRGB first",
     )
 
