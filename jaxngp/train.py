@@ -16,6 +16,7 @@ from jaxngp.console import warn
 from jaxngp.data import RayTable, Split, load_evaluation, load_training
 from jaxngp.data.checks import dataset_warnings
 from jaxngp.evaluation import evaluate_into, write_summary
+from jaxngp.presets import SCENES
 from jaxngp.training.loop import train
 
 
@@ -26,7 +27,8 @@ def main(values: flags.Flags) -> None:
     # Evaluation views are read in the background, since reading images and compiling keep different cores busy.
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
         reading = reader.submit(evaluation_split, config, values, training)
-        checking = reader.submit(lambda: dataset_warnings(training, reading.result()))
+        known = config.scene.name in SCENES  # whose cameras are right
+        checking = reader.submit(lambda: dataset_warnings(training, reading.result(), cameras=not known))
         if values.restart:
             reading.result()  # only when all input has been read: a typing error must not cost a run
         with runs.training_in(workdir, config, data=training, restart=values.restart, extend=values.extend) as run:

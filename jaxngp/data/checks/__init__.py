@@ -34,12 +34,15 @@ def check(evidence: Evidence, agreement: Agreement | None) -> list[Finding]:
     return [finding for finding in found if finding is not None]
 
 
-def dataset_warnings(training: Split, evaluation: Split | None) -> list[str]:
-    """Warnings about the views to train on, and to evaluate on if there are any, with the notes of their readers."""
+def dataset_warnings(training: Split, evaluation: Split | None, *, cameras: bool = True) -> list[str]:
+    """Warnings about the views to train on, and to evaluate on if there are any, with the notes of their readers.
+
+    cameras: whether to look if the cameras make the images agree, which takes some seconds.
+    """
     notes = [*training.notes, *(evaluation.notes if evaluation is not None else ())]
     if not isinstance(training.images, PosedImages):
         return list(dict.fromkeys(notes))
     posed = evaluation if evaluation is not None and isinstance(evaluation.images, PosedImages) else None
     evidence = of_splits(training, posed)
-    found = [finding.sentence for finding in check(evidence, examine(evidence))]
+    found = [finding.sentence for finding in check(evidence, examine(evidence) if cameras else None)]
     return [*dict.fromkeys(notes), *found]
