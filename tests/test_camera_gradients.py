@@ -27,7 +27,7 @@ MARCH = MarchConfig(num_steps=32, num_samples=2**10, occupancy=OccupancyConfig(r
 GROWING = replace(MARCH, growth=0.1, occupancy=replace(MARCH.occupancy, num_cascades=2))
 SAMPLERS = {"march": MARCH, "bins": StratifiedConfig(num_bins=16, near=1.2, far=2.4), "growing": GROWING}
 BENT: dict[str, Model | None] = {"march": None, "bins": "perspective", "growing": "fisheye"}
-STEP = 1e-6
+STEP = 1e-7
 """So short that hardly any sample crosses the face of a cell in between, and far above float64's rounding."""
 
 
