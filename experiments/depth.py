@@ -1,6 +1,6 @@
 """What known depths add where views are few: the built-in scene with and without the loss on depth.
 
-    python -m experiments.depth [--num_views=6] [--steps=800] [--downscale=2] [--weights=0,0.1]
+    python -m experiments.depth [--num_views=6] [--steps=800] [--downscale=2] [--weights=0,0.02]
 
 Prints, for each `train.depth_weight`, PSNR and SSIM of test views, and the mean error of their depth in scene units
 where the scene and the prediction are opaque. Depths are exact, from the scene's own ray caster.
@@ -48,7 +48,7 @@ def define_flags(values: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_integer("num_views", 6, "Views to train on.", 1, 100, flag_values=values)
     absl_flags.DEFINE_integer("steps", 800, "Training steps of the preset small.", 1, flag_values=values)
     absl_flags.DEFINE_integer("downscale", 2, "Of the images, of 200 x 200 pixels.", 1, flag_values=values)
-    absl_flags.DEFINE_list("weights", ["0", "0.1"], "Values of train.depth_weight.", flag_values=values)
+    absl_flags.DEFINE_list("weights", ["0", "0.02"], "Values of train.depth_weight.", flag_values=values)
 
 
 def main(values: absl_flags.FlagValues) -> None:

@@ -410,7 +410,7 @@ class TrainConfig(LoopConfig):
     num_rays: Annotated[Count, "rays drawn per step; those whose samples fit the buffer are used"] = 2**16
     loss: Annotated[Loss, "loss on the colour of a ray"] = "huber"
     background: Annotated[Background, "behind transparent pixels; random is one colour per ray"] = "random"
-    depth_weight: Annotated[NonNegative, "of the loss on the depth of a ray, where it is known"] = 0.1
+    depth_weight: Annotated[NonNegative, "of the loss on the depth of a ray, where it is known"] = 0.02
     images_on: Annotated[ImagesOn, Role.FREE, "where images are kept; auto: on the device where they fit"] = "auto"
 
 
