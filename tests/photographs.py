@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 from dialects import Scene
 
 ROOM = np.array([[-4.0, -4.0, -1.0], [4.0, 4.0, 3.0]])
 BOX = np.array([[-0.7, -0.5, -1.0], [0.5, 0.6, 0.2]])
+WIDTH, HEIGHT, FOCAL = 240, 180, 192.0  # px
 BALL, RADIUS = np.array([0.1, 0.1, 0.45]), 0.5
 
 
 @functools.cache
-def room(num_views: int = 20, width: int = 240, height: int = 180, lens: tuple[float, ...] = (0, 0, 0, 0)) -> Scene:
+def room(lens: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0), num_views: int = 20) -> Scene:
     """The scene, seen from around: cameras in world units, z up, looking a little past the origin."""
     rng = np.random.default_rng(1)
     turn = np.linspace(0, 1.6 * np.pi, num_views) + rng.uniform(-0.1, 0.1, num_views)
     away, up = rng.uniform(2.3, 2.9, num_views), rng.uniform(0.2, 1.6, num_views)
     position = np.stack([away * np.cos(turn), away * np.sin(turn), up], axis=1)
-    backward = position - rng.uniform(-0.3, 0.3, (num_views, 3))
-    backward /= np.linalg.norm(backward, axis=1, keepdims=True)
+    return photographed(position, rng.uniform(-0.3, 0.3, (num_views, 3)), lens)
+
+
+def photographed(position: np.ndarray, target: np.ndarray, lens: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)) -> Scene:
+    """The room from positions (V, 3), looking at targets (V, 3)."""
+    backward = (position - target) / np.linalg.norm(position - target, axis=1, keepdims=True)
     right = np.cross([0.0, 0.0, 1.0], backward)
     right /= np.linalg.norm(right, axis=1, keepdims=True)
     c2w = np.stack([right, np.cross(backward, right), backward, position], axis=-1)
-    sizes = np.tile([width, height], (num_views, 1))
-    focal = np.full((num_views, 2), 0.8 * width)
-    scene = Scene(c2w, focal, sizes / 2.0, sizes, [], np.zeros((0, 3)), *lens)
+    sizes = np.tile([WIDTH, HEIGHT], (len(c2w), 1))
+    scene = Scene(c2w, np.full((len(c2w), 2), FOCAL), sizes / 2.0, sizes, [], np.zeros((0, 3)), *lens)
     images, points = [], []
-    for view in range(num_views):
+    for view in range(len(c2w)):
         image, depth, _ = photograph(scene, view)
-        images.append(image)
         origin, direction = view_rays(scene, view)
+        images.append(image)
         points.append((origin + direction * depth[..., None])[::24, ::24].reshape(-1, 3))
-    return Scene(c2w, focal, sizes / 2.0, sizes, images, np.concatenate(points), *lens)
+    return replace(scene, images=images, points=np.concatenate(points))
 
 
 def view_rays(scene: Scene, view: int) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from dialects import Scene, scene_path, write
 from entrypoints import refusal, run
-from photographs import photograph, room
+from photographs import photograph, photographed, room
 from PIL import Image, ImageFilter
 
 from jaxngp.config import SceneConfig
@@ -278,6 +278,40 @@ def test_nothing_is_said_of_good_masks_and_depths(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+TURN = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+AHEAD = np.array([-1.0, 0.0, 0.0])
+ROW = np.stack([np.full(16, 2.6), np.linspace(-1, 1, 16), 0.4 + 0.2 * np.cos(5 * TURN)], axis=1)
+RING = np.stack([2.5 * np.cos(TURN), 2.5 * np.sin(TURN), np.full(16, 0.6)], axis=1)
+APPROACH = np.stack([np.linspace(3.5, 1.2, 16), 0.05 * np.sin(9 * TURN), np.full(16, 0.4)], axis=1)
+OUTWARD = 0.3 * RING + (1.5, 1.8, 0.2)
+PATHS = {
+    "facing forward": (ROW, ROW + AHEAD),
+    "a ring": (RING, np.zeros((16, 3))),
+    "an approach": (APPROACH, np.zeros((16, 3))),
+    "looking outward": (OUTWARD, OUTWARD + RING * (1, 1, 0)),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_nothing_is_said_of_a_good_path(path: str, tmp_path: Path) -> None:
+    assert codes(SceneConfig(name=str(save(tmp_path / "capture", photographed(*PATHS[path]))))) == []
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.01])
+def test_cameras_that_turn_on_the_spot_are_named(apart: float, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    position = np.array([2.6, 0.0, 0.5]) + rng.uniform(-apart / 2, apart / 2, (16, 3))
+    scene = photographed(position, rng.uniform(-0.4, 0.4, (16, 3)))
+    assert codes(SceneConfig(name=str(save(tmp_path / "capture", scene)))) == ["no_parallax"]
+
+
+def test_one_pose_out_of_place_is_named(tmp_path: Path) -> None:
+    c2w = np.array(room().c2w)
+    c2w[4] = c2w[12]
+    found = codes(SceneConfig(name=str(save(tmp_path / "capture", replace(room(), c2w=c2w)), ), hold_out_every=0))
+    assert found == ["pose_outlier"]
+
+
 def test_nothing_is_said_of_the_built_in_scene() -> None:
     assert codes(scene_config("bricks")) == []
 

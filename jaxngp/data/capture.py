@@ -133,6 +133,7 @@ class Placement:
     transform: SceneTransform
     num_cascades: int = 1  # nested cubes that its distances ask for; the innermost is where the cameras look
     reason: str = ""  # for people
+    given: bool = False  # by the user or by the source
 
 
 FAR = 5  # cascades at most: the outermost cube is 16 times as wide as the innermost
@@ -151,10 +152,12 @@ def normalise(capture: Capture, scene: SceneConfig) -> Placement:
     cameras = capture.cameras
     rotation = _upright(capture, scene)
     if scene.box_side:
-        return Placement(SceneTransform(scene.box_centre, scene.box_side, rotation), reason="the box that was given")
+        return Placement(
+            SceneTransform(scene.box_centre, scene.box_side, rotation), reason="the box that was given", given=True
+        )
     if capture.box is not None:
         transform = SceneTransform(capture.box.centre, capture.box.side / scene.scale, rotation)
-        return Placement(transform, capture.box.num_cascades, "the box of its file")
+        return Placement(transform, capture.box.num_cascades, "the box of its file", given=True)
     if cameras is None:
         return Placement(SceneTransform(scene.box_centre, TABLE_SIDE / scene.scale, rotation), reason="the default box")
     c2w = np.asarray(cameras.c2w, np.float64)

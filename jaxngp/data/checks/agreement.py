@@ -127,12 +127,14 @@ def meet(c2w: np.ndarray, rays: np.ndarray, matches: Matches, focal: np.ndarray)
         np.abs(np.einsum("mi,mi->m", d1, n2)) / length2 * focal[first],
     )
     across = np.cross(d1, d2)
+    at_once = np.linalg.norm(apart, axis=1) == 0  # from one place, things are seen along one ray
+    miss = np.where(at_once, np.linalg.norm(across, axis=1) * np.minimum(focal[first], focal[second]), miss)
     sine = np.maximum(np.linalg.norm(across, axis=1), 1e-12)
     distance = np.stack([np.einsum("mi,mi->m", n2, across), np.einsum("mi,mi->m", n1, across)]) / sine**2
     angle = np.arctan2(sine, np.einsum("mi,mi->m", d1, d2))
     # Rays that are all but parallel meet so far away that the sign of the distance says nothing.
     before = (distance > 0).all(axis=0) | (sine * np.minimum(focal[first], focal[second]) < 2 * NEAR)
-    fits = (miss < NEAR) & before & (np.linalg.norm(apart, axis=1) > 0)
+    fits = (miss < NEAR) & before
     return Meeting(fits, fits / (1 + (miss / FINE) ** 2), miss, distance, angle)
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxngp.cameras import Cameras, Rays, focus, project
-from jaxngp.data.checks.agreement import Agreement
+from jaxngp.data.checks.agreement import GOOD, Agreement
 from jaxngp.data.checks.evidence import Evidence, view_directions
 from jaxngp.data.checks.finding import Finding, counted
 from jaxngp.marching import box_interval
@@ -105,6 +105,26 @@ def _digits(values: np.ndarray) -> int:
     return next((k for k in range(9) if np.abs(values * 10**k - np.rint(values * 10**k)).max() < 1e-6 * 10**k), 9)
 
 
+FLAT = 0.02  # how far apart cameras stand, in their distances from what they see
+
+
+def no_parallax(evidence: Evidence, agreement: Agreement | None) -> Finding | None:
+    """Cameras that stand all but at one place, so that nothing tells how far things are."""
+    if agreement is None or agreement.better is not None or agreement.fitting < GOOD:
+        return None
+    position = evidence.poses[evidence.training][:, :, 3]
+    apart = 2 * float(np.quantile(np.linalg.norm(position - np.median(position, axis=0), axis=1), 0.95))
+    distance = agreement.meeting.distance[:, agreement.meeting.fits]
+    ratio = apart / max(float(np.median(np.abs(distance))), 1e-12) if apart else 0.0
+    if ratio > FLAT:
+        return None
+    return Finding(
+        "no_parallax",
+        f"the cameras stand all but at one place: they are {ratio:.1%} as far apart as what they see is away",
+        "take pictures from different places; turning on the spot shows no depth",
+    )
+
+
 # The box.
 
 
@@ -112,15 +132,16 @@ UNSEEN = 0.02  # of the pixels, at most, that look at the innermost cube
 
 
 def unseen_box(evidence: Evidence) -> Finding | None:
-    """An innermost cube of the box that hardly any camera sees."""
-    inner = 0.5**evidence.placement.num_cascades
+    """A box that hardly any camera sees; where it was given, its innermost cube, where detail is finest."""
+    placement = evidence.placement
+    inner = 0.5**placement.num_cascades if placement.given else 0.5
     share = _looking_at(evidence, 0.5 - inner, 0.5 + inner)
     if share is None or share > UNSEEN:
         return None
     return Finding(
         "unseen_box",
-        f"hardly any camera sees the box that the scene is to lie in ({evidence.placement.reason}): {share:.1%} of "
-        "the pixels look at " + ("it" if evidence.placement.num_cascades == 1 else "the innermost of its cubes"),
+        f"hardly any camera sees the box that the scene is to lie in ({placement.reason}): {share:.1%} of "
+        "the pixels look at " + ("it" if inner == 0.5 else "the innermost of its cubes"),
         "move it with --aabb, or remove aabb, scale or offset from the source; or the poses are wrong",
     )
 
@@ -203,6 +224,7 @@ def geometry_checks(evidence: Evidence, agreement: Agreement | None) -> Iterator
         return
     yield pose_outliers(evidence, agreement)
     yield rounded_poses(evidence, agreement)
+    yield no_parallax(evidence, agreement)
     if unseen := unseen_box(evidence):
         yield unseen
         return
