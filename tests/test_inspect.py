@@ -277,7 +277,6 @@ def test_nothing_is_said_of_good_masks_and_depths(tmp_path: Path) -> None:
     assert codes(SceneConfig(name=str(save(tmp_path, scene, frames=keys)))) == []
 
 
-@pytest.mark.slow
 TURN = np.linspace(0, 2 * np.pi, 16, endpoint=False)
 AHEAD = np.array([-1.0, 0.0, 0.0])
 ROW = np.stack([np.full(16, 2.6), np.linspace(-1, 1, 16), 0.4 + 0.2 * np.cos(5 * TURN)], axis=1)
@@ -308,10 +307,18 @@ def test_cameras_that_turn_on_the_spot_are_named(apart: float, tmp_path: Path) -
 def test_one_pose_out_of_place_is_named(tmp_path: Path) -> None:
     c2w = np.array(room().c2w)
     c2w[4] = c2w[12]
-    found = codes(SceneConfig(name=str(save(tmp_path / "capture", replace(room(), c2w=c2w)), ), hold_out_every=0))
+    found = codes(
+        SceneConfig(
+            name=str(
+                save(tmp_path / "capture", replace(room(), c2w=c2w)),
+            ),
+            hold_out_every=0,
+        )
+    )
     assert found == ["pose_outlier"]
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_the_built_in_scene() -> None:
     assert codes(scene_config("bricks")) == []
 
