@@ -150,6 +150,7 @@ GAIN = 0.05  # of the score, that another reading must win at least
 FACTOR = 1.3  # by which it must win more
 MAJORITY = 0.8  # of the pairs of images in which it fits better or worse
 GOOD = 0.3  # of the matches, that it must fit
+RIGHT = 0.9  # of the matches: cameras that fit so many are read rightly, though another reading may fit them closer
 
 
 def examine(evidence: Evidence) -> Agreement | None:
@@ -170,7 +171,7 @@ def examine(evidence: Evidence) -> Agreement | None:
 
     own = meeting(cameras)
     best, best_meeting = None, own
-    if own.score.mean() < 1 / FACTOR:
+    if own.score.mean() < 1 / FACTOR and own.fits.mean() < RIGHT:
         for reading in (*readings(evidence), *focal_readings()):
             found = meeting(reading.cameras(cameras))
             if found.score.mean() > 1.05 * best_meeting.score.mean() and _clearly(found, own, some.pair):
