@@ -19,9 +19,11 @@ from entrypoints import refusal, run
 from photographs import photograph, photographed, room
 from PIL import Image, ImageFilter
 
+from jaxngp.cameras import make_cameras
 from jaxngp.config import SceneConfig
 from jaxngp.data import load_evaluation, load_training, read_views
 from jaxngp.data.checks import check, dataset_warnings, examine, of_capture
+from jaxngp.data.checks.agreement import Matches, camera_rays, meet
 from jaxngp.data.checks.readings import from_quaternion, to_quaternion
 from jaxngp.presets import scene_config
 
@@ -296,6 +298,21 @@ def test_nothing_is_said_of_a_good_path(path: str, tmp_path: Path) -> None:
     assert codes(SceneConfig(name=str(save(tmp_path / "capture", photographed(*PATHS[path]))))) == []
 
 
+def test_parallel_cameras_say_nothing_of_the_focal_length() -> None:
+    """By how many pixels a match misses its line is then the same for every focal length."""
+    rng = np.random.default_rng(0)
+    c2w = np.tile(np.eye(3, 4), (4, 1, 1))
+    c2w[:, :, 3] = rng.normal(size=(4, 3)) * (1, 1, 0)
+    views = np.stack([rng.integers(0, 2, 50), rng.integers(2, 4, 50)])
+    matches = Matches(views, rng.uniform(size=(2, 50, 2)), np.zeros(50, int), np.zeros((2, 50, 2), int))
+    misses = []
+    for focal in (50.0, 200.0, 800.0):
+        cameras = make_cameras(c2w, focal_xy=focal, centre_xy=(100, 80), width=200, height=160)
+        misses.append(meet(cameras, camera_rays(cameras, matches), matches).miss)
+    np.testing.assert_allclose(misses[0], misses[1], rtol=1e-3)
+    np.testing.assert_allclose(misses[2], misses[1], rtol=1e-3)
+
+
 @pytest.mark.parametrize("apart", [0.0, 0.01])
 def test_cameras_that_turn_on_the_spot_are_named(apart: float, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
@@ -307,15 +324,8 @@ def test_cameras_that_turn_on_the_spot_are_named(apart: float, tmp_path: Path) -
 def test_one_pose_out_of_place_is_named(tmp_path: Path) -> None:
     c2w = np.array(room().c2w)
     c2w[4] = c2w[12]
-    found = codes(
-        SceneConfig(
-            name=str(
-                save(tmp_path / "capture", replace(room(), c2w=c2w)),
-            ),
-            hold_out_every=0,
-        )
-    )
-    assert found == ["pose_outlier"]
+    folder = save(tmp_path / "capture", replace(room(), c2w=c2w))
+    assert codes(SceneConfig(name=str(folder), hold_out_every=0)) == ["pose_outlier"]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from jaxngp.data.checks.readings import Reading, focal_reading, focal_readings, 
 PARTNERS = 5  # images that each is matched with
 NEAR = 0.005  # of the longer side of an image: by so much a match may miss the line that it should lie on
 FINE = 0.001  # likewise, at which a match counts half
+_STEEP = 0.02  # of the cosine of the angle to the optical axis, at least
 MIN_MATCHES = 12  # of two images, or they say nothing
 MIN_PAIRS = 6  # of images, or nothing is said
 
@@ -112,20 +113,26 @@ def camera_rays(cameras: Cameras, matches: Matches) -> np.ndarray:
     return view_directions(cameras, matches.views.ravel(), matches.xy.reshape(-1, 2)).reshape(2, -1, 3)
 
 
-def meet(c2w: np.ndarray, rays: np.ndarray, matches: Matches, focal: np.ndarray) -> Meeting:
-    """How the rays (2, M, 3), in camera axes, of matches meet for poses (V, 3, 4).
-
-    focal: (V,) of each view, in longer sides of its image, which turns angles into shares of it.
-    """
+def meet(cameras: Cameras, rays: np.ndarray, matches: Matches) -> Meeting:
+    """How the rays (2, M, 3), in camera axes, of matches meet."""
+    c2w, focal = np.asarray(cameras.c2w, np.float64), focal_shares(cameras)
+    flat = cameras.lens is None or cameras.lens.model not in ("fisheye", "equirectangular")
     first, second = matches.views
     d1, d2 = (np.einsum("mij,mj->mi", c2w[v][:, :, :3], ray) for v, ray in zip(matches.views, rays, strict=True))
     apart = c2w[second][:, :, 3] - c2w[first][:, :, 3]
     n1, n2 = np.cross(apart, d1), np.cross(apart, d2)
-    length1, length2 = (np.maximum(np.linalg.norm(n, axis=1), 1e-12) for n in (n1, n2))
-    miss = np.maximum(
-        np.abs(np.einsum("mi,mi->m", d2, n1)) / length1 * focal[second],
-        np.abs(np.einsum("mi,mi->m", d1, n2)) / length2 * focal[first],
-    )
+
+    def distance_to_line(view: np.ndarray, ray: np.ndarray, direction: np.ndarray, normal: np.ndarray) -> np.ndarray:
+        """From where a ray is in its image to the line that the other one is seen as, in longer sides."""
+        normal = normal / np.maximum(np.linalg.norm(normal, axis=1), 1e-12)[:, None]
+        sine = np.abs(np.einsum("mi,mi->m", direction, normal)) * focal[view]
+        if not flat:  # there an angle is as long everywhere
+            return sine
+        # A plane is farther away where it is looked at from the side: else small focal lengths would seem to fit.
+        along = np.einsum("mi,mi->m", normal, c2w[view][:, :, 2])
+        return sine / np.maximum(-ray[:, 2] * np.sqrt(np.maximum(1 - along**2, 0)), _STEEP)
+
+    miss = np.maximum(distance_to_line(second, rays[1], d2, n1), distance_to_line(first, rays[0], d1, n2))
     across = np.cross(d1, d2)
     at_once = np.linalg.norm(apart, axis=1) == 0  # from one place, things are seen along one ray
     miss = np.where(at_once, np.linalg.norm(across, axis=1) * np.minimum(focal[first], focal[second]), miss)
@@ -167,7 +174,7 @@ def examine(evidence: Evidence) -> Agreement | None:
         """How some of the matches meet."""
         same = all(getattr(other, name) is getattr(cameras, name) for name in ("focal_xy", "centre_xy", "lens"))
         own = rays if same else camera_rays(other, some)
-        return meet(np.asarray(other.c2w, np.float64), own, some, focal_shares(other))
+        return meet(other, own, some)
 
     own = meeting(cameras)
     best, best_meeting = None, own
@@ -184,8 +191,7 @@ def examine(evidence: Evidence) -> Agreement | None:
 
 
 def _meet_all(cameras: Cameras, matches: Matches) -> Meeting:
-    rays = camera_rays(cameras, matches)
-    return meet(np.asarray(cameras.c2w, np.float64), rays, matches, focal_shares(cameras))
+    return meet(cameras, camera_rays(cameras, matches), matches)
 
 
 def _clearly(found: Meeting, before: Meeting, pair: np.ndarray) -> bool:
