@@ -225,7 +225,7 @@ def _agreement(evidence: Evidence, agreement: Agreement | None) -> str:
     pixels = np.median(meeting.miss[meeting.fits]) * np.asarray(evidence.cameras.size).max()
     if agreement.better is not None:
         return f"{text}; see below"
-    fine = np.median(meeting.miss[meeting.fits]) < FINE and agreement.fitting > GOOD
+    fine = agreement.fitting > GOOD and pixels < max(0.5, FINE * np.asarray(evidence.cameras.size).max())
     verdict = "good" if fine else "coarse" if agreement.fitting > GOOD else "few"
     return f"{text}, typically within {pixels:.1f} pixels: {verdict}"
 
