@@ -10,7 +10,15 @@ import numpy as np
 from jaxngp.cameras import Cameras, image_size, view_rays
 from jaxngp.config import InputError
 from jaxngp.data.capture import DepthMap
-from jaxngp.data.photos import check_present, in_parallel, load_pixels, num_workers, open_image, too_many_pixels
+from jaxngp.data.photos import (
+    check_present,
+    in_parallel,
+    load_pixels,
+    num_workers,
+    open_image,
+    read_exr,
+    too_many_pixels,
+)
 
 DEPTH_MODES = ("I;16", "I;16B", "I;16L", "I", "F", "L")
 ADVICE = "expected one channel: a 16-bit PNG, a TIFF of floats, an EXR or a .npy; export it so"
@@ -73,21 +81,11 @@ def _read_npy(path: Path) -> np.ndarray:
 
 
 def _read_exr(path: Path) -> np.ndarray:
-    try:
-        import OpenEXR
-    except ImportError:
-        raise InputError(f"{path}: an EXR needs the OpenEXR package; pip install '.[image]'") from None
-    try:
-        with OpenEXR.File(str(path), separate_channels=True, header_only=True) as file:
-            low, high = file.header()["dataWindow"]
-        width, height = (int(b) - int(a) + 1 for a, b in zip(low, high, strict=True))
-        if not (fault := too_many_pixels(width, height, path.stat().st_size)):
-            with OpenEXR.File(str(path), separate_channels=True) as file:
-                channels = {name: np.asarray(channel.pixels) for name, channel in file.channels().items()}
-    except Exception as error:  # a decoder met with a broken file raises whatever it likes
-        raise InputError(f"{path}: broken or truncated ({error}); render or download it again") from None
-    if fault:
-        raise InputError(f"{path}: {fault}")
+    def check_size(width: int, height: int) -> None:
+        if fault := too_many_pixels(width, height, path.stat().st_size):
+            raise InputError(f"{path}: {fault}")
+
+    channels, _ = read_exr(path, check_size)
     names = [name for name in ("Z", "Y", "R") if name in channels] or [*channels][:1]
     if not names:
         raise InputError(f"{path}: has no channel; {ADVICE}")

@@ -30,7 +30,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from jaxngp.config import InputError, shown
-from jaxngp.data.photos import IMAGE_FORMATS, PIXELS_PER_BYTE, PLAIN_PIXELS
+from jaxngp.data.photos import IMAGE_FORMATS, PIXELS_PER_BYTE, PLAIN_PIXELS, read_exr
 from jaxngp.data.places import cache_dir
 
 PEAKS = {"uint8": 255, "uint16": 65535, "float32": 1}  # what stands for 1, by dtype
@@ -422,22 +422,8 @@ def _over(rgba: np.ndarray, level: int) -> np.ndarray:
 
 def _read_exr(path: Path, num_bytes: int, background: Background) -> tuple[np.ndarray, tuple[str, ...]]:
     """The first part of an EXR as (H, W, 3) f32 sRGB, and notes; its colours are linear light, multiplied by alpha."""
-    try:
-        import OpenEXR
-    except ImportError:
-        raise InputError(f"{path}: an EXR needs the OpenEXR package; pip install '.[image]'") from None
-    try:
-        with OpenEXR.File(str(path), separate_channels=True, header_only=True) as file:
-            low, high = file.header()["dataWindow"]
-        width, height = (int(b) - int(a) + 1 for a, b in zip(low, high, strict=True))
-        _check_size(path, width, height, num_bytes)
-        with OpenEXR.File(str(path), separate_channels=True) as file:
-            channels = {name: np.asarray(channel.pixels) for name, channel in file.channels().items()}
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # as in _open
-        raise _unreadable(path, error, "render or download it again") from None
-    linear, levels = _linear_rgb(path, channels, (height, width))
+    channels, shape = read_exr(path, lambda width, height: _check_size(path, width, height, num_bytes))
+    linear, levels = _linear_rgb(path, channels, shape)
     notes = levels.notes(path.name) if levels.scale > 1 else ()  # that lights are brighter is what an EXR is for
     if (alpha := channels.get("A")) is not None and background == "white":
         linear += 1 - np.clip(alpha.astype(np.float32), 0, 1)[..., None]

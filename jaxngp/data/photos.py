@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -253,3 +254,29 @@ def too_many_pixels(width: int, height: int, num_bytes: int) -> str:
     if width * height <= min(max(PLAIN_PIXELS, PIXELS_PER_BYTE * num_bytes), Image.MAX_IMAGE_PIXELS or math.inf):
         return ""
     return f"{width}x{height} pixels are too many, at all or for {num_bytes} bytes; scale it down"
+
+
+def read_exr(path: Path, check_size: Callable[[int, int], None]) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
+    """The channels of the first part of an EXR by their names, as they are stored, and the image's (H, W).
+
+    A channel is an array (H, W), or a smaller one where it is subsampled.
+
+    check_size: raises for a width and a height, before any pixel is read. Raises InputError where the file is broken,
+    or OpenEXR is not installed.
+    """
+    try:
+        import OpenEXR
+    except ImportError:
+        raise InputError(f"{path}: an EXR needs the OpenEXR package; pip install '.[image]'") from None
+    try:
+        with OpenEXR.File(str(path), separate_channels=True, header_only=True) as file:
+            low, high = file.header()["dataWindow"]
+        width, height = (int(b) - int(a) + 1 for a, b in zip(low, high, strict=True))
+        check_size(width, height)
+        with OpenEXR.File(str(path), separate_channels=True) as file:
+            return {name: np.asarray(channel.pixels) for name, channel in file.channels().items()}, (height, width)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # a decoder met with a broken file raises whatever it likes
+        reason = textwrap.shorten(str(error), 200) or type(error).__name__
+        raise InputError(f"{path}: is no readable image ({reason}); render or download it again") from None
