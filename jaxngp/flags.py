@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, get_args
 
@@ -21,6 +21,7 @@ from absl import flags, logging
 from jaxngp import runs
 from jaxngp.config import (
     Config,
+    Declared,
     InputError,
     LoopConfig,
     NerfConfig,
@@ -39,6 +40,7 @@ Flags = flags.FlagValues
 Group = TypeVar("Group", bound=SceneConfig | LoopConfig)
 Loop = TypeVar("Loop", bound=LoopConfig)
 Run = TypeVar("Run", bound=RunConfig)
+Options = TypeVar("Options", bound=Config)
 
 
 WIDTH, COLUMN = 120, 42
@@ -177,12 +179,14 @@ def chosen_preset(values: Flags, *, say: bool = True) -> str:
     return preset
 
 
-def _define_fields(values: Flags, group: type[Config], names: Sequence[str]) -> None:
-    """Flags that set fields of a group of the config; None where they are not given."""
+def _define_fields(
+    values: Flags, group: type[Config], names: Sequence[str], note: Callable[[Declared], str] = lambda _: ""
+) -> None:
+    """Flags that set fields of a config; None where they are not given. note: what else to say of each."""
     define: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
     for field in declared(group):
         if field.name in names:
-            text = f"{field.doc[0].upper()}{field.doc[1:]}."
+            text = f"{field.doc[0].upper()}{field.doc[1:]}. {note(field)}".strip()
             if choices := [choice for choice in get_args(field.kind) if isinstance(choice, str)]:
                 flags.DEFINE_enum(field.name, None, choices, text, flag_values=values)
             else:
@@ -267,6 +271,32 @@ def define_render_flags(values: Flags) -> None:
     flags.DEFINE_float("fps", 20.0, "Frames per second of the animation.", 0.1, 50.0, flag_values=values)
     flags.DEFINE_enum("animation", "gif", ["gif", "webp"], "Format of the animation.", flag_values=values)
     flags.DEFINE_enum("background", "white", ["white", "black"], "Background colour.", flag_values=values)
+
+
+def define_export_flags(values: Flags, formats: Mapping[str, str], options: Mapping[str, type[Config]]) -> None:
+    """The flags of `python -m jaxngp.export`: formats with what each is, and the options of each."""
+    define_path(values, "workdir", None, "Folder of the training run.")
+    define_path(values, "out", None, "File to write; exports/<scene> in the workdir by default.")
+    text = "; ".join(f"{name}: {summary}" for name, summary in formats.items())
+    flags.DEFINE_enum("format", None, list(formats), f"What to write. {text}.", flag_values=values)
+    fields: dict[str, list[str]] = {}
+    for name, kind in options.items():
+        for field in declared(kind):
+            fields.setdefault(field.name, []).append(name)
+    for name, kind in options.items():
+        own = [field.name for field in declared(kind) if fields[field.name][0] == name]
+        _define_fields(
+            values, kind, own, note=lambda field: f"For {', '.join(fields[field.name])}; {field.default} by default."
+        )
+
+
+def export_options(values: Flags, kind: type[Options], options: Mapping[str, type[Config]]) -> Options:
+    """The options of the chosen format, as the flags give them. Raises InputError for one that it does not have."""
+    own = {field.name for field in declared(kind)}
+    given = {field.name for other in options.values() for field in declared(other) if values[field.name].present}
+    if foreign := given - own:
+        raise InputError(f"--{min(foreign)} is no option of --format={values.format}; see --help")
+    return kind(**{name: values[name].value for name in own & given})
 
 
 def define_capture_flags(values: Flags) -> None:

@@ -213,7 +213,7 @@ def clear(workdir: Path) -> None:
     remove_pictures(workdir)
     for name in ("config.json", "scene.json", "metrics.jsonl", "curve.jsonl", "summary.json"):
         (workdir / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "novel_views", "renders"):
+    for name in ("checkpoints", "exports", "novel_views", "renders"):
         shutil.rmtree(workdir / name, ignore_errors=True)
 
 

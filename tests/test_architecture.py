@@ -27,8 +27,9 @@ LAYERS = (
     "console",
     "checkpoints evaluation",
     "runs",
+    "exporting",
     "flags",
-    "capture train train_image train_sdf evaluate render inspect",
+    "capture train train_image train_sdf evaluate render inspect export",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 ENTRYPOINTS = frozenset(LAYERS[-1].split())

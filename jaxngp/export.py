@@ -1,0 +1,57 @@
+"""Export a trained run in a form that other programs read.
+
+    python -m jaxngp.export --workdir=runs/bricks --format=volume
+
+Coordinates are those of the scene's own files. Each format has options of its own, listed below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxngp import flags, runs
+from jaxngp.config import Config, InputError, NerfConfig
+from jaxngp.exporting import volume
+from jaxngp.runs import Run
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form that a run can be written in."""
+
+    write: Callable[[Run, Path, Any], str]
+    options: type[Config]
+    suffix: str  # of the file
+    summary: str  # for --help
+
+
+FORMATS = {
+    "volume": Format(volume.write, volume.VolumeOptions, ".npz", "the density on a regular lattice, as arrays"),
+}
+
+
+OPTIONS = {name: form.options for name, form in FORMATS.items()}
+
+
+def define_flags(values: flags.Flags) -> None:
+    flags.define_export_flags(values, {name: form.summary for name, form in FORMATS.items()}, OPTIONS)
+
+
+def main(values: flags.Flags) -> None:
+    if not values.format:
+        raise InputError(f"--format is missing: give one of {', '.join(FORMATS)}")
+    if not values.workdir:
+        raise InputError("--workdir is missing: give the folder of a run of python -m jaxngp.train")
+    chosen = FORMATS[values.format]
+    options = flags.export_options(values, chosen.options, OPTIONS)
+    run = runs.load(values.workdir, NerfConfig)
+    path = Path(values.out or run.workdir / "exports" / f"{Path(run.config.scene.name).stem}{chosen.suffix}")
+    said = chosen.write(run, path, options)
+    print(f"{path}: {said}, {path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    flags.run("jaxngp.export", define_flags, main, __doc__)

@@ -1,0 +1,43 @@
+"""`python -m jaxngp.export`: what it writes agrees with the run, in the coordinates of the run's source."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from entrypoints import TINY, refusal, run, write_scene
+
+from jaxngp import runs
+from jaxngp.occupancy import is_occupied
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    run("train", f"--scene={write_scene(folder / 's')}", f"--workdir={folder / 'run'}", *TINY, "--scale=0.5")
+    return folder / "run"
+
+
+def test_a_volume_says_where_its_densities_lie(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("export", f"--workdir={workdir}", "--format=volume", "--resolution=12")
+    path, opened = workdir / "exports" / "s.npz", runs.load(workdir)
+    assert f"{path}: density" in capsys.readouterr().out
+    with np.load(path) as file:
+        density, origin, axes = file["density"], file["origin"], file["axes"]
+    index = np.stack(np.indices(density.shape), axis=-1).reshape(-1, 3)
+    points = jnp.asarray(opened.transform.to_scene(origin + index @ axes.T), jnp.float32)
+    occupied = np.asarray(is_occupied(opened.occupancy, points))
+    expected = np.where(occupied, opened.field.density(points), 0) / opened.transform.side
+    assert 0 < occupied.mean() < 1
+    assert opened.transform.side > 1.5  # so that units matter
+    np.testing.assert_allclose(density.reshape(-1), expected, rtol=1e-3)
+
+
+def test_what_export_refuses(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--workdir is missing" in refusal(capsys, "export", "--format=volume")
+    assert "--format is missing" in refusal(capsys, "export", f"--workdir={workdir}")
+    assert "resolution = 1: expected int >= 2" in refusal(
+        capsys, "export", f"--workdir={workdir}", "--format=volume", "--resolution=1"
+    )
