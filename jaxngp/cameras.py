@@ -215,16 +215,33 @@ def project_axes(cameras: Cameras, x: jax.Array, y: jax.Array, z: jax.Array) -> 
     return pixel_x, pixel_y, -local_z
 
 
-def view_rays(camera: Cameras) -> Rays:
-    """The rays through all pixel centres of a single camera whose size is concrete: Rays (H, W)."""
+def view_rays(camera: Cameras, place: ArrayLike = (0.5, 0.5)) -> Rays:
+    """The rays through all pixels of a single camera whose size is concrete: Rays (H, W).
+
+    place (2,): where in each pixel, in [0, 1]; the centre by default.
+    """
     width, height = image_size(camera)
-    return _view_rays(camera, width=width, height=height)
+    return _view_rays(camera, jnp.asarray(place, jnp.float32), width=width, height=height)
 
 
 @functools.partial(jax.jit, static_argnames=("width", "height"))
-def _view_rays(camera: Cameras, *, width: int, height: int) -> Rays:
-    x, y = jnp.meshgrid(jnp.arange(width, dtype=jnp.float32) + 0.5, jnp.arange(height, dtype=jnp.float32) + 0.5)
-    return unproject(camera, jnp.stack([x, y], axis=-1))
+def _view_rays(camera: Cameras, place: jax.Array, *, width: int, height: int) -> Rays:
+    x, y = jnp.meshgrid(jnp.arange(width, dtype=jnp.float32), jnp.arange(height, dtype=jnp.float32))
+    return unproject(camera, jnp.stack([x, y], axis=-1) + place)
+
+
+@jax.jit
+def through_aperture(camera: Cameras, rays: Rays, place: jax.Array, focus: jax.Array) -> Rays:
+    """Rays of a thin lens: each leaves the aperture elsewhere, and meets its pinhole ray on the plane in focus.
+
+    camera: a single one. place (..., 2): on the lens, in scene units, to the right and upwards from its middle. focus
+    (): distance of the plane along the optical axis. Only for rays less than 90 degrees off the axis.
+    """
+    cosine = -jnp.sum(rays.direction * camera.c2w[:, 2], axis=-1)
+    sharp = rays.origin + rays.direction * (focus / cosine)[..., None]
+    origin = rays.origin + place[..., :1] * camera.c2w[:, 0] + place[..., 1:] * camera.c2w[:, 1]
+    offset = sharp - origin
+    return Rays(origin=origin, direction=offset / jnp.sqrt(jnp.sum(offset**2, axis=-1, keepdims=True)))
 
 
 def resize_cameras(cameras: Cameras, width: int, height: int) -> Cameras:

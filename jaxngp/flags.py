@@ -195,6 +195,7 @@ def _define_fields(
 
 # What each command takes.
 
+RENDER_LAYERS = ("colour", "rgba", "depth", "depth16", "normals")
 _SCENE_FLAGS = ("downscale", "image_size", "hold_out_every", "scale", "up")
 _LOOP_FLAGS = ("seed", "max_steps", "max_seconds", "log_every", "deterministic")
 
@@ -255,12 +256,12 @@ def define_evaluation_flags(values: Flags) -> None:
 def define_render_flags(values: Flags) -> None:
     """The flags of `python -m jaxngp.render`."""
     define_workdir_flags(values)
-    paths = ["auto", "orbit", "spiral", "interpolate", "train", "val", "test", "held-out"]
     text = (
-        "An orbit around the scene, a spiral among the cameras, a flight through them, or the poses of a split. "
-        "auto is a spiral for a scene around its cameras that they did not see from all sides, else an orbit."
+        "orbit around the scene, spiral among the cameras, interpolate for a flight through them; train, val, test or "
+        "held-out for the poses of a split; or a camera path, .json, of nerfstudio, instant-ngp or the viewer. auto is "
+        "a spiral for a scene around its cameras that they did not see from all sides, else an orbit."
     )
-    flags.DEFINE_enum("path", "auto", paths, text, flag_values=values)
+    define_path(values, "path", "auto", text)
     flags.DEFINE_integer(
         "frames", 0, "Frames of the path, or evenly spaced poses of the split; 0 is 60, or all.", 0, flag_values=values
     )
@@ -268,8 +269,22 @@ def define_render_flags(values: Flags) -> None:
         "width", 0, "Of a frame, in pixels; 0 follows from --height or the images.", 0, flag_values=values
     )
     flags.DEFINE_integer("height", 0, "Likewise, from --width.", 0, flag_values=values)
-    flags.DEFINE_float("fps", 20.0, "Frames per second of the animation.", 0.1, 50.0, flag_values=values)
-    flags.DEFINE_enum("animation", "gif", ["gif", "webp"], "Format of the animation.", flag_values=values)
+    flags.DEFINE_float(
+        "fps", 0.0, "Frames per second of the animation; 0 is what the path says, or 20.", 0, 240, flag_values=values
+    )
+    text = "Format of the animation. auto is mp4 where PyAV is installed (pip install .[video]), else gif."
+    flags.DEFINE_enum("animation", "auto", ["auto", "mp4", "gif", "webp", "none"], text, flag_values=values)
+    text = (
+        "What to write of each frame: colour; rgba, without the background; depth, in colours; depth16, along the "
+        "optical axis in the steps that depth16.json names, metres where the source has them; normals, in the axes of "
+        "the source."
+    )
+    flags.DEFINE_list("layers", ["colour", "depth"], text, flag_values=values)
+    flags.DEFINE_integer("samples", 1, "Rays per pixel.", 1, 4096, flag_values=values)
+    text = "Diameter of the lens in sides of the scene's box, for a shallow depth of field; 0 is a pinhole."
+    flags.DEFINE_float("aperture", 0.0, text, 0, 1, flag_values=values)
+    text = "Distance of what is sharp, in sides of the scene's box; 0 is what the middle of each frame shows."
+    flags.DEFINE_float("focus", 0.0, text, 0, 1e6, flag_values=values)
     flags.DEFINE_enum("background", "white", ["white", "black"], "Background colour.", flag_values=values)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from jaxngp.config import InputError
 from jaxngp.records import replacing
 
 Image8 = NDArray[np.uint8]  # (H, W, 3), sRGB
@@ -102,8 +105,8 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 # Files.
 
 
-def write_png(path: str | os.PathLike[str], image: NDArray[np.uint8]) -> None:
-    """Writes (H, W), (H, W, 3) or (H, W, 4) u8 as a PNG."""
+def write_png(path: str | os.PathLike[str], image: NDArray[np.uint8] | NDArray[np.uint16]) -> None:
+    """Writes (H, W), (H, W, 3) or (H, W, 4) u8, or (H, W) u16, as a PNG."""
     with replacing(path) as unfinished:
         Image.fromarray(image).save(unfinished, format="PNG")
 
@@ -131,6 +134,37 @@ def write_animation(path: str | os.PathLike[str], frames: Sequence[Image8], fps:
         options = {"format": "WEBP", "duration": round(1000 / fps), "quality": 90, "method": 4}
     with replacing(path) as unfinished:
         images[0].save(unfinished, save_all=True, append_images=images[1:], loop=0, **options)
+
+
+def can_write_video() -> bool:
+    """Whether PyAV is there, which `write_video` needs."""
+    return importlib.util.find_spec("av") is not None
+
+
+def write_video(path: str | os.PathLike[str], frames: Iterable[Image8], fps: float = 24.0) -> int:
+    """Write frames (H, W, 3) u8 of one size as an .mp4 (H.264), one by one as they come; returns how many.
+
+    Half of the chroma's resolution is lost, and a side of an odd number of pixels is repeated once at its end, as the
+    codec's 4:2:0 asks. Raises InputError where PyAV is missing, ValueError for no frames.
+    """
+    try:
+        import av
+    except ImportError:
+        raise InputError("PyAV, which writes videos, is not installed: pip install .[video]") from None
+    count = 0
+    with replacing(path) as unfinished, av.open(str(unfinished), "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "17"})
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            even = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
+            if not count:
+                stream.height, stream.width = even.shape[:2]
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+            count += 1
+        if not count:
+            raise ValueError("frames is empty: expected at least one image")
+        file.mux(stream.encode())
+    return count
 
 
 def _common_palette(frames: Sequence[Image8]) -> Image.Image:

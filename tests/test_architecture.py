@@ -25,7 +25,7 @@ LAYERS = (
     "data",
     "training",
     "console",
-    "checkpoints evaluation",
+    "checkpoints evaluation filming",
     "runs",
     "exporting",
     "flags",

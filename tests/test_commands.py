@@ -16,7 +16,7 @@ import pytest
 from entrypoints import COMMANDS, SIZE, TINY, refusal, run, write_scene
 from PIL import Image
 
-from jaxngp import evaluation, flags, train
+from jaxngp import evaluation, flags, runs, train
 from jaxngp.config import NerfConfig, SceneConfig, from_json
 from jaxngp.data import load_training
 from jaxngp.presets import PRESETS
@@ -163,6 +163,44 @@ def test_render_writes_frames_depth_and_an_animation(trained: Path) -> None:
     frames = [f"{kind}_{i:04d}.png" for kind in ("depth", "frame") for i in range(3)]
     assert sorted(path.name for path in folder.iterdir()) == [*frames, "orbit.webp"]
     assert image_size(folder / "frame_0000.png") == (32, 18)
+
+
+def test_render_writes_the_layers_that_are_asked_for(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layers = "--layers=rgba,depth16,normals"
+    run("render", f"--workdir={trained}", "--frames=2", "--animation=none", "--samples=2", "--aperture=0.1", layers)
+    folder = trained / "renders" / "orbit"
+    kinds = ("depth16", "normal", "rgba")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "depth16.json",
+        *sorted(f"{kind}_{i:04d}.png" for kind in kinds for i in range(2)),
+    ]
+    with Image.open(folder / "rgba_0000.png") as rgba, Image.open(folder / "depth16_0000.png") as depth:
+        assert rgba.mode == "RGBA"
+        steps, opaque = np.asarray(depth).astype(int), np.asarray(rgba)[..., 3] >= 128
+    unit = json.loads((folder / "depth16.json").read_text())
+    assert unit["unit"] == "units of the scene's files"
+    assert np.all((steps > 0) == opaque)
+    assert np.all(np.abs(steps[opaque] * unit["step"] - 4.0) < 2.0)  # the cameras are 4 from the middle, the box 3 wide
+    assert "'albedo' is none of" in refusal(capsys, "render", f"--workdir={trained}", "--layers=albedo")
+
+
+def test_render_follows_a_camera_path(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A path through the training cameras shows what these show."""
+    cameras, transform = runs.load(trained).cameras, runs.load(trained).transform
+    fov = float(2 * np.degrees(np.arctan(0.5 * cameras.size[0, 1] / cameras.focal_xy[0, 1])))
+    rows = [np.vstack([pose, [0, 0, 0, 1]]).reshape(-1).tolist() for pose in transform.pose_to_world(cameras.c2w)]
+    plain = {"render_width": 24, "render_height": 24, "fps": 5, "camera_type": "perspective"}
+    frames = [{"camera_to_world": row, "fov": fov} for row in rows]
+    (tmp_path / "walk.json").write_text(json.dumps(plain | {"camera_path": frames}))
+    run("render", f"--workdir={trained}", f"--path={tmp_path / 'walk.json'}", "--animation=gif")
+    run("render", f"--workdir={trained}", "--path=train", "--animation=none")
+    for index in range(len(rows)):
+        pictures = [Image.open(trained / "renders" / path / f"frame_{index:04d}.png") for path in ("walk", "train")]
+        np.testing.assert_allclose(*(np.asarray(picture).astype(int) for picture in pictures), atol=2)
+    assert "no/such.json" in refusal(capsys, "render", f"--workdir={trained}", "--path=no/such.json")
+    assert "expected auto, orbit" in refusal(capsys, "render", f"--workdir={trained}", "--path=spin")
+    animation = ["--animation=gif", "--fps=60"]
+    assert "at most 50 frames" in refusal(capsys, "render", f"--workdir={trained}", *animation)
 
 
 def test_render_follows_the_poses_of_a_split(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

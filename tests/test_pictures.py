@@ -145,3 +145,28 @@ def test_animation_refuses(tmp_path: Path, name: str, num_frames: int, fps: floa
     with pytest.raises(ValueError, match=message):
         pictures.write_animation(tmp_path / name, [gradient_image()] * num_frames, fps)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [(40, 48), (39, 47)])
+def test_video_round_trip(tmp_path: Path, size: tuple[int, int]) -> None:
+    av = pytest.importorskip("av", reason="the extra video is not installed")
+    y, x = np.mgrid[: size[0], : size[1]]
+    frames = [
+        np.stack([128 + 60 * np.sin((x + 3 * i) / 9), 128 + 60 * np.cos(y / 7), 0 * x + 90], axis=-1).astype(np.uint8)
+        for i in range(9)
+    ]
+    assert pictures.write_video(tmp_path / "a.mp4", iter(frames), fps=12.5) == 9
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        assert float(file.streams.video[0].average_rate) == 12.5
+        read = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+    assert len(read) == 9
+    assert all(side % 2 == 0 for side in read[0].shape[:2])
+    for one, other in zip(read, frames, strict=True):
+        assert np.mean(np.abs(one[: size[0], : size[1]].astype(int) - other)) < 6
+
+
+def test_an_empty_video_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("av", reason="the extra video is not installed")
+    with pytest.raises(ValueError, match="at least one"):
+        pictures.write_video(tmp_path / "a.mp4", [])
+    assert not list(tmp_path.iterdir())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,6 +91,7 @@ class SceneTransform:
     centre: tuple[float, float, float] = (0.5, 0.5, 0.5)  # world units
     side: float = 1.0  # world units
     rotation: tuple[tuple[float, float, float], ...] = field(default=IDENTITY)  # rows, world to scene axes
+    metres: float | None = None  # of one world unit, where the source has a scale
 
     def to_scene(self, position: np.ndarray) -> np.ndarray:
         """Points (..., 3) from world to scene units, f64."""
@@ -123,7 +124,8 @@ class SceneTransform:
         """The transform that `to_plain` described."""
         x, y, z = map(float, plain["centre"])
         rows = ((float(a), float(b), float(c)) for a, b, c in plain["rotation"])
-        return cls((x, y, z), float(plain["side"]), tuple(rows))
+        metres = plain.get("metres")  # runs of earlier versions have none
+        return cls((x, y, z), float(plain["side"]), tuple(rows), None if metres is None else float(metres))
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,11 @@ def normalise(capture: Capture, scene: SceneConfig) -> Placement:
     images have alpha, the box just holds what the cameras can see there. Otherwise the innermost cube is as wide as
     `INNER` times the cameras' distance, and the cubes around it are as many as hold the cameras and the points.
     """
+    placement = _placed(capture, scene)
+    return replace(placement, transform=replace(placement.transform, metres=capture.metres))
+
+
+def _placed(capture: Capture, scene: SceneConfig) -> Placement:
     cameras = capture.cameras
     rotation = _upright(capture, scene)
     if scene.box_side:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from jaxngp.config import InputError, SceneConfig
 from jaxngp.data import download, llff, phones, rays, sparse, transforms
 from jaxngp.data.cache import cache_dir, expand
 from jaxngp.data.capture import Capture
+from jaxngp.data.flights import Frames, dataparser_transform
 from jaxngp.presets import SCENES
 
 BRICKS_VERSION = "v1"  # changes with the pictures of the built-in scene, so that no stale copy is read
@@ -139,3 +142,25 @@ def _locate_bricks(scene: SceneConfig) -> Location:
 
 def _known(folder: Path) -> Location:
     return Location(folder, FORMATS[0], FORMATS[0].detect(folder))
+
+
+def reference_frames(scene: SceneConfig, flight: Path) -> tuple[Frames, tuple[str, ...]]:
+    """What a camera path's coordinates refer to, and what a user should know of it.
+
+    nerfstudio's are those of its own scene where its dataparser_transforms.json lies in the path's folder or the one
+    above, else those of the scene's files. instant-ngp's cube is that of the scene's transforms file.
+    """
+    frames, applied, notes = Frames(), np.eye(3, 4), []
+    try:
+        location = locate(scene)
+        if location.format.name == "transforms":
+            ngp, applied = transforms.reference_frames(location.path)
+            frames = replace(frames, ngp=ngp)
+    except InputError as error:
+        notes.append(f"{flight}: scale, offset and applied_transform are taken to be the usual ones, since {error}")
+    for folder in flight.resolve().parents[:2]:
+        if (found := folder / "dataparser_transforms.json").is_file():
+            notes.append(f"{flight}: its coordinates are taken to be those that {found} describes")
+            frames = replace(frames, nerfstudio=dataparser_transform(found, applied))
+            break
+    return frames, tuple(notes)

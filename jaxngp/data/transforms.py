@@ -23,13 +23,15 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxngp.config import InputError, shown
-from jaxngp.data.capture import SPLITS, Box, Capture, DepthMap, Mask
+from jaxngp.data.capture import SPLITS, Box, Capture, DepthMap, Mask, SceneTransform
 from jaxngp.data.photos import ImageHeaders, probe_images
 from jaxngp.data.points import read_ply_points
 from jaxngp.data.views import Finder, View, check_pose, make_capture, natural_key, view_names
 from jaxngp.lenses import Model
 
 SINGLE = "transforms.json"
+NGP_ROTATION = ((0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 0.0))
+"""From the axes of a file to instant-ngp's: (x, y, z) becomes (y, z, x)."""
 BLENDER_BOX = Box((0.0, 0.0, 0.0), 3.0)
 MAX_NAME = 2**10  # characters of a file_path
 
@@ -637,9 +639,7 @@ def _box(file: _File) -> Box | None:
     size = _number(top, "aabb_scale", (0.5, 129.0, "a power of two up to 128"), path) if "aabb_scale" in top else 1.0
     if not math.log2(size).is_integer():
         raise InputError(f"{path}: aabb_scale = {size:g}: expected a power of two up to 128; correct it")
-    positive = (1e-9, 1e9, "a positive number; correct it")
-    scale = _number(top, "scale", positive, path) if "scale" in top else 0.33
-    centre = [0.5 / scale - o / scale for o in _offset(top, path)]
+    scale, centre = _ngp_cube(top, path)
     if "aabb" in top:
         corners = top["aabb"] if isinstance(top["aabb"], list) and len(top["aabb"]) == 2 else [None, None]
         low, high = (_vector(corner, f"{path}: aabb") for corner in corners)
@@ -649,6 +649,28 @@ def _box(file: _File) -> Box | None:
         scale, centre = 1 / length, [(a + b) / 2 for a, b in zip(low, high, strict=True)]
     x, y, z = centre
     return Box((x, y, z), size / scale, 1 + int(math.log2(size)))
+
+
+def _ngp_cube(top: dict[str, Any], path: Path) -> tuple[float, list[float]]:
+    """1 / side and the centre of instant-ngp's unit cube, in world units."""
+    scale = _number(top, "scale", (1e-9, 1e9, "a positive number; correct it"), path) if "scale" in top else 0.33
+    return scale, [0.5 / scale - o / scale for o in _offset(top, path)]
+
+
+def reference_frames(path: Path) -> tuple[SceneTransform, np.ndarray]:
+    """What other programs call positions by in the scene at a path: instant-ngp's cube, and `applied_transform` (3, 4).
+
+    instant-ngp's axes are the file's turned: its x is the file's y, its y the file's z.
+    """
+    file = _single_file(path) or next(f for f in (_split_file(_folder(path), split) for split in SPLITS) if f.is_file())
+    top, _ = _read_json(file)
+    scale, (x, y, z) = _ngp_cube(top, file)
+    applied = np.eye(3, 4)
+    if top.get("applied_transform") is not None:
+        rows = top["applied_transform"]
+        rows = rows if isinstance(rows, list) and len(rows) in (3, 4) else [None] * 3
+        applied = np.array([_vector(row, f"{file}: applied_transform", 4) for row in rows[:3]])
+    return SceneTransform((x, y, z), 1 / scale, NGP_ROTATION), applied
 
 
 def _offset(top: dict[str, Any], path: Path) -> tuple[float, ...]:
