@@ -253,6 +253,13 @@ def define_evaluation_flags(values: Flags) -> None:
     flags.DEFINE_enum("background", "white", ["white", "black"], "Background colour in evaluation.", flag_values=values)
 
 
+def define_report_flags(values: Flags) -> None:
+    """What `python -m jaxngp.report` takes beside a workdir and an evaluation."""
+    define_path(values, "out", None, "File to write; report.html in the workdir by default.")
+    text = "Also write the log and pictures for TensorBoard, into tensorboard/ of the workdir."
+    flags.DEFINE_bool("tensorboard", False, text, flag_values=values)
+
+
 def define_render_flags(values: Flags) -> None:
     """The flags of `python -m jaxngp.render`."""
     define_workdir_flags(values)

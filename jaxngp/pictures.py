@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -109,6 +110,19 @@ def write_png(path: str | os.PathLike[str], image: NDArray[np.uint8] | NDArray[n
     """Writes (H, W), (H, W, 3) or (H, W, 4) u8, or (H, W) u16, as a PNG."""
     with replacing(path) as unfinished:
         Image.fromarray(image).save(unfinished, format="PNG")
+
+
+def read_picture(path: str | os.PathLike[str]) -> Image8:
+    """A picture that was written here, (H, W, 3) u8."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def encode_webp(image: Image8) -> bytes:
+    """(H, W, 3) u8 as a small WebP, close enough to look at and not to measure on."""
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, format="WEBP", quality=92, method=4)
+    return data.getvalue()
 
 
 def write_animation(path: str | os.PathLike[str], frames: Sequence[Image8], fps: float = 24.0) -> None:

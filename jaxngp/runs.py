@@ -211,9 +211,9 @@ def remove_pictures(workdir: Path) -> None:
 def clear(workdir: Path) -> None:
     """Remove what a run writes, and nothing else that may lie there."""
     remove_pictures(workdir)
-    for name in ("config.json", "scene.json", "metrics.jsonl", "curve.jsonl", "summary.json"):
+    for name in ("config.json", "scene.json", "metrics.jsonl", "curve.jsonl", "summary.json", "report.html"):
         (workdir / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "exports", "novel_views", "renders"):
+    for name in ("checkpoints", "exports", "novel_views", "renders", "tensorboard"):
         shutil.rmtree(workdir / name, ignore_errors=True)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxngp import evaluate, export, flags, inspect, render, train, train_image, train_sdf
+from jaxngp import evaluate, export, flags, inspect, render, report, train, train_image, train_sdf
 
 
 class Entrypoint:
@@ -44,6 +44,7 @@ COMMANDS = {
     "evaluate": Entrypoint("jaxngp.evaluate", evaluate.define_flags, evaluate.main),
     "render": Entrypoint("jaxngp.render", flags.define_render_flags, render.main),
     "export": Entrypoint("jaxngp.export", export.define_flags, export.main),
+    "report": Entrypoint("jaxngp.report", report.define_flags, report.main),
     "train_image": Entrypoint("jaxngp.train_image", train_image.define_flags, train_image.main),
     "inspect": Entrypoint("jaxngp.inspect", inspect.define_flags, inspect.main, positional="scene"),
     "train_sdf": Entrypoint("jaxngp.train_sdf", train_sdf.define_flags, train_sdf.main),

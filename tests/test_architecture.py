@@ -26,10 +26,11 @@ LAYERS = (
     "training",
     "console",
     "checkpoints evaluation filming",
+    "reporting",
     "runs",
     "exporting",
     "flags",
-    "capture train train_image train_sdf evaluate render inspect export",
+    "capture train train_image train_sdf evaluate render inspect export report",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 ENTRYPOINTS = frozenset(LAYERS[-1].split())
