@@ -341,6 +341,75 @@ FAULTS = [
         "data",
         box_filter_without_alpha=rewrite("box_downscale", "block[..., 3:].astype(...)", "np.int32(255)"),
     ),
+    # Captures.
+    *faults(
+        "lenses",
+        "lenses",
+        tangential_slots_swapped=rewrite("_bend", "2 * p1 * a * b", "2 * p2 * a * b"),
+        newton_without_its_last_step=rewrite("_unbend", "a + change_a", "a"),
+        longitude_from_the_side=rewrite("_distort", "jnp.arctan2(x, z)", "jnp.arctan2(z, x)"),
+        whole_sphere_is_shown=rewrite("distort", "... <= lens.reach", "x == x"),
+    ),
+    *faults(
+        "marching",
+        "marching",
+        growth_of_the_step_before=rewrite("Steps.dt_at", "self._t(step, jnp.float32(0))", "self.t_at(step - 1)"),
+    ),
+    *faults(
+        "data.capture",
+        "data placement",
+        world_not_turned_back=rewrite("SceneTransform.to_world", "... @ np.array(self.rotation)", "position - 0.5"),
+        box_ignores_the_points=rewrite("_placed", "2 * max(reach) / side", "2 * reach[0] / side"),
+    ),
+    *faults(
+        "data.sparse",
+        "dialects",
+        quaternion_not_of_unit_length=rewrite("_pose", "w / length", "w"),
+        opencv_axes_kept=rewrite("_pose", "to_camera.T * (1, -1, -1)", "to_camera.T"),
+        centre_is_the_translation=rewrite("_pose", "-to_camera.T @ np.array(...)", "np.array(image.translation)"),
+    ),
+    *faults("data.llff", "dialects", down_taken_for_up=rewrite("read", "-down", "down")),
+    *faults(
+        "data.transforms",
+        "dialects masks depths",
+        dynamic_masks_like_others=rewrite("_masks", "'zero'", "'non-zero'"),
+        millimetres_as_metres=rewrite("_depths", "1e-3 * _applied_scale(file)", "_applied_scale(file)"),
+        offset_not_scaled=rewrite("_ngp_cube", "o / scale", "o"),
+    ),
+    *faults(
+        "data.photos",
+        "masks",
+        masks_of_both_kinds_alike=rewrite("read_masks", "mask.keep == 'non-zero'", "True"),
+    ),
+    *faults(
+        "data.depths",
+        "depths",
+        depth_along_the_axis_as_the_ray=rewrite("read_depths", "depth.along == 'axis'", "False"),
+    ),
+    *faults(
+        "training.pixels",
+        "pixel_stores",
+        numbers_of_the_call_before=rewrite("HostStore.drawn", "np.int32(following)", "np.int32(step)"),
+    ),
+    *faults(
+        "data.checks.agreement",
+        "inspect",
+        every_reading_fits_better=wrap("_clearly", lambda _: True),
+        no_reading_fits_better=wrap("_clearly", lambda _: False),
+    ),
+    *faults(
+        "data.flights",
+        "flights",
+        key_frames_the_long_way=rewrite("_spline", "near[:, :4] @ near[1, :4] < 0", "near[:, :4] @ near[1, :4] > 0"),
+        field_of_view_is_horizontal=rewrite("_read_nerfstudio", "0.5 * height / ...", "0.5 * width"),
+    ),
+    *faults(
+        "filming",
+        "filming",
+        frames_of_the_centre_only=rewrite("film", "view_rays(camera, place)", "view_rays(camera)"),
+        normals_across_edges=rewrite("_flatter_side", "to_next <= from_previous", "to_next > from_previous"),
+        colour_with_its_background=rewrite("straight_alpha", "(1 - opacity) * ...", "0"),
+    ),
     # From samples to a loss.
     *faults(
         "fields",
