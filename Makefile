@@ -2,6 +2,8 @@
 # make test    runs the tests, but for those that take long
 # make test-slow    runs those: whole trainings, killed runs, the documentation's Python
 # make test-long    planted faults one at a time, 5,000 broken files for every reader, a run killed 25 times
+# make docs    builds the site of docs/, the executed notebooks and the docstrings, in build/docs
+# make dist    builds a wheel in dist/
 # All first make a virtual environment, which takes a minute, and only again when pyproject.toml changes.
 #
 #   make train SCENE=lego DATA_DIR=~/nerf_synthetic ARGS="--preset=base --max_seconds=300"
@@ -25,7 +27,7 @@ comma := ,
 RUN_STAMP := $(VENV)/.installed$(if $(EXTRA),-$(EXTRA))
 DEV_STAMP := $(RUN_STAMP)-dev
 
-.PHONY: train test test-slow test-long lint format clean
+.PHONY: train test test-slow test-long lint format docs dist clean
 
 train: $(RUN_STAMP)
 	$(VENV)/bin/python -m jaxngp.train $(strip --scene=$(SCENE) $(DATA_DIR:%=--data_dir=%) $(WORKDIR:%=--workdir=%) $(ARGS))
@@ -49,6 +51,15 @@ lint: $(DEV_STAMP)
 format: $(DEV_STAMP)
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+
+docs: $(DEV_STAMP)
+	$(VENV)/bin/python -m pip install --quiet --editable ".[docs]"
+	$(VENV)/bin/python -m sphinx -b html -W --keep-going -q docs build/docs
+	@echo build/docs/index.html
+
+dist: $(VENV)/bin/python
+	$(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist
 
 clean:  # leaves runs/, which is your work
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -26,6 +26,7 @@ class Format:
     options: type[Config]
     suffix: str  # of the file
     summary: str  # for --help
+    extra: str = ""  # that has to be installed
 
 
 FORMATS = {
