@@ -292,7 +292,11 @@ class OccupancyConfig(Config):
     num_cascades: Annotated[int, Bounds(1, 8), "K; cascade k covers the cube's middle, of side 2^(k - K + 1)"] = 1
     decay: Annotated[float, Bounds(above=0, high=1), "factor on the stored density at every refresh"] = 0.95
     threshold: Annotated[Positive, "optical thickness of one march step above which a cell is occupied"] = 0.01
-    refresh_every: Annotated[Count, Role.RESULT, "training steps between refreshes"] = 16
+    refresh_every: Annotated[
+        Count,
+        Role.RESULT,
+        "training steps between refreshes, of which a call of train.steps_per_dispatch has one at most",
+    ] = 16
     warmup_steps: Annotated[Whole, "steps in which a refresh evaluates every cell; later a quarter of them"] = 256
     carve: Annotated[bool, "keep cells empty that lie outside the silhouette of any view with alpha"] = True
 

@@ -1,7 +1,7 @@
 """Training runs in their folders: create, resume, extend, log and save one; open a trained one.
 
-A workdir holds config.json (the resolved config), scene.json (the views that a NeRF was trained on: names, cameras, and
-a fingerprint of the data), metrics.jsonl, checkpoints/ and what the commands write beside them.
+A workdir holds config.json (the resolved config), scene.json (a fingerprint of the data and, of a NeRF, names and
+cameras of the views), metrics.jsonl, checkpoints/ and what the commands write beside them.
 
     with runs.training_in("runs/lego", config) as run:
         for progress in train(config, images, resume=run.resume):
@@ -44,7 +44,7 @@ from jaxngp.config import (
     to_plain,
 )
 from jaxngp.console import ProgressBar, TrainingWarnings, interruption, warn
-from jaxngp.data import SceneTransform, Split, changed, fingerprint
+from jaxngp.data import Fingerprint, SceneTransform, Split, changed, fingerprint
 from jaxngp.evaluation import COLOURS, EvalBackground
 from jaxngp.lenses import MODELS, Lens
 from jaxngp.occupancy import OccupancyGrid
@@ -115,15 +115,20 @@ class TrainingRun:
 
 @contextlib.contextmanager
 def training_in(
-    workdir: Path | str, config: RunConfig, *, data: Split | None = None, restart: bool = False, extend: bool = False
+    workdir: Path | str,
+    config: RunConfig,
+    *,
+    data: Split | Fingerprint | None = None,
+    restart: bool = False,
+    extend: bool = False,
 ) -> Iterator[TrainingRun]:
     """Lock the workdir for training and write config.json; yields the run.
 
-    data: the views that a NeRF learns from, for scene.json. By them a run is recognised whose scene has moved, and a
-    change of what it is trained on is warned of. restart: remove what a run left there. extend: a run that is there
-    may get a larger budget; its schedule is then that of the new budget, entered where the run stands, so a rate that
-    had decayed rises again. Raises InputError where the workdir holds a run with another config, and where another
-    process trains in it.
+    data: the views that a NeRF learns from, or the fingerprint of what else is learned, for scene.json. By it a run is
+    recognised whose scene has moved, and a change of what it is trained on is warned of. restart: remove what a run
+    left there. extend: a run that is there may get a larger budget; its schedule is then that of the new budget,
+    entered where the run stands, so a rate that had decayed rises again. Raises InputError where the workdir holds a
+    run with another config, and where another process trains in it.
     """
     workdir = Path(workdir).expanduser()
     with _sole_training(workdir):
@@ -132,9 +137,9 @@ def training_in(
         scene, before = _describe(data) if data else {}, _fingerprint_before(workdir)
         changes = changed(before, scene["fingerprint"]) if data and before else None
         check_same_config(workdir, config, extend=extend, same_data=bool(data and before and not changes))
-        if changes and (old := _another_scene(workdir, config)):
+        if changes and (old := _another_source(workdir, config)):
             raise InputError(
-                f"{workdir} holds a run of another scene of the same name, {old} ({changes}): give another --workdir, "
+                f"{workdir} holds a run of other data of the same name, {old} ({changes}): give another --workdir, "
                 "or --restart to delete that run"
             )
         if changes:
@@ -149,10 +154,16 @@ def training_in(
             yield TrainingRun(workdir, config, checkpoints, bar, stop)
 
 
-def _another_scene(workdir: Path, config: RunConfig) -> str | None:
-    """The path of the scene of the run in a workdir, if that is still there and is not the one of `config`."""
-    old = read_config(workdir, NerfConfig).scene.name
-    return old if isinstance(config, NerfConfig) and old != config.scene.name and Path(old).exists() else None
+def _another_source(workdir: Path, config: RunConfig) -> str | None:
+    """The path of what the run in a workdir was trained on, if that is still there and is not what `config` names."""
+    old, new = (_source(c) for c in (read_config(workdir, type(config)), config))
+    return old if old != new and old and Path(old).exists() else None
+
+
+def _source(config: RunConfig) -> str:
+    """The path or the name of what is learned."""
+    group = next(getattr(config, name) for name in KINDS if hasattr(config, name))
+    return group.path if hasattr(group, "path") else group.name
 
 
 def check_same_config(workdir: Path, config: RunConfig, *, extend: bool = False, same_data: bool = False) -> None:
@@ -183,8 +194,10 @@ def _fingerprint_before(workdir: Path) -> dict[str, Any] | None:
     return _read_json(path).get("fingerprint") if path.exists() else None
 
 
-def _describe(data: Split) -> dict[str, Any]:
+def _describe(data: Split | Fingerprint) -> dict[str, Any]:
     """What scene.json holds."""
+    if not isinstance(data, Split):
+        return {"fingerprint": data}
     plain: dict[str, Any] = {"fingerprint": fingerprint(data), "transform": data.transform.to_plain()}
     if isinstance(data.images, PosedImages):
         plain |= {"views": list(data.views), "cameras": _plain_cameras(data.images.cameras)}

@@ -42,6 +42,7 @@ from jaxngp.config import (
     to_json,
 )
 from jaxngp.console import bar_interval
+from jaxngp.data import content_fingerprint
 from jaxngp.data.atlas import builtin_image
 from jaxngp.data.image import StoredImage, read_image, tiles
 from jaxngp.device import compiler_options, default_placement, device_memory, on_cpu
@@ -310,7 +311,8 @@ def main(values: flags.Flags) -> None:
         print(note)
     config = image_config(values, picture, image, on_cpu())
     workdir = Path(values.workdir or f"runs/{Path(image.name).stem}")
-    with runs.training_in(workdir, config, restart=values.restart, extend=values.extend) as run:
+    seen = content_fingerprint(pixels=image.pixels)
+    with runs.training_in(workdir, config, data=seen, restart=values.restart, extend=values.extend) as run:
         print(to_json(config), end="")
         curve, progress = Curve(image, workdir / "curve.jsonl"), run.resume
         if not run.finished:

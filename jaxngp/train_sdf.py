@@ -39,6 +39,7 @@ from jaxngp.config import (
     apply_overrides,
     to_json,
 )
+from jaxngp.data import content_fingerprint
 from jaxngp.data.meshes import Frame, Mesh, read_mesh
 from jaxngp.data.shapes import SHAPES
 from jaxngp.data.solids import Solid, distance_samples, surface_samples
@@ -284,7 +285,8 @@ def main(values: flags.Flags) -> None:
     for note in solid.notes:
         print(note)
     workdir = Path(values.workdir or f"runs/{solid.name}")
-    with runs.training_in(workdir, config, restart=values.restart, extend=values.extend) as run:
+    seen = content_fingerprint(vertices=solid.vertices, faces=solid.faces) if isinstance(solid, Mesh) else None
+    with runs.training_in(workdir, config, data=seen, restart=values.restart, extend=values.extend) as run:
         print(to_json(config), end="")
         progress = run.resume
         if not run.finished:

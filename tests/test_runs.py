@@ -286,7 +286,7 @@ def test_another_scene_of_the_same_name_is_refused(
     run("train", f"--scene={elsewhere}", f"--workdir={workdir}", *TINY, "--eval_views=1")
     write_scene(tmp_path / "b" / elsewhere.name, num_views=2)
     other = f"--scene={tmp_path / 'b' / elsewhere.name}"
-    assert f"another scene of the same name, {elsewhere.resolve()}" in refusal(
+    assert f"other data of the same name, {elsewhere.resolve()}" in refusal(
         capsys, "train", other, f"--workdir={workdir}", *TINY
     )
 

@@ -54,6 +54,7 @@ def test_a_run_leaves_what_one_needs(finished: Path) -> None:
         "curve.jsonl",
         "metrics.jsonl",
         "pictures",
+        "scene.json",
         "summary.json",
     }
     config = from_json((finished / "config.json").read_text(encoding="utf-8"), ImageConfig)
@@ -135,6 +136,21 @@ def test_a_photograph_is_learned_from_its_file(tmp_path: Path) -> None:
     assert summary(tmp_path / "run")["bits_per_pixel_of_file"] == pytest.approx(
         8 * (tmp_path / "photo.png").stat().st_size / (40 * 24)
     )
+
+
+def test_a_photograph_may_move_and_is_not_mistaken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo, workdir = tmp_path / "a.png", f"--workdir={tmp_path / 'run'}"
+    Image.fromarray(np.full((24, 20, 3), 90, np.uint8)).save(photo)
+    run(f"--image={photo}", workdir, *TINY)
+    photo.rename(tmp_path / "b.png")
+    run(f"--image={tmp_path / 'b.png'}", workdir, *TINY)  # the same pixels: the same run
+    assert "other data" not in capsys.readouterr().err
+    Image.fromarray(np.full((24, 20, 3), 91, np.uint8)).save(tmp_path / "b.png")
+    run(f"--image={tmp_path / 'b.png'}", workdir, *TINY)
+    assert "trained on other data: it has other pixels" in capsys.readouterr().err
+    (tmp_path / "c").mkdir()
+    Image.fromarray(np.full((24, 20, 3), 92, np.uint8)).save(tmp_path / "c" / "b.png")
+    assert "other data of the same name" in run.refusal(capsys, f"--image={tmp_path / 'c' / 'b.png'}", workdir, *TINY)
 
 
 def test_albert_in_a_few_steps(tmp_path: Path) -> None:

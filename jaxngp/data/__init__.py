@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from jaxngp.data.cache import cache_dir, expand
 from jaxngp.data.capture import SPLITS, Capture, Placement, SceneTransform, normalise
-from jaxngp.data.fingerprint import changed, fingerprint
+from jaxngp.data.fingerprint import Fingerprint, changed, content_fingerprint, fingerprint
 from jaxngp.data.places import FORMATS, Format, Location, locate
 from jaxngp.data.rays import RayTable
 from jaxngp.data.splits import Split, load_evaluation, load_training, read_views
@@ -28,6 +28,7 @@ __all__ = [
     "FORMATS",
     "SPLITS",
     "Capture",
+    "Fingerprint",
     "Format",
     "Location",
     "Placement",
@@ -36,6 +37,7 @@ __all__ = [
     "Split",
     "cache_dir",
     "changed",
+    "content_fingerprint",
     "expand",
     "fingerprint",
     "load_evaluation",

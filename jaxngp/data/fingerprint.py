@@ -1,4 +1,4 @@
-"""A fingerprint of the views that a run learns from, by which it notices that they changed in place."""
+"""A fingerprint of what a run learns from, by which it notices that this changed in place."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from jaxngp.cameras import PosedImages
 from jaxngp.data.rays import RayTable
 from jaxngp.data.splits import Split
 
-_PARTS = {"pixels": "pixels", "poses": "poses", "intrinsics": "intrinsics", "rays": "rays"}
+MAX_ROWS = 2**10
+Fingerprint = dict[str, list[int]]
 
 
-def fingerprint(views: Split | PosedImages | RayTable) -> dict[str, list[int]]:
+def fingerprint(views: Split | PosedImages | RayTable) -> Fingerprint:
     """A checksum of the pixels, masks and depths among them, and of the camera of each view, in their order, for JSON.
 
     A ray table has checksums of colours and rays instead: of each view, or of the whole where its image size is
@@ -40,15 +41,29 @@ def fingerprint(views: Split | PosedImages | RayTable) -> dict[str, list[int]]:
     }
 
 
+def content_fingerprint(**arrays: np.ndarray) -> Fingerprint:
+    """A checksum of each array (N, ...), such as the pixels of an image or the vertices of a mesh.
+
+    Of more than MAX_ROWS rows, so many evenly spread ones are read.
+    """
+    rows = {name: np.linspace(0, len(a) - 1, min(len(a), MAX_ROWS)).round().astype(int) for name, a in arrays.items()}
+    shapes = {name: repr((array.shape, array.dtype.str)).encode() for name, array in arrays.items()}
+    return {
+        name: [zlib.crc32(np.asarray(a[rows[name]]).tobytes(), zlib.crc32(shapes[name]))] for name, a in arrays.items()
+    }
+
+
 def changed(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """A sentence that says how the views of two fingerprints differ, or None where they do not."""
     if old.keys() != new.keys():
         return "the data are of another kind than before"
-    before, now = len(old["pixels"]), len(new["pixels"])
+    before, now = (len(next(iter(of.values()))) for of in (old, new))
     if before != now:
         return f"there are {now} views where there were {before}"
     counts = {part: sum(a != b for a, b in zip(old[part], new[part], strict=True)) for part in new}
-    found = [f"{count} of {now} views have other {_PARTS[part]}" for part, count in counts.items() if count]
+    found = [f"{count} of {now} views have other {part}" for part, count in counts.items() if count]
+    if now == 1:
+        found = [f"it has other {part}" for part, count in counts.items() if count]
     return ", ".join(found) or None
 
 
