@@ -104,6 +104,14 @@ class TrainingRun:
             self._checkpoints.try_to_save(progress)
             self._saved = time.monotonic()
 
+    def save(self, progress: Progress) -> None:
+        """Save a checkpoint now. Raises InputError where it cannot be written."""
+        self._checkpoints.save(progress)
+
+    def asked_to_stop(self) -> bool:
+        """Whether a signal has asked the run to stop, which `record` will find next."""
+        return bool(self._interrupted())
+
     def trained_on(self) -> dict[str, Any]:
         """Device, versions and memory of the process that wrote the newest checkpoint."""
         return self._checkpoints.environment()
@@ -299,6 +307,13 @@ def load(workdir: Path | str, kind: type | None = None) -> Run:
         progress, trained_on = checkpoints.restore_trained(config), checkpoints.environment()
     scene = workdir / "scene.json"
     return Run(workdir, config, progress, trained_on, _read_cameras(scene), _read_transform(scene))
+
+
+def latest_step(workdir: Path) -> int | None:
+    """The step of the newest finished checkpoint in a workdir, or None."""
+    folder = workdir / "checkpoints"
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=None)
 
 
 def _read_cameras(path: Path) -> Cameras | None:

@@ -27,9 +27,9 @@ LAYERS = (
     "console",
     "checkpoints evaluation",
     "runs",
-    "exporting",
+    "exporting viewing",
     "flags",
-    "capture train train_image train_sdf evaluate render inspect export",
+    "capture train train_image train_sdf evaluate render inspect export view",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 ENTRYPOINTS = frozenset(LAYERS[-1].split())
