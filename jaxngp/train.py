@@ -20,7 +20,7 @@ from jaxngp.data.checks import dataset_warnings
 from jaxngp.evaluation import evaluate_into, write_summary
 from jaxngp.presets import SCENES
 from jaxngp.training.loop import train
-from jaxngp.viewing.source import Source
+from jaxngp.viewing.source import Source, history_of
 from jaxngp.viewing.viewer import NoViewer, Viewer, open_viewer
 
 
@@ -81,6 +81,7 @@ def viewer_of(
         cameras=training.images.cameras if isinstance(training.images, PosedImages) else None,
         transform=training.transform,
         read=lambda: training,
+        history=lambda: history_of(run.workdir),
         save=run.save,
         stop=run.asked_to_stop,
     )

@@ -15,7 +15,7 @@ from jaxngp.config import InputError, NerfConfig
 from jaxngp.console import interruption
 from jaxngp.data import load_training
 from jaxngp.runs import Run
-from jaxngp.viewing.source import Source
+from jaxngp.viewing.source import Source, history_of
 from jaxngp.viewing.viewer import open_viewer
 
 POLL_SECONDS = 2.0
@@ -35,6 +35,7 @@ def main(values: flags.Flags) -> None:
             cameras=run.cameras,
             transform=run.transform,
             read=lambda: load_training(config.scene),
+            history=lambda: history_of(run.workdir),
             stop=stop,
         )
         with open_viewer(source, host=values.view_host, port=values.view_port) as viewer:

@@ -18,6 +18,9 @@ from jaxngp.viewing.tabs import ACCENT, CamerasTab, PathTab, TrainingTab, ViewTa
 from jaxngp.viewing.truth import Views
 from jaxngp.viewing.worker import Picture, Worker
 
+SMALL = 2**17
+"""Bytes of a picture below which it is sent as a PNG, for a JPEG would lose the colours of single pixels."""
+
 
 def start_server(host: str, port: int) -> tuple[Any, str]:
     """A viser server on a port, or on the next free one; and what to tell the user."""
@@ -63,7 +66,7 @@ class Panel:
         with tabs.add_tab("Path"):
             self._path = PathTab(server, worker, source, self._view)
         with tabs.add_tab("Training"):
-            self._training = TrainingTab(server, controls, trained_here=source.save is not None)
+            self._training = TrainingTab(server, controls, source)
         server.on_client_connect(self._on_connect)
         server.on_client_disconnect(lambda client: worker.leave(client.client_id))
 
@@ -91,7 +94,8 @@ class Panel:
         client = self._server.get_clients().get(window)
         if client is None:
             return
-        client.scene.set_background_image(picture.image, format="jpeg", jpeg_quality=92 if picture.full else 75)
+        small = picture.image.size < SMALL
+        client.scene.set_background_image(picture.image, format="png" if small else "jpeg", jpeg_quality=90)
         self._view.tell(picture)
 
     def report(self, progress: Progress, *, ended: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from jaxngp.cameras import Cameras
 from jaxngp.config import NerfConfig
 from jaxngp.data import SceneTransform, Split
+from jaxngp.runs import read_log
 from jaxngp.training.loop import Progress
 
 
@@ -22,6 +24,7 @@ class Source:
     cameras: Cameras | None  # of the training views, scene units; None where there are none
     transform: SceneTransform
     read: Callable[[], Split]  # the training views, for comparisons; raises InputError
+    history: Callable[[], list[tuple[float, float, float]]]  # step, loss and PSNR of what the log holds
     save: Callable[[Progress], None] | None = None  # saves a checkpoint; None where the run is not trained here
     stop: Callable[[], bool] = lambda: False  # whether the process is asked to end
 
@@ -37,3 +40,12 @@ class Controls:
 
     paused: threading.Event = field(default_factory=threading.Event)
     save: threading.Event = field(default_factory=threading.Event)
+
+
+def history_of(workdir: Path) -> list[tuple[float, float, float]]:
+    """Step, loss and PSNR of every entry of a run's log."""
+    entries: list[tuple[float, float, float]] = []
+    for entry in read_log(workdir):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            entries.append((float(entry["step"]), float(entry["loss"]), float(entry["psnr"])))
+    return entries

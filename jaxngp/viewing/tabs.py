@@ -114,6 +114,8 @@ class ViewTab:
 
     def _changed(self) -> None:
         look = self.look()
+        if not self._worker.has_compiled(look):
+            self._info.content = f"compiling {NAMES[look.mode].lower()} ..."
         self._worker.set_look(look, int(self._limit.value))
         edges = box_edges(np.array(look.crop or [[0.0] * 3, [1.0] * 3]))
         self._server.scene.add_line_segments(
@@ -162,7 +164,7 @@ class CamerasTab:
     def __init__(self, server: Any, worker: Worker, views: Views) -> None:
         self._server, self._worker, self._views = server, worker, views
         gui = server.gui
-        self._shown = gui.add_checkbox("Show cameras", True, hint="Click a camera to compare its image.")
+        self._shown = gui.add_checkbox("Show cameras", False, hint="Click a camera to compare its image.")
         self._size = gui.add_slider("Size", 0.2, 5.0, 0.1, 1.0, hint="Of the cameras in the scene.")
         hint = "Number of a training view."
         self._number = gui.add_number("Camera", 0, min=0, max=len(views) - 1, step=1, hint=hint)
@@ -194,6 +196,7 @@ class CamerasTab:
                 thickness_units="screen",
                 wxyz=wxyz,
                 position=position,
+                visible=False,
             )
             found[number].on_click(lambda event, number=number: self._compare(event.client, number))
         return found
@@ -375,11 +378,11 @@ class PathTab:
 class TrainingTab:
     """Pause, save, and how the fit goes."""
 
-    def __init__(self, server: Any, controls: Controls, *, trained_here: bool) -> None:
-        self._controls = controls
-        self._history: list[tuple[float, float, float]] = []
+    def __init__(self, server: Any, controls: Controls, source: Source) -> None:
+        self._controls, self._source = controls, source
+        self._history = source.history()
         self._told = 0.0
-        gui = server.gui
+        gui, trained_here = server.gui, source.save is not None
         self._pause = gui.add_button("Pause training", icon="player-pause", visible=trained_here)
         self._save = gui.add_button("Save checkpoint", icon="device-floppy", visible=trained_here)
         if not trained_here:
@@ -408,10 +411,12 @@ class TrainingTab:
     def report(self, progress: Progress, *, ended: bool) -> bool:
         """Note where training stands; whether it is time to show it, about once a second."""
         metrics: Any = progress.metrics
-        if metrics is not None:
+        if self._source.save is None:
+            self._history = self._source.history()
+        elif metrics is not None:
             self._history.append((progress.step, float(metrics.loss), float(metrics.psnr)))
         if len(self._history) > 2 * MAX_POINTS:
-            self._history = self._history[::2]
+            self._history = self._history[:: len(self._history) // MAX_POINTS]
         if ended:
             self._pause.disabled = self._save.disabled = True
         now = time.monotonic()

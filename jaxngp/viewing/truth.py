@@ -16,7 +16,6 @@ from jaxngp.evaluation import COLOURS, EvalBackground
 from jaxngp.pictures import Image8, contact_sheet, error_image, hatched, to_uint8
 
 SIDE = 640  # px, at most, of a picture in a comparison
-THUMBNAIL = 48  # px
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,18 +58,6 @@ class Views:
         rgba = reduce_image(split.images.image(number).astype(np.float32) / 255, factor)
         # Where any pixel of a block is masked, the block is.
         return View(name, small, rgba, None if keep is None else reduce_image(keep[..., None], factor)[..., 0] == 1)
-
-    def thumbnails(self) -> list[Image8]:
-        """All images, small, over white; none where they could not be read."""
-        split = self._images()
-        if split is None or not isinstance(split.images, PosedImages):
-            return []
-        found = []
-        for number in range(len(self)):
-            image = split.images.image(number)
-            step = -(-max(image.shape[:2]) // THUMBNAIL)
-            found.append(to_uint8(over(image[::step, ::step].astype(np.float32) / 255, "white")))
-        return found
 
     def _images(self) -> Split | None:
         with self._lock:

@@ -44,7 +44,8 @@ class Worker:
         self.limit = limit  # px along the longer side of a picture
         self._shown, self._prepare = shown, prepare
         self._scene: Scene | None = None
-        self._look = Look()
+        self._look, self._asked = Look(), 0  # what is shown; how often something else was asked for
+        self._compiled: set[str] = {Look().shading}
         self._canvases: dict[int, Canvas] = {}
         self._tasks: list[Task] = []
         self._refining: tuple[Canvas, int, Task] | None = None
@@ -78,12 +79,27 @@ class Worker:
             self._canvases.pop(window, None)
 
     def set_look(self, look: Look, limit: int) -> None:
-        """All windows show something else, at up to `limit` pixels along the longer side."""
+        """All windows show something else, at up to `limit` pixels along the longer side.
+
+        What it takes is compiled here, in the thread that asks, while the worker goes on with what it drew before.
+        """
         with self._changed:
+            self._asked += 1
+            asked, scene = self._asked, self._scene
+        if scene is not None:
+            compile_piece(scene, look.shading)
+        with self._changed:
+            if asked != self._asked:  # something else was asked for meanwhile
+                return
+            self._compiled.add(look.shading)
             self._look, self.limit = look, limit
             for canvas in self._canvases.values():
                 canvas.change(time.monotonic())
             self._changed.notify()
+
+    def has_compiled(self, look: Look) -> bool:
+        """Whether a look can be drawn at once."""
+        return look.shading in self._compiled
 
     def submit(self, task: Task) -> None:
         """Run a task to its end, piece by piece, whenever no window waits."""
@@ -183,7 +199,6 @@ class Worker:
         pixels, viewpoint = self._pixels(canvas), canvas.viewpoint
         assert scene is not None
         assert viewpoint is not None
-        compile_piece(scene, look.shading)  # takes no part in the time below
         size, started = viewpoint.size(pixels), time.monotonic()
         out = yield from draw(scene, viewpoint.camera(*size), look)
         seconds = time.monotonic() - started
