@@ -211,20 +211,25 @@ def _normals(field: Any, position: jax.Array, _: jax.Array) -> tuple[jax.Array, 
 
 SOLID = 1e6  # density per scene unit: opaque within any step
 
-_THIN, _THICK = np.array([0.20, 0.36, 0.65], np.float32), np.array([0.95, 0.58, 0.22], np.float32)
+_THIN, _THICK = np.array([0.30, 0.48, 0.78], np.float32), np.array([0.98, 0.70, 0.36], np.float32)
+_FACES = np.array([0.72, 0.86, 1.0], np.float32)  # brightness of those that x, y and z point to
 
 
-def _cells(grid: OccupancyGrid, step_size: jax.Array, position: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _cells(
+    grid: OccupancyGrid, step_size: jax.Array, position: jax.Array, direction: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Occupied cells as solid cubes, from blue to orange with the logarithm of their stored density.
 
-    Blue is an optical thickness of 0.01 a step or less, orange of 1 or more. Neighbours differ in brightness.
+    Blue is an optical thickness of 0.01 a step or less, orange of 1 or more.
     """
     size = grid.resolution
     column, row, layer, cascade = grid.cells.at(*(position[:, axis] for axis in range(3)))
-    stored = grid.density.reshape(-1)[column + size * (row + size * (layer + size * cascade))]
-    share = jnp.clip(0.5 * jnp.log10(jnp.maximum(stored * step_size, 1e-6)) + 1, 0, 1)[:, None]
-    bright = 1 - 0.22 * ((column + row + layer) % 2).astype(jnp.float32)
-    rgb = (_THIN + share * (_THICK - _THIN)) * bright[:, None]
+    number = column + size * (row + size * (layer + size * cascade))
+    share = jnp.clip(0.5 * jnp.log10(jnp.maximum(grid.density.reshape(-1)[number] * step_size, 1e-6)) + 1, 0, 1)
+    # Back along the ray, the face that is met first is the one through which it came in.
+    within = (position - jnp.stack(grid.cells.centre(number), axis=-1)) / grid.cells.side(number)[:, None] + 0.5 / size
+    behind = jnp.where(direction > 0, within, 1 / size - within) / jnp.maximum(jnp.abs(direction), 1e-9)
+    rgb = (_THIN + share[:, None] * (_THICK - _THIN)) * jnp.asarray(_FACES)[jnp.argmin(behind, axis=1)][:, None]
     return jnp.full(len(position), SOLID, jnp.float32), jnp.asarray(rgb)
 
 

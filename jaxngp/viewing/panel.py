@@ -22,8 +22,8 @@ SMALL = 2**17
 """Bytes of a picture below which it is sent as a PNG, for a JPEG would lose the colours of single pixels."""
 
 
-def start_server(host: str, port: int) -> tuple[Any, str]:
-    """A viser server on a port, or on the next free one; and what to tell the user."""
+def start_server(host: str, port: int) -> Any:
+    """A viser server on a port, or on the next free one. Raises InputError without viser, and for a foreign host."""
     try:
         import viser
     except ImportError:
@@ -33,16 +33,21 @@ def start_server(host: str, port: int) -> tuple[Any, str]:
     except OSError as error:
         raise InputError(f"--view_host={host}: {error.strerror or error}; 127.0.0.1 is this machine alone") from None
     with contextlib.redirect_stdout(io.StringIO()):  # its banner
-        server = viser.ViserServer(host=host, port=port, label="jaxngp", verbose=False)
-    return server, announcement(host, port, server.get_port())
+        return viser.ViserServer(host=host, port=port, label="jaxngp", verbose=False)
+
+
+def address(host: str, port: int) -> str:
+    """The URL of a server that listens on a host and a port."""
+    shown = f"[{host}]" if ":" in host else host.replace("0.0.0.0", "localhost")
+    return f"http://{shown}:{port}"
 
 
 def announcement(host: str, port: int, found: int) -> str:
     """What to tell the user of a server that was to listen on a port, and listens on the one that was found."""
-    shown = f"[{host}]" if ":" in host else host.replace("0.0.0.0", "localhost")
-    said = f"viewer: http://{shown}:{found}" + ("" if found == port else f" (port {port} is in use)")
+    said = f"viewer: {address(host, found)}" + ("" if found == port else f" (port {port} is in use)")
     if host in ("127.0.0.1", "localhost", "::1"):
-        return f"{said}\n  from another machine: ssh -L {found}:{shown}:{found} <this machine>, then open it there"
+        forward = address(host, found).removeprefix("http://")
+        return f"{said}\n  from another machine: ssh -L {found}:{forward} <this machine>, then open it there"
     return f"{said}\n  whoever reaches this address can look, pause the training and save checkpoints"
 
 

@@ -27,6 +27,7 @@ from jaxngp.viewing.worker import Picture, Task, Worker
 
 MAX_CAMERAS = 250  # drawn in the scene; more would be a thicket
 MAX_POINTS = 400  # of a plot
+COMPARISON = 520  # px, the least width of a comparison
 ACCENT, GREY, ORANGE = (37, 99, 235), (100, 110, 125), (220, 90, 30)
 
 
@@ -74,7 +75,7 @@ class ViewTab:
 
     def __init__(self, server: Any, worker: Worker, source: Source) -> None:
         self._server, self._worker, self._source = server, worker, source
-        self._told = 0.0
+        self._told, self._compiling = 0.0, ""
         gui, config = server.gui, source.config
         self._modes = {NAMES[mode]: mode for mode in modes(config.sampler)}
         self._mode = gui.add_dropdown("Show", [*self._modes], hint=MODE_HINT)
@@ -115,8 +116,9 @@ class ViewTab:
     def _changed(self) -> None:
         look = self.look()
         if not self._worker.has_compiled(look):
-            self._info.content = f"compiling {NAMES[look.mode].lower()} ..."
+            self._info.content = self._compiling = f"compiling {NAMES[look.mode].lower()} ..."
         self._worker.set_look(look, int(self._limit.value))
+        self._compiling = ""
         edges = box_edges(np.array(look.crop or [[0.0] * 3, [1.0] * 3]))
         self._server.scene.add_line_segments(
             "/crop", edges, ACCENT, thickness=1.5, thickness_units="screen", visible=look.crop is not None
@@ -133,7 +135,7 @@ class ViewTab:
             self._told = now
             height, width = picture.image.shape[:2]
             said = f"{width} x {height} in {1e3 * picture.seconds:.0f} ms, step {picture.version}"
-            self._info.content = f"{said}  \n{picture.legend}"
+            self._info.content = f"{said}  \n{self._compiling or picture.legend}"
 
     def _take_screenshot(self, client: Any) -> Task:
         scene, view = self._worker.scene, self._worker.viewpoint(client.client_id)
@@ -163,6 +165,7 @@ class CamerasTab:
 
     def __init__(self, server: Any, worker: Worker, views: Views) -> None:
         self._server, self._worker, self._views = server, worker, views
+        self._open: dict[int, Any] = {}  # the comparison in each window
         gui = server.gui
         self._shown = gui.add_checkbox("Show cameras", False, hint="Click a camera to compare its image.")
         self._size = gui.add_slider("Size", 0.2, 5.0, 0.1, 1.0, hint="Of the cameras in the scene.")
@@ -223,11 +226,27 @@ class CamerasTab:
             return
         out = yield from draw(scene, view.camera, Look(background=background))
         sheet, said = compare(view, out.rgb, background)
-        with client.gui.add_modal(f"Camera {number}: {view.name}") as modal:
+        self._close(client)
+        self._open[client.client_id] = panel = client.gui.add_panel()
+        panel.float(x=16, y=16, width=min(max(sheet.shape[1] + 48, COMPARISON), client.camera.image_width - 32))
+        with panel.add_tab(f"Camera {number}: {view.name}", icon="columns-2"):
             client.gui.add_image(sheet, format="png")
             client.gui.add_markdown(f"{said}, step {scene.version}")
-            client.gui.add_button("Look from here", icon="eye").on_click(lambda _: self._visit(client, number))
-            client.gui.add_button("Close", color="gray").on_click(lambda _: modal.close())
+            turn = client.gui.add_button_group("", ["Previous", "Next", "Look from here", "Close"])
+
+        @turn.on_click
+        def _(_: Any) -> None:
+            if turn.value == "Look from here":
+                self._visit(client, number)
+            elif turn.value == "Close":
+                self._close(client)
+            else:
+                self._compare(client, (number + (1 if turn.value == "Next" else -1)) % len(self._views))
+
+    def _close(self, client: Any) -> None:
+        """Close a window's comparison, if it has one."""
+        if panel := self._open.pop(client.client_id, None):
+            panel.remove()
 
 
 # Camera paths.

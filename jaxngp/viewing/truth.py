@@ -16,6 +16,7 @@ from jaxngp.evaluation import COLOURS, EvalBackground
 from jaxngp.pictures import Image8, contact_sheet, error_image, hatched, to_uint8
 
 SIDE = 640  # px, at most, of a picture in a comparison
+LEAST_SIDE = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,4 +113,6 @@ def compare(view: View, prediction: Any, background: EvalBackground) -> tuple[Im
         pictures = [hatched(pictures[0], view.keep), pictures[1], hatched(pictures[2], view.keep)]
         said = f"; {1 - view.keep.mean():.0%} of the pixels are masked"
     quality = f"PSNR {-10 * np.log10(max(float(square.mean()), 1e-10)):.2f} dB" if square.size else "all masked"
+    times = max(1, LEAST_SIDE // truth.shape[1])  # whole pixels, so that they stay what they are
+    pictures = [picture.repeat(times, axis=0).repeat(times, axis=1) for picture in pictures]
     return contact_sheet([pictures], ["truth", "prediction", "error x 4"]), quality + said

@@ -10,7 +10,7 @@ from jaxngp.config import InputError
 from jaxngp.device import on_cpu
 from jaxngp.training.loop import Progress
 from jaxngp.viewing.drawing import compile_ahead, copy_scene
-from jaxngp.viewing.panel import Panel, start_server
+from jaxngp.viewing.panel import Panel, address, announcement, start_server
 from jaxngp.viewing.source import Controls, Source
 from jaxngp.viewing.truth import Views
 from jaxngp.viewing.worker import Worker
@@ -23,7 +23,8 @@ COPY_SHARE = 0.02
 class Viewer:
     """A browser's view of a run, for a `with` block: hand it each `Progress`."""
 
-    def __init__(self, source: Source, worker: Worker, controls: Controls, panel: Panel) -> None:
+    def __init__(self, source: Source, worker: Worker, controls: Controls, panel: Panel, url: str) -> None:
+        self.url = url  # to open in a browser
         self._source, self._worker, self._controls, self._panel = source, worker, controls, panel
         self._copied, self._cost = 0.0, 0.0
 
@@ -86,8 +87,8 @@ class NoViewer:
 @contextlib.contextmanager
 def open_viewer(source: Source, *, host: str, port: int) -> Iterator[Viewer]:
     """Serve the viewer on a host and a port, or the next free one, which is said. Raises InputError without viser."""
-    server, url = start_server(host, port)
-    print(url, flush=True)
+    server = start_server(host, port)
+    print(announcement(host, port, server.get_port()), flush=True)
     views = Views(source.cameras, source.read)
     worker = Worker(
         lambda window, picture: panel.shown(window, picture),
@@ -98,6 +99,6 @@ def open_viewer(source: Source, *, host: str, port: int) -> Iterator[Viewer]:
     panel = Panel(server, worker, views, source, controls)
     try:
         with worker:
-            yield Viewer(source, worker, controls, panel)
+            yield Viewer(source, worker, controls, panel, address(host, server.get_port()))
     finally:
         server.stop()
