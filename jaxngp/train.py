@@ -20,11 +20,13 @@ from jaxngp.data.checks import dataset_warnings
 from jaxngp.evaluation import evaluate_into, write_summary
 from jaxngp.presets import SCENES
 from jaxngp.training.loop import train
+from jaxngp.viewing.panel import check_host
 from jaxngp.viewing.source import Source, history_of
 from jaxngp.viewing.viewer import NoViewer, Viewer, open_viewer
 
 
 def main(values: flags.Flags) -> None:
+    check_viewer(values)
     training = load_training(flags.train_config(values).scene)
     config = white_without_alpha(flags.train_config(values, training), training)
     workdir = Path(values.workdir or f"runs/{Path(config.scene.name).resolve().stem}")
@@ -66,13 +68,19 @@ def main(values: flags.Flags) -> None:
             viewer.stay(progress)
 
 
+def check_viewer(values: flags.Flags) -> None:
+    """Raises InputError where --view cannot be served, before anything is read or removed."""
+    if values.view:
+        check_host(values.view_host)
+    elif values["view_port"].present or values["view_host"].present:
+        raise InputError("--view_port and --view_host are for --view: give that too")
+
+
 def viewer_of(
     run: runs.TrainingRun, training: Split, values: flags.Flags
 ) -> contextlib.AbstractContextManager[Viewer | NoViewer]:
     """The viewer that --view asks for."""
     if not values.view:
-        if values["view_port"].present or values["view_host"].present:
-            raise InputError("--view_port and --view_host are for --view: give that too")
         return contextlib.nullcontext(NoViewer())
     assert isinstance(run.config, NerfConfig)
     source = Source(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import socket
 from typing import Any
@@ -22,16 +23,21 @@ SMALL = 2**17
 """Bytes of a picture below which it is sent as a PNG, for a JPEG would lose the colours of single pixels."""
 
 
-def start_server(host: str, port: int) -> Any:
-    """A viser server on a port, or on the next free one. Raises InputError without viser, and for a foreign host."""
-    try:
-        import viser
-    except ImportError:
-        raise InputError("the viewer needs viser, which is not installed: pip install .[viewer]") from None
+def check_host(host: str) -> None:
+    """Raises InputError where no server can be started: viser is missing, or the host is another machine."""
+    if importlib.util.find_spec("viser") is None:
+        raise InputError("the viewer needs viser, which is not installed: pip install .[viewer]")
     try:
         socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:
         raise InputError(f"--view_host={host}: {error.strerror or error}; 127.0.0.1 is this machine alone") from None
+
+
+def start_server(host: str, port: int) -> Any:
+    """A viser server on a port, or on the next free one. Raises InputError as `check_host` does."""
+    check_host(host)
+    import viser  # here, since it is optional
+
     with contextlib.redirect_stdout(io.StringIO()):  # its banner
         return viser.ViserServer(host=host, port=port, label="jaxngp", verbose=False)
 

@@ -91,7 +91,7 @@ class ViewTab:
             self._cropped = gui.add_checkbox("Crop to box", False, hint="Show only what is inside the box.")
             hint = "Lower and upper end of the box, in scene units."
             self._ranges = [
-                gui.add_multi_slider(axis, 0.0, 1.0, 0.005, (0.0, 1.0), min_range=0.005, hint=hint) for axis in "xyz"
+                gui.add_multi_slider(axis, 0.0, 1.0, 0.001, (0.0, 1.0), min_range=0.001, hint=hint) for axis in "xyz"
             ]
         screenshot = gui.add_button("Screenshot", icon="camera", hint="Download this view as a PNG.")
         self._info = gui.add_markdown("")

@@ -44,6 +44,7 @@ class Viewer:
         """Show the end of a training until the process is asked to end."""
         self._copy(progress)
         self._panel.report(progress, ended=True)
+        print(f"the viewer stays open, at {self.url}; Ctrl-C ends it", flush=True)
         while not self._source.stop():
             time.sleep(0.1)
 
