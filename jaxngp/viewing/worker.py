@@ -76,7 +76,8 @@ class Worker:
     def leave(self, window: int) -> None:
         """A window was closed."""
         with self._changed:
-            self._canvases.pop(window, None)
+            if canvas := self._canvases.pop(window, None):
+                canvas.revision += 1  # ends the picture that is being refined
 
     def set_look(self, look: Look, limit: int) -> None:
         """All windows show something else, at up to `limit` pixels along the longer side.
