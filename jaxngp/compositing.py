@@ -18,12 +18,14 @@ class RenderOutput:
 
     Depth is the mean distance of what the ray met: the weighted sum of t over the opacity, and 0 where nothing was.
     depth_error (...): the weighted sum of |t - known depth|; None where no depths were given.
+    samples (...) i32: how many a ray took before it ended; None where rays are not ended, as in training.
     """
 
     rgb: jax.Array
     opacity: jax.Array
     depth: jax.Array
     depth_error: jax.Array | None = None
+    samples: jax.Array | None = None
 
 
 def optical_weights(density: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -208,6 +208,10 @@ def define_train_flags(values: Flags) -> None:
         values, workdir="runs/<scene>", config=lambda values: PRESETS.get(values.preset, PRESETS["small"])
     )
     define_evaluation_flags(values)
+    flags.DEFINE_bool(
+        "view", False, "Serve a viewer for the browser while training, and afterwards.", flag_values=values
+    )
+    define_view_flags(values)
 
 
 def define_scene_flags(values: Flags) -> None:
@@ -240,6 +244,14 @@ def define_workdir_flags(values: Flags) -> None:
     """The flags of the commands that read a trained workdir."""
     define_path(values, "workdir", None, "Folder of the training run.")
     define_path(values, "data_dir", None, "Folder to read the scene from, if it has moved.")
+
+
+def define_view_flags(values: Flags) -> None:
+    """The flags of everything that serves the viewer."""
+    text = "Port of the viewer; the next free one where it is in use."
+    flags.DEFINE_integer("view_port", 8080, text, 1, 65535, flag_values=values)
+    text = "Address that the viewer listens on. 127.0.0.1 is this machine alone, 0.0.0.0 is everyone."
+    flags.DEFINE_string("view_host", "127.0.0.1", text, flag_values=values)
 
 
 def define_evaluation_flags(values: Flags) -> None:

@@ -98,8 +98,9 @@ def _render_stratified(
         out, _ = render_rays(field, ray, None, jitter, background[None], sampler=sampler)
         return jax.tree.map(lambda a: a[0], out)
 
-    evaluations = jnp.float32(rays.origin.shape[0] * sampler.num_bins)
-    return lax.map(one_ray, rays, batch_size=2**9), evaluations
+    out = lax.map(one_ray, rays, batch_size=2**9)
+    samples = jnp.full(out.opacity.shape, sampler.num_bins, jnp.int32)
+    return out.replace(samples=samples), jnp.float32(samples.size * sampler.num_bins)
 
 
 def _render_marched(
@@ -119,14 +120,17 @@ def _render_marched(
         return largest(jnp.any(lanes.place < length))
 
     def advance(carry: tuple) -> tuple:
-        lanes, sums, next_place, rounds = carry
+        lanes, sums, samples, next_place, rounds = carry
         ray = queue[jnp.minimum(lanes.place, num_rays - 1)]
         active = lanes.place < length
         count = jnp.where(active, counts[ray], 0)
         lanes = _take_samples(field, lanes, rays, candidates, ends, ray, count, batching.samples)
         ended = (lanes.taken >= counts[ray]) | (lanes.transmittance < sampler.min_transmittance)
-        sums = sums.at[jnp.where(ended & active, ray, num_rays)].set(lanes.sums, mode="drop")
-        return _refill(lanes, ended, next_place), sums, next_place + jnp.sum(ended, dtype=jnp.int32), rounds + 1
+        row = jnp.where(ended & active, ray, num_rays)
+        sums = sums.at[row].set(lanes.sums, mode="drop")
+        samples = samples.at[row].set(jnp.minimum(lanes.taken, counts[ray]), mode="drop")
+        refilled, next_place = _refill(lanes, ended, next_place), next_place + jnp.sum(ended, dtype=jnp.int32)
+        return refilled, sums, samples, next_place, rounds + 1
 
     lanes = _Lanes(
         place=jnp.arange(num_lanes, dtype=jnp.int32),
@@ -134,9 +138,10 @@ def _render_marched(
         transmittance=jnp.ones(num_lanes, jnp.float32),
         sums=jnp.zeros((num_lanes, 5), jnp.float32),
     )
-    carry = (lanes, jnp.zeros((num_rays, 5), jnp.float32), jnp.int32(num_lanes), jnp.int32(0))
-    _, sums, _, rounds = lax.while_loop(unfinished, advance, carry)
-    out = blend(sums[:, :3], sums[:, 3], sums[:, 4], background)
+    sums, samples = jnp.zeros((num_rays, 5), jnp.float32), jnp.zeros(num_rays, jnp.int32)
+    carry = (lanes, sums, samples, jnp.int32(num_lanes), jnp.int32(0))
+    _, sums, samples, _, rounds = lax.while_loop(unfinished, advance, carry)
+    out = blend(sums[:, :3], sums[:, 3], sums[:, 4], background).replace(samples=samples)  # type: ignore[attr-defined]
     return out, rounds.astype(jnp.float32) * (num_lanes * batching.samples)
 
 

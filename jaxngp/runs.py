@@ -104,6 +104,14 @@ class TrainingRun:
             self._checkpoints.try_to_save(progress)
             self._saved = time.monotonic()
 
+    def save(self, progress: Progress) -> None:
+        """Save a checkpoint now. Raises InputError where it cannot be written."""
+        self._checkpoints.save(progress)
+
+    def asked_to_stop(self) -> bool:
+        """Whether a signal has asked the run to stop, which `record` will find next."""
+        return bool(self._interrupted())
+
     def trained_on(self) -> dict[str, Any]:
         """Device, versions and memory of the process that wrote the newest checkpoint."""
         return self._checkpoints.environment()
@@ -312,6 +320,22 @@ def load(workdir: Path | str, kind: type | None = None) -> Run:
         progress, trained_on = checkpoints.restore_trained(config), checkpoints.environment()
     scene = workdir / "scene.json"
     return Run(workdir, config, progress, trained_on, _read_cameras(scene), _read_transform(scene))
+
+
+def latest_step(workdir: Path) -> int | None:
+    """The step of the newest finished checkpoint in a workdir, or None."""
+    folder = workdir / "checkpoints"
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=None)
+
+
+def read_log(workdir: Path) -> list[dict[str, float]]:
+    """The entries of metrics.jsonl, but for lines that are not whole; none where there is no log."""
+    path, entries = workdir / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict)]
 
 
 def _read_cameras(path: Path) -> Cameras | None:

@@ -7,10 +7,12 @@ larger budget trains it on, --restart trains it anew.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 from jaxngp import flags, runs
+from jaxngp.cameras import PosedImages
 from jaxngp.config import InputError, NerfConfig, to_json
 from jaxngp.console import warn
 from jaxngp.data import RayTable, Split, load_evaluation, load_training
@@ -18,9 +20,13 @@ from jaxngp.data.checks import dataset_warnings
 from jaxngp.evaluation import evaluate_into, write_summary
 from jaxngp.presets import SCENES
 from jaxngp.training.loop import train
+from jaxngp.viewing.panel import check_host
+from jaxngp.viewing.source import Source, history_of
+from jaxngp.viewing.viewer import NoViewer, Viewer, open_viewer
 
 
 def main(values: flags.Flags) -> None:
+    check_viewer(values)
     training = load_training(flags.train_config(values).scene)
     config = white_without_alpha(flags.train_config(values, training), training)
     workdir = Path(values.workdir or f"runs/{Path(config.scene.name).resolve().stem}")
@@ -31,7 +37,10 @@ def main(values: flags.Flags) -> None:
         checking = reader.submit(lambda: dataset_warnings(training, reading.result(), cameras=not known))
         if values.restart:
             reading.result()  # only when all input has been read: a typing error must not cost a run
-        with runs.training_in(workdir, config, data=training, restart=values.restart, extend=values.extend) as run:
+        with (
+            runs.training_in(workdir, config, data=training, restart=values.restart, extend=values.extend) as run,
+            viewer_of(run, training, values) as viewer,
+        ):
             print(to_json(config), end="")
             progress = run.resume
             if not run.finished:
@@ -39,23 +48,52 @@ def main(values: flags.Flags) -> None:
                     if progress.metrics is None:  # compiled, before the first step
                         warn(*checking.result())
                     run.record(progress)
+                    viewer.show(progress)
                     if run.interrupted:
                         break
             run.exit_if_interrupted()
             assert progress is not None
             print(f"trained for {progress.step} steps in {progress.seconds:.1f} s")
-            if (evaluation := reading.result()) is None:
-                return
-            result = evaluate_into(
-                workdir,
-                progress.field,
-                progress.state.occupancy,
-                evaluation,
-                sampler=config.sampler,
-                background=values.background,
-            )
-            print(write_summary(workdir, config.scene.name, result, progress, run.trained_on()))
-            print(f"novel views: {workdir / 'novel_views'}   next: python -m jaxngp.render --workdir={workdir}")
+            if (evaluation := reading.result()) is not None:
+                result = evaluate_into(
+                    workdir,
+                    progress.field,
+                    progress.state.occupancy,
+                    evaluation,
+                    sampler=config.sampler,
+                    background=values.background,
+                )
+                print(write_summary(workdir, config.scene.name, result, progress, run.trained_on()))
+                print(f"novel views: {workdir / 'novel_views'}   next: python -m jaxngp.render --workdir={workdir}")
+            viewer.stay(progress)
+
+
+def check_viewer(values: flags.Flags) -> None:
+    """Raises InputError where --view cannot be served, before anything is read or removed."""
+    if values.view:
+        check_host(values.view_host)
+    elif values["view_port"].present or values["view_host"].present:
+        raise InputError("--view_port and --view_host are for --view: give that too")
+
+
+def viewer_of(
+    run: runs.TrainingRun, training: Split, values: flags.Flags
+) -> contextlib.AbstractContextManager[Viewer | NoViewer]:
+    """The viewer that --view asks for."""
+    if not values.view:
+        return contextlib.nullcontext(NoViewer())
+    assert isinstance(run.config, NerfConfig)
+    source = Source(
+        config=run.config,
+        workdir=run.workdir,
+        cameras=training.images.cameras if isinstance(training.images, PosedImages) else None,
+        transform=training.transform,
+        read=lambda: training,
+        history=lambda: history_of(run.workdir),
+        save=run.save,
+        stop=run.asked_to_stop,
+    )
+    return open_viewer(source, host=values.view_host, port=values.view_port)
 
 
 def evaluation_split(config: NerfConfig, values: flags.Flags, training: Split) -> Split | None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxngp import evaluate, export, flags, inspect, render, report, train, train_image, train_sdf
+from jaxngp import evaluate, export, flags, inspect, render, report, train, train_image, train_sdf, view
 
 
 class Entrypoint:
@@ -45,6 +45,7 @@ COMMANDS = {
     "render": Entrypoint("jaxngp.render", flags.define_render_flags, render.main),
     "export": Entrypoint("jaxngp.export", export.define_flags, export.main),
     "report": Entrypoint("jaxngp.report", report.define_flags, report.main),
+    "view": Entrypoint("jaxngp.view", view.define_flags, view.main),
     "train_image": Entrypoint("jaxngp.train_image", train_image.define_flags, train_image.main),
     "inspect": Entrypoint("jaxngp.inspect", inspect.define_flags, inspect.main, positional="scene"),
     "train_sdf": Entrypoint("jaxngp.train_sdf", train_sdf.define_flags, train_sdf.main),
@@ -86,12 +87,12 @@ def write_scene(
     for split in splits:
         frames = []
         (folder / split).mkdir(parents=True)
-        for view in range(num_views):
-            angle = 0.5 * view
+        for number in range(num_views):
+            angle = 0.5 * number
             c, s = float(np.cos(angle)), float(np.sin(angle))
             pose = [[c, 0, s, far * s], [s, 0, -c, -far * c], [0, 1, 0, 0], [0, 0, 0, 1]]
-            Image.fromarray(rgba).convert(mode).save(folder / split / f"r_{view}.png")
-            frames.append({"file_path": f"./{split}/r_{view}", "transform_matrix": pose})
+            Image.fromarray(rgba).convert(mode).save(folder / split / f"r_{number}.png")
+            frames.append({"file_path": f"./{split}/r_{number}", "transform_matrix": pose})
         text = json.dumps({"camera_angle_x": 0.7, "frames": frames})
         (folder / f"transforms_{split}.json").write_text(text)
     return folder

@@ -28,9 +28,9 @@ LAYERS = (
     "checkpoints evaluation filming",
     "reporting",
     "runs",
-    "exporting",
+    "exporting viewing",
     "flags",
-    "capture train train_image train_sdf evaluate render inspect export report",
+    "capture train train_image train_sdf evaluate render inspect export report view",
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 ENTRYPOINTS = frozenset(LAYERS[-1].split())

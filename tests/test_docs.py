@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxngp import evaluate, export, flags, inspect, report, runs, train_image, train_sdf
+from jaxngp import evaluate, export, flags, inspect, report, runs, train_image, train_sdf, view
 from jaxngp.config import apply_overrides
 from jaxngp.data import load_training
 from jaxngp.presets import PRESETS
@@ -40,6 +40,7 @@ DEFINE: dict[str, Callable[[flags.Flags], None]] = {
     "jaxngp.capture": flags.define_capture_flags,
     "jaxngp.inspect": inspect.define_flags,
     "jaxngp.evaluate": evaluate.define_flags,
+    "jaxngp.view": view.define_flags,
     "jaxngp.render": flags.define_render_flags,
     "jaxngp.report": report.define_flags,
     "jaxngp.export": export.define_flags,

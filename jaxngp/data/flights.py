@@ -100,6 +100,8 @@ def _read_nerfstudio(path: Path, top: dict[str, Any], num_frames: int, frame: Sc
         c2w.append(np.column_stack([_rotation(matrix[:3, :3], where), matrix[:3, 3]]))
         fov = _number(entry, "fov", where, 0.1, 179.0) if kind == "perspective" else 90.0
         focal.append(0.5 * height / math.tan(math.radians(fov) / 2))
+    if top.get("coordinates") == "source":  # our viewer's
+        frame = Frames().nerfstudio
     poses = frame.pose_to_world(np.stack(c2w) + np.array([0, 0, 0, 0.5]))
     focal_xy = np.repeat(np.array(focal)[:, None], 2, axis=1)
     lens = None
