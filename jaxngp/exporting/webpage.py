@@ -58,12 +58,20 @@ def write(run: Run, path: Path, options: WebpageOptions) -> str:
     if noise > -20:
         warn(f"the hash table has outliers, so that 8 bits round it to {noise:.0f} dB: the page will look coarse")
     field = write_field(run.field.params, scale, run.config.field)
-    arrays = field.weights, pack_table(codes, grid), skip_distances(run.occupancy)
-    packed = zlib.compress(b"".join(array.tobytes() for array in arrays), 9)
-    title = Path(run.config.scene.name).stem
+    texture, cells = pack_table(codes, grid), skip_distances(run.occupancy)
+    packed = zlib.compress(b"".join(array.tobytes() for array in (*field.weights, texture, cells)), 9)
+    title, (low, high) = Path(run.config.scene.name).stem, np.asarray(run.occupancy.bounds, np.float64)
+    scene = {  # what the page reads: the shapes of the arrays, in the order of the data, and where to look from
+        "blocks": [len(block) for block in field.weights],
+        "table": texture.shape,
+        "cells": cells.shape,
+        "sphere": _rounded([*(low + high) / 2, np.linalg.norm(high - low) / 2]),
+        "background": options.background,
+        **_opening_view(run, options.view),
+    }
     parts = {
         "title": html.escape(title),
-        "scene": json.dumps(_describe(run, options, arrays) | {"title": title}).replace("<", "\\u003c"),
+        "scene": json.dumps(scene),
         "field": _march_constants(run.config.sampler, run.occupancy) + field.source,
         "data": base64.b64encode(packed).decode(),
     }
@@ -189,100 +197,100 @@ def _march_constants(config: MarchConfig, grid: OccupancyGrid) -> str:
 class FieldProgram:
     """The field in GLSL: `log_density(position)`, which sets what `colour()` reads, and `aim(direction)` before both.
 
-    weights (matrices, 4, 4) f32 are what its uniform blocks hold.
+    weights: the matrices (count, 4, 4) f32 of each of its uniform blocks.
     """
 
     source: str
-    weights: np.ndarray
+    weights: list[np.ndarray]
 
 
-class _Weights:
-    """The 4 x 4 matrices that a program reads."""
+class _Layers:
+    """Linear layers as loops over 4 x 4 matrices, in uniform blocks no larger than WebGL 2 promises."""
 
     def __init__(self) -> None:
-        self.matrices: list[np.ndarray] = []
+        self.blocks: list[np.ndarray] = []
 
-    def hold(self, matrix: np.ndarray) -> str:
-        """How the program calls a matrix whose columns are the rows of this one."""
-        self.matrices.append(matrix)
-        block, place = divmod(len(self.matrices) - 1, MAX_MATRICES)
-        return f"w{block}[{place}]"
+    def linear(self, x: str, y: str, layer: Params, *, start: str = "", relu: bool = False) -> list[str]:
+        """Statements that make y[o] = start[o] + the sum over i of kernel x[i], in vectors of four, and its bias."""
+        kernel = np.pad(np.asarray(layer["kernel"]), [(0, -size % 4) for size in layer["kernel"].shape])
+        num_inputs, num_outputs = kernel.shape[0] // 4, kernel.shape[1] // 4
+        lines = [f"vec4 {y}[{num_outputs}];"]
+        if "bias" in layer:
+            start = f"{y}_bias"
+            values = _in_fours(list(map(_number, layer["bias"])))
+            lines.append(f"const vec4 {start}[{num_outputs}] = vec4[]({', '.join(values)});")
+        matrices = kernel.reshape(num_inputs, 4, num_outputs, 4).transpose(2, 0, 1, 3).astype(np.float32)
+        share = max(1, MAX_MATRICES // num_inputs)
+        for first in range(0, num_outputs, share):
+            part = matrices[first : first + share]
+            lines += [
+                f"for (int o = 0; o < {len(part)}; ++o) {{",
+                f"  vec4 sum = {f'{start}[{first} + o]' if start else 'vec4(0.0)'};",
+                f"  for (int i = 0; i < {num_inputs}; ++i) sum += w{len(self.blocks)}[{num_inputs} * o + i] * {x}[i];",
+                f"  {y}[{first} + o] = {'max(sum, 0.0)' if relu else 'sum'};",
+                "}",
+            ]
+            self.blocks.append(part.reshape(-1, 4, 4))
+        return lines
 
-    def linear(self, inputs: list[str], kernel: np.ndarray, start: list[str]) -> list[str]:
-        """The outputs of a linear layer as expressions, four to each; inputs likewise. start: what they start from."""
-        kernel = np.pad(kernel, [(0, -size % 4) for size in kernel.shape])
-        blocks = kernel.reshape(len(inputs), 4, -1, 4).transpose(2, 0, 1, 3)
+    def mlp(self, x: str, layers: list[Params]) -> list[str]:
+        """Statements that put x0 through layers; the outputs are in x1, x2 and so on, without ReLU in the last."""
+        last = len(layers) - 1
         return [
-            " + ".join([*start[o : o + 1], *(f"{self.hold(m)} * {x}" for m, x in zip(row, inputs, strict=True))])
-            for o, row in enumerate(blocks)
+            line
+            for i, layer in enumerate(layers)
+            for line in self.linear(f"{x}{i}", f"{x}{i + 1}", layer, relu=i < last)
         ]
 
-    def bias(self, layer: Params) -> list[str]:
-        """The biases of a layer as expressions, four to each; none where it has none."""
-        if "bias" not in layer:
-            return []
-        bias = np.asarray(layer["bias"])
-        matrices = np.pad(bias, (0, -len(bias) % 16)).reshape(-1, 4, 4)
-        return [f"{name}[{i}]" for name in map(self.hold, matrices) for i in range(4)][: -(-len(bias) // 4)]
-
     def declarations(self) -> list[str]:
-        """The uniform blocks."""
-        sizes = [min(MAX_MATRICES, len(self.matrices) - i) for i in range(0, len(self.matrices), MAX_MATRICES)]
-        if len(sizes) > MAX_BLOCKS:
+        """The uniform blocks. Raises InputError for more than WebGL 2 promises."""
+        if len(self.blocks) > MAX_BLOCKS or max(map(len, self.blocks)) > MAX_MATRICES:
             raise InputError(
-                f"field: its networks have {16 * len(self.matrices)} weights: --format=html holds "
-                f"{16 * MAX_MATRICES * MAX_BLOCKS}; train with a smaller field.hidden_width"
+                f"field: its networks need {len(self.blocks)} blocks of up to {16 * MAX_MATRICES} weights: "
+                f"--format=html holds {MAX_BLOCKS}; train with a smaller field.hidden_width or fewer layers"
             )
-        return [f"layout(std140) uniform Weights{i} {{ mat4 w{i}[{size}]; }};" for i, size in enumerate(sizes)]
+        return [f"layout(std140) uniform Weights{i} {{ mat4 w{i}[{len(m)}]; }};" for i, m in enumerate(self.blocks)]
 
 
 def write_field(params: Params, scale: np.ndarray, config: FieldConfig) -> FieldProgram:
     """The program of a field whose table is in 8 bits; its scale (L, F) goes into the first kernel."""
-    weights, (density, colour) = _Weights(), (_layers(params[name]) for name in ("density_mlp", "colour_mlp"))
-    kernels = [np.asarray(layer["kernel"]) for layer in density]
-    kernels[0] = kernels[0] * scale.reshape(-1, 1)
-    features = _features(config.encoding)
-    body = [f"vec4 f{i} = {feature};" for i, feature in enumerate(features)]
-    inputs = [f"f{i}" for i in range(len(features))]
-    for number, (layer, kernel) in enumerate(zip(density, kernels, strict=True)):
-        outputs = weights.linear(inputs, kernel, weights.bias(layer))
-        inputs = _assign(body, f"d{number}_", outputs) if number < len(density) - 1 else []
-    geometry = [f"geometry{i}" for i in range(len(outputs))]
-    body += [f"{name} = {value};" for name, value in zip(geometry, outputs, strict=True)]
-
+    layers = _Layers()
+    density, colour = (
+        [params[mlp][f"Dense_{i}"] for i in range(len(params[mlp]))] for mlp in ("density_mlp", "colour_mlp")
+    )
+    density[0] = density[0] | {"kernel": np.asarray(density[0]["kernel"]) * scale.reshape(-1, 1)}
+    num_features, last = -(-scale.size // 4), len(colour) - 1
+    body = [
+        f"vec4 x0[{num_features}];",
+        f"for (int i = 0; i < {num_features}; ++i) x0[i] = {_FOUR_FEATURES[scale.shape[1]]};",
+        *layers.mlp("x", density),
+        f"geometry = x{len(density)};",
+        "return geometry[0].x;",
+    ]
     # The first layer of the colours is a sum of two products, and that with the direction is one for the whole ray.
-    first, num_geometry = np.asarray(colour[0]["kernel"]), config.num_geometry_features
-    aim, encoded = _encode_direction(config)
-    toward = weights.linear(encoded, first[num_geometry:], weights.bias(colour[0]))
-    rays = [f"toward{i}" for i in range(len(toward))]
-    aim += [f"{name} = {value};" for name, value in zip(rays, toward, strict=True)]
-    paint: list[str] = []
-    outputs = weights.linear(geometry, first[:num_geometry], rays)
-    for number, layer in enumerate(colour[1:]):
-        inputs = _assign(paint, f"c{number}_", outputs)
-        outputs = weights.linear(inputs, np.asarray(layer["kernel"]), weights.bias(layer))
-    paint.append(f"return 1.0 / (1.0 + exp(-({outputs[0]}).xyz));")
-
+    kernel, num_geometry = np.asarray(colour[0]["kernel"]), config.num_geometry_features
+    code, values = _encode_direction(config)
+    encoded = _in_fours(values)
+    aim = [
+        *code,
+        f"vec4 encoded[{len(encoded)}] = vec4[]({', '.join(encoded)});",
+        *layers.linear("encoded", "y", colour[0] | {"kernel": kernel[num_geometry:]}),
+        "toward = y;",
+    ]
+    paint = [
+        *layers.linear("geometry", "y0", {"kernel": kernel[:num_geometry]}, start="toward", relu=last > 0),
+        *layers.mlp("y", colour[1:]),
+        f"return 1.0 / (1.0 + exp(-y{last}[0].xyz));",
+    ]
     source = [
-        *weights.declarations(),
-        _ENCODING.format(**_encoding_constants(config)),
-        f"vec4 {', '.join(geometry + rays)};",
-        *("float log_density(vec3 x) {", "  x = clamp(x, 0.0, 1.0);", *_indented(body), "  return geometry0.x;", "}"),
+        *layers.declarations(),
+        _encoding(config),
+        f"vec4 geometry[{-(-num_geometry // 4)}], toward[{-(-kernel.shape[1] // 4)}];",
+        *("float log_density(vec3 x) {", *_indented(body), "}"),
         *("void aim(vec3 d) {", *_indented(aim), "}"),
         *("vec3 colour() {", *_indented(paint), "}"),
     ]
-    return FieldProgram("\n".join(source), np.stack(weights.matrices).astype(np.float32))
-
-
-def _layers(mlp: Params) -> list[Params]:
-    return [mlp[f"Dense_{i}"] for i in range(len(mlp))]
-
-
-def _assign(body: list[str], name: str, values: list[str]) -> list[str]:
-    """Add the ReLU of values to a function's body; the names that hold them."""
-    names = [f"{name}{i}" for i in range(len(values))]
-    body += [f"vec4 {n} = max({value}, 0.0);" for n, value in zip(names, values, strict=True)]
-    return names
+    return FieldProgram("\n".join(source), layers.blocks)
 
 
 def _indented(lines: list[str]) -> list[str]:
@@ -290,83 +298,80 @@ def _indented(lines: list[str]) -> list[str]:
 
 
 def _number(value: float) -> str:
-    """A GLSL literal that is the float32 next to a value."""
-    text = np.format_float_scientific(np.float32(value), trim="0")
-    return text
+    """The GLSL literal of the float32 nearest to a value."""
+    return np.format_float_scientific(np.float32(value), trim="0")
 
 
 def _vector(values: Any) -> str:
     return f"vec3({', '.join(map(_number, values))})"
 
 
-# `corner` is the row of a vertex, given what each of its coordinates contributes: a product with a prime to a XOR, or
-# with a stride to a sum.
+def _in_fours(values: list[str]) -> list[str]:
+    """Vectors of four values each; the last is filled up with 0."""
+    values = values + ["0.0"] * (-len(values) % 4)
+    return [f"vec4({', '.join(values[i : i + 4])})" for i in range(0, len(values), 4)]
+
+
+_FOUR_FEATURES = {
+    1: "vec4(" + ", ".join(f"encode(x, min(4 * i + {j}, LEVELS - 1), 0u).x" for j in range(4)) + ")",
+    2: "vec4(encode(x, 2 * i, 0u).xy, encode(x, min(2 * i + 1, LEVELS - 1), 0u).xy)",
+    4: "encode(x, i, 0u)",
+    8: "encode(x, i / 2, uint(i % 2))",
+}
+"""Features 4 i to 4 i + 3, by the number of features of a level. The kernel has zeros for levels that do not exist."""
+
+# A vertex has the row that is the XOR of three products with primes, or in a dense level the sum of three with strides.
 _ENCODING = """\
+const int LEVELS = {levels};
+const float RESOLUTIONS[LEVELS] = float[]({resolutions});
+const uint VERTICES[LEVELS] = uint[]({vertices});
+const bool DENSE[LEVELS] = bool[]({dense});
 const uint PARTS = {parts}u, WIDTH = {width}u, TABLE_MASK = {mask}u;
-const uvec3 PRIMES = uvec3(1u, 2654435761u, 805459861u);
 const bool MASK_OUTSIDE_BOX = {masked};
-vec4 table_row(uint row, int level, uint part) {{
-  uint texel = row * PARTS + part;
+vec4 corner(uint x, uint y, uint z, int level, uint part) {{
+  uint row = DENSE[level] ? x + y + z : (x ^ y ^ z) & TABLE_MASK, texel = row * PARTS + part;
   return texelFetch(table, ivec3(texel % WIDTH, texel / WIDTH, level), 0);
 }}
-vec4 corner(bool dense, uint x, uint y, uint z, int level, uint part) {{
-  return table_row(dense ? x + y + z : (x ^ y ^ z) & TABLE_MASK, level, part);
-}}
-vec4 encode(vec3 x, float resolution, uint vertices, bool dense, int level, uint part) {{
-  vec3 scaled = x * resolution + {offset};
-  vec3 cell = clamp(floor(scaled), 0.0, float(vertices) - 2.0), f = scaled - cell;
+vec4 encode(vec3 x, int level, uint part) {{
+  vec3 scaled = clamp(x, 0.0, 1.0) * RESOLUTIONS[level] + {offset};
+  vec3 cell = clamp(floor(scaled), 0.0, float(VERTICES[level]) - 2.0), f = scaled - cell;
   {smooth}
-  uvec3 factor = dense ? uvec3(1u, vertices, vertices * vertices) : PRIMES;
+  uint n = VERTICES[level];
+  uvec3 factor = DENSE[level] ? uvec3(1u, n, n * n) : uvec3(1u, 2654435761u, 805459861u);
   uvec3 a = uvec3(cell) * factor, b = a + factor;
   return mix(
-    mix(mix(corner(dense, a.x, a.y, a.z, level, part), corner(dense, b.x, a.y, a.z, level, part), f.x),
-        mix(corner(dense, a.x, b.y, a.z, level, part), corner(dense, b.x, b.y, a.z, level, part), f.x), f.y),
-    mix(mix(corner(dense, a.x, a.y, b.z, level, part), corner(dense, b.x, a.y, b.z, level, part), f.x),
-        mix(corner(dense, a.x, b.y, b.z, level, part), corner(dense, b.x, b.y, b.z, level, part), f.x), f.y), f.z);
+    mix(mix(corner(a.x, a.y, a.z, level, part), corner(b.x, a.y, a.z, level, part), f.x),
+        mix(corner(a.x, b.y, a.z, level, part), corner(b.x, b.y, a.z, level, part), f.x), f.y),
+    mix(mix(corner(a.x, a.y, b.z, level, part), corner(b.x, a.y, b.z, level, part), f.x),
+        mix(corner(a.x, b.y, b.z, level, part), corner(b.x, b.y, b.z, level, part), f.x), f.y), f.z);
 }}"""
 
 
-def _encoding_constants(config: FieldConfig) -> dict[str, Any]:
+def _encoding(config: FieldConfig) -> str:
+    """The hash encoding: `encode(x, level, part)` is up to four features of a level; part: the second four of eight."""
     grid = config.encoding
-    return {
-        "parts": max(1, grid.num_features // 4),
-        "width": _table_size(grid)[0],
-        "mask": grid.table_size - 1,
-        "masked": str(config.mask_outside_box).lower(),
-        "offset": 0.5 if grid.half_voxel_offset else 0.0,
-        "smooth": "f = f * f * (3.0 - 2.0 * f);" if grid.smoothstep else "",
-    }
-
-
-def _features(grid: HashGridConfig) -> list[str]:
-    """The features of all levels as expressions, four to each."""
-    per_level, parts = min(grid.num_features, 4), max(1, grid.num_features // 4)
-    calls = [
-        f"encode(x, {_number(n)}, {num_vertices(grid, n)}u, {str(is_dense(grid, n)).lower()}, {level}, {part}u)"
-        for level, n in enumerate(level_resolutions(grid))
-        for part in range(parts)
-    ]
-    if per_level == 4:
-        return calls
-    values = [f"{call}.{'xy'[:per_level]}" for call in calls]
-    return _in_fours(values, 4 // per_level, "0.0" if per_level == 1 else "vec2(0.0)")
-
-
-def _in_fours(values: list[str], count: int, filling: str) -> list[str]:
-    """Vectors of `count` values each."""
-    values = values + [filling] * (-len(values) % count)
-    return [f"vec4({', '.join(values[i : i + count])})" for i in range(0, len(values), count)]
+    resolutions = level_resolutions(grid)
+    return _ENCODING.format(
+        levels=grid.num_levels,
+        resolutions=", ".join(map(_number, resolutions)),
+        vertices=", ".join(f"{num_vertices(grid, n)}u" for n in resolutions),
+        dense=", ".join(str(is_dense(grid, n)).lower() for n in resolutions),
+        parts=max(1, grid.num_features // 4),
+        width=_table_size(grid)[0],
+        mask=grid.table_size - 1,
+        masked=str(config.mask_outside_box).lower(),
+        offset=0.5 if grid.half_voxel_offset else 0.0,
+        smooth="f = f * f * (3.0 - 2.0 * f);" if grid.smoothstep else "",
+    )
 
 
 def _encode_direction(config: FieldConfig) -> tuple[list[str], list[str]]:
-    """Lines, and the encoded direction as expressions, four to each, of a vec3 d."""
+    """Statements, and expressions that are the encoded direction, of a vec3 d."""
     degree = config.direction_degree
     if config.direction_encoding == "spherical_harmonics":
-        lines, values = _spherical_harmonics(degree)
-    else:
-        waves = [f"{wave}({2**j}.0 * d.{axis})" for j in range(degree) for wave in ("sin", "cos") for axis in "xyz"]
-        lines, values = [], ["d.x", "d.y", "d.z", *waves]
-    return lines, _in_fours(values, 4, "0.0")
+        return _spherical_harmonics(degree)
+    waves = [f"{wave}({2**j}.0 * d.{axis})" for j in range(degree) for wave in ("sin", "cos") for axis in "xyz"]
+    return [], ["d.x", "d.y", "d.z", *waves]
 
 
 def _spherical_harmonics(degree: int) -> tuple[list[str], list[str]]:
@@ -386,22 +391,7 @@ def _spherical_harmonics(degree: int) -> tuple[list[str], list[str]]:
     return lines, values
 
 
-# What the page knows.
-
-
-def _describe(run: Run, options: WebpageOptions, arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[str, Any]:
-    """What `webpage.html` reads: the shapes of the arrays in the order of the data, and the camera."""
-    weights, table, cells = arrays
-    low, high = np.asarray(run.occupancy.bounds, np.float64)
-    return {
-        "matrices": len(weights),
-        "block": MAX_MATRICES,
-        "table": table.shape,
-        "cells": cells.shape,
-        "sphere": [*_rounded((low + high) / 2), *_rounded([np.linalg.norm(high - low) / 2])],
-        "background": options.background,
-        **_opening_view(run, options.view),
-    }
+# The camera.
 
 
 def _opening_view(run: Run, view: int) -> dict[str, Any]:
