@@ -52,15 +52,16 @@ def write(run: Run, path: Path, options: WebpageOptions) -> str:
     """Write the page. Raises InputError where it cannot show what the run's config asks for."""
     check_supported(run.config)
     grid: HashGridConfig = run.config.field.encoding
+    occupancy: Any = run.occupancy  # a run that marches has one
     table = np.asarray(run.field.params["encoding"]["table"])
     codes, scale = quantise_table(table, grid)
     noise = rounding_noise(table, codes, scale, grid)
     if noise > -20:
         warn(f"the hash table has outliers, so that 8 bits round it to {noise:.0f} dB: the page will look coarse")
     field = write_field(run.field.params, scale, run.config.field)
-    texture, cells = pack_table(codes, grid), skip_distances(run.occupancy)
+    texture, cells = pack_table(codes, grid), skip_distances(occupancy)
     packed = zlib.compress(b"".join(array.tobytes() for array in (*field.weights, texture, cells)), 9)
-    title, (low, high) = Path(run.config.scene.name).stem, np.asarray(run.occupancy.bounds, np.float64)
+    title, (low, high) = Path(run.config.scene.name).stem, np.asarray(occupancy.bounds, np.float64)
     scene = {  # what the page reads: the shapes of the arrays, in the order of the data, and where to look from
         "blocks": [len(block) for block in field.weights],
         "table": texture.shape,
@@ -72,7 +73,7 @@ def write(run: Run, path: Path, options: WebpageOptions) -> str:
     parts = {
         "title": html.escape(title),
         "scene": json.dumps(scene),
-        "field": _march_constants(run.config.sampler, run.occupancy) + field.source,
+        "field": _march_constants(run.config.sampler, occupancy) + field.source,
         "data": base64.b64encode(packed).decode(),
     }
     template = TEMPLATE.read_text(encoding="utf-8")
@@ -262,7 +263,8 @@ def write_field(params: Params, scale: np.ndarray, config: FieldConfig) -> Field
     num_features, last = -(-scale.size // 4), len(colour) - 1
     body = [
         f"vec4 x0[{num_features}];",
-        f"for (int i = 0; i < {num_features}; ++i) x0[i] = {_FOUR_FEATURES[scale.shape[1]]};",
+        f"for (int i = 0; i < {num_features}; ++i) x0[i] = vec4(0.0);",
+        f"for (int i = 0; i < LEVELS * int(PARTS); ++i) {_FEATURES[scale.shape[1]]}",
         *layers.mlp("x", density),
         f"geometry = x{len(density)};",
         "return geometry[0].x;",
@@ -312,13 +314,13 @@ def _in_fours(values: list[str]) -> list[str]:
     return [f"vec4({', '.join(values[i : i + 4])})" for i in range(0, len(values), 4)]
 
 
-_FOUR_FEATURES = {
-    1: "vec4(" + ", ".join(f"encode(x, min(4 * i + {j}, LEVELS - 1), 0u).x" for j in range(4)) + ")",
-    2: "vec4(encode(x, 2 * i, 0u).xy, encode(x, min(2 * i + 1, LEVELS - 1), 0u).xy)",
-    4: "encode(x, i, 0u)",
-    8: "encode(x, i / 2, uint(i % 2))",
+_FEATURES = {
+    1: "x0[i / 4] += encode(x, i, 0u).x * vec4(equal(ivec4(i % 4), ivec4(0, 1, 2, 3)));",
+    2: "x0[i / 2] += encode(x, i, 0u).xyxy * vec4(equal(ivec4(i % 2), ivec4(0, 0, 1, 1)));",
+    4: "x0[i] = encode(x, i, 0u);",
+    8: "x0[i] = encode(x, i / 2, uint(i % 2));",
 }
-"""Features 4 i to 4 i + 3, by the number of features of a level. The kernel has zeros for levels that do not exist."""
+"""What is done with a level's features, by their number. One call: compilers that inline several take minutes."""
 
 # A vertex has the row that is the XOR of three products with primes, or in a dense level the sum of three with strides.
 _ENCODING = """\
