@@ -125,9 +125,10 @@ def dequantise_table(codes: np.ndarray, scale: np.ndarray, grid: HashGridConfig)
 
 
 def rounding_noise(table: np.ndarray, codes: np.ndarray, scale: np.ndarray, grid: HashGridConfig) -> float:
-    """The mean squared error of a table in 8 bits over its mean square, in dB."""
-    error = np.mean((dequantise_table(codes, scale, grid) - table).astype(np.float64) ** 2)
-    return float(10 * np.log10(max(error, 1e-30) / max(np.mean(table.astype(np.float64) ** 2), 1e-20)))
+    """The root mean square error of a table in 8 bits over its mean magnitude, in dB; a few outliers count little."""
+    error = dequantise_table(codes, scale, grid).astype(np.float64) - table
+    magnitude = np.mean(np.abs(table), dtype=np.float64)
+    return float(20 * np.log10(max(np.sqrt(np.mean(error**2)), 1e-20) / max(magnitude, 1e-20)))
 
 
 def pack_table(codes: np.ndarray, grid: HashGridConfig) -> np.ndarray:
