@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxngp import flags, runs
 from jaxngp.config import Config, InputError, NerfConfig
-from jaxngp.exporting import volume
+from jaxngp.exporting import volume, webpage
 from jaxngp.runs import Run
 
 
@@ -31,6 +31,7 @@ class Format:
 
 FORMATS = {
     "volume": Format(volume.write, volume.VolumeOptions, ".npz", "the density on a regular lattice, as arrays"),
+    "html": Format(webpage.write, webpage.WebpageOptions, ".html", "one page that shows the scene in a browser"),
 }
 
 

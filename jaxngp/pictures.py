@@ -22,7 +22,7 @@ Image8 = NDArray[np.uint8]  # (H, W, 3), sRGB
 
 # From far to near: dark blue, violet, red, orange, pale yellow. Their luminance rises evenly, so that the picture
 # reads the same in grey, and the farthest surface still stands out from the black behind everything.
-_DEPTH_COLOURS = np.array([[38, 30, 98], [116, 42, 138], [196, 64, 92], [240, 142, 54], [252, 250, 190]], np.float32)
+DEPTH_COLOURS = np.array([[38, 30, 98], [116, 42, 138], [196, 64, 92], [240, 142, 54], [252, 250, 190]], np.float32)
 _CAPTION_HEIGHT = 18  # px
 _CAPTION_SIZE = 12  # px
 _GAP = 4  # px between the images of a contact sheet
@@ -54,8 +54,8 @@ def depth_image(depth: ArrayLike, opacity: ArrayLike, near_far: tuple[float, flo
     depth, opacity = np.nan_to_num(np.asarray(depth, np.float32)), np.asarray(opacity, np.float32)
     near, far = _percentiles(depth[opacity > 0.5]) if near_far is None else near_far
     nearness = np.clip((far - depth) / max(far - near, 1e-6), 0, 1)
-    stops = np.linspace(0, 1, len(_DEPTH_COLOURS))
-    rgb = np.stack([np.interp(nearness, stops, channel) for channel in _DEPTH_COLOURS.T], axis=-1)
+    stops = np.linspace(0, 1, len(DEPTH_COLOURS))
+    rgb = np.stack([np.interp(nearness, stops, channel) for channel in DEPTH_COLOURS.T], axis=-1)
     return to_uint8(rgb / 255 * opacity[..., None])
 
 

@@ -35,6 +35,17 @@ def test_a_volume_says_where_its_densities_lie(workdir: Path, capsys: pytest.Cap
     np.testing.assert_allclose(density.reshape(-1), expected, rtol=1e-3)
 
 
+def test_a_page_holds_the_options(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a page shows is the matter of test_webpage.py."""
+    run("export", f"--workdir={workdir}", "--format=html", "--background=black", "--view=2")
+    page = (workdir / "exports" / "s.html").read_text(encoding="utf-8")
+    assert "<title>s</title>" in page
+    assert '"background": "black"' in page
+    assert "in 8 bits" in capsys.readouterr().out
+    arguments = (f"--workdir={workdir}", "--format=html", "--view=7")
+    assert "--view=7: this run has 3" in refusal(capsys, "export", *arguments)
+
+
 def test_what_export_refuses(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--workdir is missing" in refusal(capsys, "export", "--format=volume")
     assert "--format is missing" in refusal(capsys, "export", f"--workdir={workdir}")
