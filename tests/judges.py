@@ -109,3 +109,57 @@ def read_glb(path: Path) -> tuple[dict[str, Any], list[np.ndarray]]:
         flat = np.frombuffer(binary, dtype, accessor["count"] * width, view["byteOffset"]).reshape(-1, width)
         arrays.append(flat / np.iinfo(dtype).max if accessor.get("normalized") else flat)
     return described, arrays
+
+
+def splat_picture(
+    camera: Cameras,
+    position: np.ndarray,
+    scale: np.ndarray,
+    rotation: np.ndarray,
+    opacity: np.ndarray,
+    colours: np.ndarray,
+) -> np.ndarray:
+    """The view (H, W, 3), on white, of Gaussians as 3DGS draws them: EWA projection, sorted by depth, composited.
+
+    position and scale (N, 3), rotation (N, 3, 3), opacity (N,), colours (N, 3) towards this camera.
+    """
+    width, height = image_size(camera)
+    c2w, focal = np.asarray(camera.c2w, np.float64), np.asarray(camera.focal_xy, np.float64)
+    xy, depth = to_camera(camera, position)
+    order = np.argsort(depth)
+    order = order[depth[order] > 0.05]
+    xy, z, local = xy[order], depth[order], (position[order] - c2w[:, 3]) @ c2w[:, :3]
+    zero = np.zeros_like(z)
+    jacobian = np.stack(
+        [
+            np.stack([focal[0] / z, zero, focal[0] * local[:, 0] / z**2], axis=1),
+            np.stack([zero, -focal[1] / z, -focal[1] * local[:, 1] / z**2], axis=1),
+        ],
+        axis=1,
+    )
+    spread = jacobian @ c2w[:, :3].T @ rotation[order] * scale[order][:, None]
+    cov = spread @ np.swapaxes(spread, 1, 2) + 0.3 * np.eye(2)  # 3DGS's low-pass filter, px^2
+    inverse = np.linalg.inv(cov)
+    reach = 3 * np.sqrt(np.stack([cov[:, 0, 0], cov[:, 1, 1]], axis=1))
+    low = np.ceil(xy - reach - 0.5).astype(int).clip(0, [width, height])
+    high = np.floor(xy + reach - 0.5).astype(int).clip(-1, [width - 1, height - 1])
+    span = (high - low + 1).clip(0)
+    count = span.prod(axis=1)
+    splat = np.repeat(np.arange(len(order)), count)
+    within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    x, y = low[splat, 0] + within % span[splat, 0], low[splat, 1] + within // span[splat, 0]
+    offset = np.stack([x, y], axis=1) + 0.5 - xy[splat]
+    square = np.einsum("ni,nij,nj->n", offset, inverse[splat], offset)
+    alpha = np.minimum(opacity[order][splat] * np.exp(-0.5 * square), 0.99)
+    kept = (alpha >= 1 / 255) & (square <= 9)
+    pixel, splat, alpha = (x + width * y)[kept], splat[kept], alpha[kept]
+    near = np.argsort(pixel, kind="stable")  # those of a pixel together, the nearest first
+    pixel, splat, alpha = pixel[near], splat[near], alpha[near]
+    logs = np.log1p(-alpha)
+    before = np.cumsum(logs) - logs
+    first = np.flatnonzero(np.diff(pixel, prepend=-1))
+    before -= np.repeat(before[first], np.diff(np.append(first, len(pixel))))
+    weight = alpha * np.exp(before)
+    seen = [np.bincount(pixel, weight * c, width * height) for c in colours[order][splat].T]
+    total = np.bincount(pixel, weight, width * height)
+    return (np.stack(seen, axis=1) + (1 - total)[:, None]).reshape(height, width, 3)

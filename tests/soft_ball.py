@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from scenes import poses_around
+from judges import averaged
+from scenes import Ball, pixel_rays, poses_around
 
-from jaxngp.cameras import make_cameras
+from jaxngp.cameras import Cameras, make_cameras
 from jaxngp.config import MarchConfig, NerfConfig, OccupancyConfig
 from jaxngp.data import SceneTransform
 from jaxngp.occupancy import init_occupancy
@@ -53,3 +54,12 @@ def ball_run(field, views=None):
     return SimpleNamespace(
         field=field, occupancy=grid, cameras=views, transform=TRANSFORM, config=config, workdir="run"
     )
+
+
+def cast_ball(view: Cameras, radius: float = RADIUS) -> np.ndarray:
+    """What a camera sees (H, W, 3) of a hard ball with the soft one's colours, on white, by 16 rays a pixel."""
+    fine = view.replace(focal_xy=4 * view.focal_xy, centre_xy=4 * view.centre_xy, size=4 * view.size)
+    origin, direction = pixel_rays(fine)
+    t0, t1 = Ball(tuple(CENTRE), radius, 1.0, (0, 0, 0), (0, 0, 0)).chord(origin, direction)
+    colour = 0.5 + 0.4 * (origin + t0[..., None] * direction - CENTRE) / radius
+    return averaged(np.where((t1 > t0)[..., None], colour, 1.0), 4)

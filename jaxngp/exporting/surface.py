@@ -79,13 +79,16 @@ class Surface:
         return normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-300)
 
 
-def opaque_density(sampler: Sampler, opacity: float) -> float:
-    """The density per scene unit of which a march step, of the innermost cascade, absorbs this share of the light."""
+def step_size(sampler: Sampler) -> float:
+    """The length of a step along a ray, in the innermost cascade, in scene units."""
     if isinstance(sampler, MarchConfig):
-        step = sampler.step_size_at(0)
-    else:
-        step = (sampler.far - sampler.near) / sampler.num_bins
-    return -math.log1p(-opacity) / step
+        return sampler.step_size_at(0)
+    return (sampler.far - sampler.near) / sampler.num_bins
+
+
+def opaque_density(sampler: Sampler, opacity: float) -> float:
+    """The density per scene unit of which a step absorbs this share of the light."""
+    return -math.log1p(-opacity) / step_size(sampler)
 
 
 def extract(
