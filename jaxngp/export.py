@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxngp import flags, runs
 from jaxngp.config import Config, InputError, NerfConfig
-from jaxngp.exporting import mesh, points, splats, volume
+from jaxngp.exporting import mesh, points, splats, tcnn, volume
 from jaxngp.runs import Run
 
 
@@ -32,6 +32,7 @@ FORMATS = {
     "mesh": Format(mesh.write, mesh.MeshOptions, ".glb", "triangles with colours; --out says whether glb, ply or obj"),
     "points": Format(points.write, points.PointOptions, ".ply", "a point cloud with colours and normals"),
     "splats": Format(splats.write, splats.SplatOptions, ".ply", "Gaussian splats; --out says whether ply or glb"),
+    "tcnn": Format(tcnn.write, tcnn.TcnnOptions, ".npz", "the parameters in the layout of tiny-cuda-nn, as arrays"),
     "volume": Format(volume.write, volume.VolumeOptions, ".npz", "the density on a regular lattice, as arrays"),
 }
 
