@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxngp import evaluate, flags, inspect, runs, train_image, train_sdf
+from jaxngp import evaluate, export, flags, inspect, runs, train_image, train_sdf
 from jaxngp.config import apply_overrides
 from jaxngp.data import load_training
 from jaxngp.presets import PRESETS
@@ -41,6 +41,7 @@ DEFINE: dict[str, Callable[[flags.Flags], None]] = {
     "jaxngp.inspect": inspect.define_flags,
     "jaxngp.evaluate": evaluate.define_flags,
     "jaxngp.render": flags.define_render_flags,
+    "jaxngp.export": export.define_flags,
     "jaxngp.train_image": train_image.define_flags,
     "jaxngp.train_sdf": train_sdf.define_flags,
 }

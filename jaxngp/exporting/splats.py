@@ -19,6 +19,7 @@ from jaxngp.runs import Run
 
 C0 = 0.28209479  # the harmonic of band 0
 NUM_VIEWS = 16  # that a splat's colours are fitted to
+SINK = 0.75  # steps by which a disc lies behind its point
 CALM = 0.5  # ridge on the harmonics above band 0
 EXTENSION = "KHR_gaussian_splatting"
 
@@ -62,16 +63,16 @@ def make_splats(run: Run, options: SplatOptions) -> Splats:
     from scipy.spatial.transform import Rotation
 
     points = find_points(run, options.splats, options.seed)
-    # Where half of the light is lost lies before the surface, by about a step; a disc there would swell its outline.
     place, normal = np.asarray(points.position, np.float64), np.asarray(points.normal, np.float64)
-    place = place - step_size(run.config.sampler) * normal
     distance, _ = cKDTree(place).query(place, k=7)
     distance = np.sqrt(np.mean(distance[:, 1:] ** 2, axis=1))
-    spread = np.minimum(distance, 4 * np.median(distance)) * options.width
+    spread = np.minimum(distance, 1.5 * np.median(distance)) * options.width
     axes = np.stack(_frame(normal), axis=-1)
     turn = np.array(run.transform.rotation).T
+    # Where half of the light is lost lies before the surface; a disc there would swell its outline.
+    middle = place - SINK * step_size(run.config.sampler) * normal
     return Splats(
-        run.transform.to_world(place),
+        run.transform.to_world(middle),
         spread[:, None] * run.transform.side * np.array([1, 1, options.flatness]),
         Rotation.from_matrix(turn @ axes).as_quat(),
         np.full(len(place), options.cover),
