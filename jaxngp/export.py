@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxngp import flags, runs
 from jaxngp.config import Config, InputError, NerfConfig
-from jaxngp.exporting import volume, webpage
+from jaxngp.exporting import mesh, points, splats, tcnn, volume, webpage
 from jaxngp.runs import Run
 
 
@@ -30,8 +30,14 @@ class Format:
 
 
 FORMATS = {
-    "volume": Format(volume.write, volume.VolumeOptions, ".npz", "the density on a regular lattice, as arrays"),
     "html": Format(webpage.write, webpage.WebpageOptions, ".html", "one page that shows the scene in a browser"),
+    "mesh": Format(
+        mesh.write, mesh.MeshOptions, ".glb", "triangles with colours; --out says whether glb, ply or obj", extra="mesh"
+    ),
+    "points": Format(points.write, points.PointOptions, ".ply", "a point cloud with colours and normals"),
+    "splats": Format(splats.write, splats.SplatOptions, ".ply", "Gaussian splats; --out says whether ply or glb"),
+    "tcnn": Format(tcnn.write, tcnn.TcnnOptions, ".npz", "the parameters in the layout of tiny-cuda-nn, as arrays"),
+    "volume": Format(volume.write, volume.VolumeOptions, ".npz", "the density on a regular lattice, as arrays"),
 }
 
 
