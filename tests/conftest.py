@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # A first call compiles, so the time of one example says nothing. Derandomized: a red test stays red.
@@ -23,3 +24,15 @@ settings.register_profile(
 
 # Most of the time of these tests goes into compiling programs that run for a millisecond: LLVM does less here.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
+
+LONG = (
+    "inspect", "viewing", "encodings", "marching", "training", "commands", "rendering", "lenses", "occupancy", "bricks",
+    "dialects", "tracing", "train_image", "visual_hull", "compositing", "splat_export", "mesh_export",
+)  # fmt: skip
+"""The files that take longest."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A hook of pytest: long files first, so that no worker is left alone with one in the end."""
+    order = {f"test_{name}": rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))

@@ -103,6 +103,7 @@ def _implicit(part, local):
     return np.maximum(np.abs(local[:, 2]) - half, np.linalg.norm(local[:, :2], axis=-1) - radius)
 
 
+@pytest.mark.slow
 def test_nearest_hit_is_that_of_a_float64_search(parts, rays, surface):
     o, d = np.asarray(rays.origin, np.float64), np.asarray(rays.direction, np.float64)
     expected = np.min([_crossing(part, o, d) for part in parts], axis=0)

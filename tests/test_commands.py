@@ -85,6 +85,7 @@ def test_another_config_in_the_same_workdir_is_refused(
     assert "--restart" in error
 
 
+@pytest.mark.slow
 def test_restart_trains_anew_and_leaves_foreign_files(
     scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

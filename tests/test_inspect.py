@@ -233,13 +233,20 @@ MAY_FOLLOW = {"linear": {"sixteen_bits"}, "duplicates": {"pose_outlier"}}
 """What else may be said of a fault."""
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+QUICK = (opencv_axes, inverted_mask, unseen_box, duplicates, premultiplied, transparent)
+"""Those that `make test` plants; the others wait for `make test-slow`."""
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, id=f.__name__, marks=() if f in QUICK else pytest.mark.slow) for f in FAULTS]
+)
 def test_a_planted_fault_is_named(fault: Callable[[Path], Path], tmp_path: Path) -> None:
     found = codes(SceneConfig(name=str(fault(tmp_path / "capture"))))
     assert fault.__name__ in found
     assert {*found} <= {fault.__name__, *MAY_FOLLOW.get(fault.__name__, ())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("orientation", [6, 8])
 def test_images_turned_by_a_quarter_are_named(orientation: int, tmp_path: Path) -> None:
     assert codes(SceneConfig(name=str(exif_rotation(tmp_path / "capture", orientation)))) == ["exif_rotation"]
@@ -260,11 +267,13 @@ def test_nothing_is_said_of_a_good_capture(dialect: str, tmp_path: Path) -> None
     assert codes(SceneConfig(name=str(scene_path(dialect, tmp_path / dialect)))) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soft", [True, False])
 def test_nothing_is_said_of_straight_alpha(soft: bool, tmp_path: Path) -> None:
     assert codes(SceneConfig(name=str(save(tmp_path / "capture", room(), images=with_alpha(room(), soft))))) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_good_masks_and_depths(tmp_path: Path) -> None:
     scene = room()
     for kind in ("masks", "depths"):
@@ -293,6 +302,7 @@ PATHS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 def test_nothing_is_said_of_a_good_path(path: str, tmp_path: Path) -> None:
     assert codes(SceneConfig(name=str(save(tmp_path / "capture", photographed(*PATHS[path]))))) == []
@@ -313,6 +323,7 @@ def test_parallel_cameras_say_nothing_of_the_focal_length() -> None:
     np.testing.assert_allclose(misses[2], misses[1], rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apart", [0.0, 0.01])
 def test_cameras_that_turn_on_the_spot_are_named(apart: float, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
@@ -333,6 +344,7 @@ def test_nothing_is_said_of_the_built_in_scene() -> None:
     assert codes(scene_config("bricks")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (DATA / "nerf_synthetic" / "lego").is_dir(), reason="needs lego in JAXNGP_DATA")
 def test_nothing_is_said_of_lego() -> None:
     assert codes(scene_config("lego")) == []

@@ -88,6 +88,7 @@ def test_views_of_several_sizes_may_be_on_the_host() -> None:
     assert_equal_bits(host.state, device.state)
 
 
+@pytest.mark.slow
 def test_a_run_on_the_host_goes_on_on_the_device() -> None:
     """And the other way round: it is the same run."""
     *_, whole = learn(on("device"), views())

@@ -185,6 +185,7 @@ def test_a_chunk_is_the_batch_with_a_buffer_for_all(lanes: int, per_round: int, 
     assert_close(out, expected, atol=1.2e-4, depth_atol=1e-3)
 
 
+@pytest.mark.slow
 def test_ending_rays_early_costs_little_and_saves_work() -> None:
     """Less light than the limit, and fewer evaluations of the field."""
     results = []

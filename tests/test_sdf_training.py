@@ -56,6 +56,7 @@ def test_a_run_is_whole_and_compiles_once(trained: Trained) -> None:
     assert_whole(trained, CONFIG, "sdf_steps")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(trained: Trained) -> None:
     assert_resumes(trained, CONFIG, samples())
 

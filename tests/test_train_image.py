@@ -109,6 +109,7 @@ def test_an_image_on_the_host_gives_the_same_bits(finished: Path, tmp_path: Path
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_restart_removes_only_what_a_run_wrote(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "holiday.jpg").touch()
@@ -138,6 +139,7 @@ def test_a_photograph_is_learned_from_its_file(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_photograph_may_move_and_is_not_mistaken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo, workdir = tmp_path / "a.png", f"--workdir={tmp_path / 'run'}"
     Image.fromarray(np.full((24, 20, 3), 90, np.uint8)).save(photo)

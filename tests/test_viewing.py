@@ -263,6 +263,7 @@ def test_a_level_alone_is_its_features_alone() -> None:
     assert level_offsets(grid)[-1] == len(alone.params["encoding"]["table"])
 
 
+@pytest.mark.slow
 def test_pieces_do_not_show(workdir: Path) -> None:
     """Whatever their size, and where the last one is not full."""
     opened = runs.load(workdir)
@@ -274,6 +275,7 @@ def test_pieces_do_not_show(workdir: Path) -> None:
         np.testing.assert_allclose(out.rgb, whole.rgb, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_mode_gives_a_picture(workdir: Path) -> None:
     opened = runs.load(workdir)
     scene = Scene(opened.field, opened.occupancy, opened.config.sampler)
