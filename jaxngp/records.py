@@ -70,6 +70,18 @@ def keep_lines(path: str | os.PathLike[str], wanted: Callable[[Any], bool]) -> N
     write_text(path, "".join(kept))
 
 
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The entries of a metrics.jsonl, null as NaN; no line that is not whole, and none where there is no file."""
+    if not Path(path).is_file():
+        return []
+    entries = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            entry = json.loads(line)
+            entries.append({key: math.nan if value is None else float(value) for key, value in entry.items()})
+    return [entry for entry in entries if {"step", "seconds"} <= entry.keys()]
+
+
 def _to_plain(value: Any) -> Any:
     """`value` in the types that JSON has."""
     if isinstance(value, Mapping):

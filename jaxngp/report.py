@@ -25,8 +25,8 @@ from jaxngp.console import bar_interval
 from jaxngp.data import load_evaluation
 from jaxngp.evaluation import Evaluation, evaluate_views, summarise, training_summary
 from jaxngp.pictures import Image8, read_picture
-from jaxngp.records import write_text
-from jaxngp.reporting import Shown, choose_views, page, read_log, write_tensorboard
+from jaxngp.records import read_log, write_text
+from jaxngp.reporting import Shown, choose_views, page, write_tensorboard
 
 
 def define_flags(values: flags.Flags) -> None:
@@ -39,7 +39,8 @@ def main(values: flags.Flags) -> None:
     if not values.workdir:
         raise InputError("--workdir is missing: give the folder of a run")
     run = runs.load(values.workdir)
-    log = read_log(run.workdir / "metrics.jsonl")
+    if not (log := read_log(run.workdir / "metrics.jsonl")):
+        raise InputError(f"{run.workdir / 'metrics.jsonl'}: no log of a training; give the --workdir of a run")
     training: dict[str, Any] = {**training_summary(run.progress), "finished": run.progress.finished}
     evaluation, shown, pictures = None, None, written_pictures(run.workdir)
     if isinstance(run.config, NerfConfig):

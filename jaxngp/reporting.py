@@ -6,7 +6,6 @@ import base64
 import functools
 import html
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,22 +222,7 @@ def _view_chart(evaluation: Evaluation) -> str:
     return _svg(figure, plt)
 
 
-# Logs.
-
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The whole lines of a metrics.jsonl; one that a crash cut short is left out. Raises InputError without any."""
-    entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
-            entries.append({key: float("nan") if value is None else float(value) for key, value in entry.items()})
-        except (ValueError, TypeError, AttributeError):
-            continue
-    entries = [entry for entry in entries if {"step", "seconds"} <= entry.keys()]
-    if not entries:
-        raise InputError(f"{path}: no log of a training; give the --workdir of a run")
-    return entries
+# TensorBoard.
 
 
 def write_tensorboard(

@@ -329,15 +329,6 @@ def latest_step(workdir: Path) -> int | None:
     return max((int(name) for name in names if name.isdigit()), default=None)
 
 
-def read_log(workdir: Path) -> list[dict[str, float]]:
-    """The entries of metrics.jsonl, but for lines that are not whole; none where there is no log."""
-    path, entries = workdir / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict)]
-
-
 def _read_cameras(path: Path) -> Cameras | None:
     plain = _read_json(path).get("cameras") if path.exists() else None
     if plain is None:

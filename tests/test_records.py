@@ -70,3 +70,14 @@ def test_table_aligns_numbers_right_and_words_left() -> None:
 def test_table_leaves_a_missing_cell_blank() -> None:
     assert records.table([{"a": 1}, {"b": "x"}]).splitlines() == ["a  b", "1", "   x"]
     assert records.table([]) == ""
+
+
+def test_a_log_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 1, "seconds": 0.5, "psnr": null}\n[]\n{"step": 2, "seconds": 1.0, "psnr": 20}\n{"step": 3, "se'
+    )
+    log = records.read_log(path)
+    assert [entry["step"] for entry in log] == [1, 2]
+    assert np.isnan(log[0]["psnr"])
+    assert records.read_log(tmp_path / "none.jsonl") == []

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from entrypoints import TINY, refusal, run, write_scene
 
-from jaxngp.config import InputError
 from jaxngp.evaluation import ViewPicture, ViewScore
-from jaxngp.reporting import choose_views, read_log
+from jaxngp.reporting import choose_views
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +71,12 @@ def test_the_worst_and_the_best_are_found_wherever_they_are() -> None:
     assert len(shown.sheet) == 5
 
 
-def test_a_log_is_read_as_far_as_it_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 1, "seconds": 0.5, "psnr": null}\n[]\n{"step": 2, "seconds": 1.0, "psnr": 20}\n{"step": 3, "se'
-    )
-    log = read_log(path)
-    assert [entry["step"] for entry in log] == [1, 2]
-    assert np.isnan(log[0]["psnr"])
-    with pytest.raises(InputError, match="no log"):
-        read_log(tmp_path / "none.jsonl")
-
-
 def test_a_report_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--workdir is missing" in refusal(capsys, "report")
     assert "config.json" in refusal(capsys, "report", f"--workdir={tmp_path}")
+
+
+def test_a_run_without_a_log_is_refused(workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert "no log of a training" in refusal(capsys, "report", f"--workdir={tmp_path / 'run'}")

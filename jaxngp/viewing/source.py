@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from jaxngp.cameras import Cameras
 from jaxngp.config import NerfConfig
 from jaxngp.data import SceneTransform, Split
-from jaxngp.runs import read_log
+from jaxngp.records import read_log
 from jaxngp.training.loop import Progress
 
 
@@ -44,8 +43,5 @@ class Controls:
 
 def history_of(workdir: Path) -> list[tuple[float, float, float]]:
     """Step, loss and PSNR of every entry of a run's log."""
-    entries: list[tuple[float, float, float]] = []
-    for entry in read_log(workdir):
-        with contextlib.suppress(KeyError, TypeError, ValueError):
-            entries.append((float(entry["step"]), float(entry["loss"]), float(entry["psnr"])))
-    return entries
+    log = read_log(workdir / "metrics.jsonl")
+    return [(e["step"], e["loss"], e["psnr"]) for e in log if {"loss", "psnr"} <= e.keys()]
