@@ -68,6 +68,7 @@ def test_what_no_view_sees_is_left_out():
 
 def test_small_parts_are_left_out():
     """Two cubes of a lattice, of sides 10 and 2: areas 100 to 4."""
+    pytest.importorskip("skimage")
     found = surface._march_cubes(
         np.pad(np.kron([1.0], np.ones((9, 9, 9))), ((2, 9), (2, 2), (2, 2)))
         + np.pad(np.ones((2, 2, 2)), ((16, 2), (2, 9), (2, 9))),
