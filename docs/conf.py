@@ -64,6 +64,7 @@ CONTENTS = f"""
 
 usage
 photographs
+viewer
 export
 library
 performance
