@@ -66,6 +66,10 @@ class ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it stands: what is printed next starts on a line of its own."""
         if self._bar is not None:
             self._bar.close()
 

@@ -2,7 +2,7 @@
 
     python -m jaxngp.export --workdir=runs/bricks --format=volume
 
-Coordinates are those of the scene's own files. Each format has options of its own, listed below.
+Coordinates are those of the scene's own files. Each option says which formats it is for.
 """
 
 from __future__ import annotations
@@ -24,20 +24,33 @@ class Format:
 
     write: Callable[[Run, Path, Any], str]
     options: type[Config]
-    suffix: str  # of the file
+    ending: str  # of the file's default name, after that of the scene
     summary: str  # for --help
-    extra: str = ""  # that has to be installed
+    others: tuple[str, ...] = ()  # suffixes that --out may have besides that of `ending`
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """All that --out may have."""
+        return (Path(f"x{self.ending}").suffix, *self.others)
 
 
 FORMATS = {
     "html": Format(webpage.write, webpage.WebpageOptions, ".html", "one page that shows the scene in a browser"),
     "mesh": Format(
-        mesh.write, mesh.MeshOptions, ".glb", "triangles with colours; --out says whether glb, ply or obj", extra="mesh"
+        mesh.write,
+        mesh.MeshOptions,
+        ".glb",
+        "triangles with colours; --out says whether glb, ply or obj",
+        others=(".ply", ".obj"),
     ),
-    "points": Format(points.write, points.PointOptions, ".ply", "a point cloud with colours and normals"),
-    "splats": Format(splats.write, splats.SplatOptions, ".ply", "Gaussian splats; --out says whether ply or glb"),
-    "tcnn": Format(tcnn.write, tcnn.TcnnOptions, ".npz", "the parameters in the layout of tiny-cuda-nn, as arrays"),
-    "volume": Format(volume.write, volume.VolumeOptions, ".npz", "the density on a regular lattice, as arrays"),
+    "points": Format(points.write, points.PointOptions, "-points.ply", "a point cloud with colours and normals"),
+    "splats": Format(
+        splats.write, splats.SplatOptions, "-splats.ply", "Gaussian splats; --out says whether ply or glb", (".glb",)
+    ),
+    "tcnn": Format(
+        tcnn.write, tcnn.TcnnOptions, "-tcnn.npz", "the parameters in the layout of tiny-cuda-nn, as arrays"
+    ),
+    "volume": Format(volume.write, volume.VolumeOptions, "-volume.npz", "the density on a regular lattice, as arrays"),
 }
 
 
@@ -56,9 +69,12 @@ def main(values: flags.Flags) -> None:
     chosen = FORMATS[values.format]
     options = flags.export_options(values, chosen.options, OPTIONS)
     run = runs.load(values.workdir, NerfConfig)
-    path = Path(values.out or run.workdir / "exports" / f"{Path(run.config.scene.name).stem}{chosen.suffix}")
+    path = Path(values.out or run.workdir / "exports" / f"{Path(run.config.scene.name).stem}{chosen.ending}")
+    if path.suffix.lower() not in chosen.suffixes:
+        raise InputError(f"--out={path}: --format={values.format} is written as {' or '.join(chosen.suffixes)}")
     said = chosen.write(run, path, options)
-    print(f"{path}: {said}, {path.stat().st_size / 1e6:.1f} MB")
+    size = path.stat().st_size
+    print(f"{path}: {said}, {f'{size / 1e6:.1f} MB' if size > 1e5 else f'{size / 1e3:.1f} kB'}")
 
 
 if __name__ == "__main__":

@@ -285,9 +285,11 @@ def define_render_flags(values: Flags) -> None:
         "frames", 0, "Frames of the path, or evenly spaced poses of the split; 0 is 60, or all.", 0, flag_values=values
     )
     flags.DEFINE_integer(
-        "width", 0, "Of a frame, in pixels; 0 follows from --height or the images.", 0, flag_values=values
+        "width", 0, "Pixels across a frame; 0 follows from --height or the images.", 0, flag_values=values
     )
-    flags.DEFINE_integer("height", 0, "Likewise, from --width.", 0, flag_values=values)
+    flags.DEFINE_integer(
+        "height", 0, "Pixels down a frame; 0 follows from --width or the images.", 0, flag_values=values
+    )
     flags.DEFINE_float(
         "fps", 0.0, "Frames per second of the animation; 0 is what the path says, or 20.", 0, 240, flag_values=values
     )

@@ -216,7 +216,7 @@ def _view_chart(evaluation: Evaluation) -> str:
     values = np.sort(np.array(evaluation.view_psnr))
     axes.bar(np.arange(len(values)), values - values.min() + 1, bottom=values.min() - 1, color="#8fb0e8", width=0.85)
     axes.axhline(evaluation.psnr, color="#c2453d", linewidth=1, label=f"mean {evaluation.psnr:.2f} dB")
-    axes.set_title(f"PSNR of the {len(values)} views, in order (dB)", fontsize=10)
+    axes.set_title(f"PSNR of the {len(values)} views, from the worst to the best (dB)", fontsize=10)
     axes.set_xticks([])
     axes.legend(fontsize=8)
     return _svg(figure, plt)

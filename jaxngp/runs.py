@@ -98,6 +98,7 @@ class TrainingRun:
             warn(*self._warnings.about(progress))
         self._saved = self._saved or time.monotonic()  # compiling does not count
         if ends:
+            self._bar.close()
             self._checkpoints.save(progress)
             self.interrupted = interrupted
         elif time.monotonic() - self._saved > config.train.checkpoint_seconds:

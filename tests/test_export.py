@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from entrypoints import TINY, refusal, run, write_scene
 
-from jaxngp import runs
+from jaxngp import export, runs
 from jaxngp.occupancy import is_occupied
 
 
@@ -22,7 +22,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_volume_says_where_its_densities_lie(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("export", f"--workdir={workdir}", "--format=volume", "--resolution=12")
-    path, opened = workdir / "exports" / "s.npz", runs.load(workdir)
+    path, opened = workdir / "exports" / "s-volume.npz", runs.load(workdir)
     assert f"{path}: density" in capsys.readouterr().out
     with np.load(path) as file:
         density, origin, axes = file["density"], file["origin"], file["axes"]
@@ -52,3 +52,17 @@ def test_what_export_refuses(workdir: Path, capsys: pytest.CaptureFixture[str]) 
     assert "resolution = 1: expected int >= 2" in refusal(
         capsys, "export", f"--workdir={workdir}", "--format=volume", "--resolution=1"
     )
+    for name, wrong in (
+        ("html", "a.glb"),
+        ("mesh", "a.stl"),
+        ("points", "a.obj"),
+        ("splats", "a.spz"),
+        ("volume", "a.vdb"),
+    ):
+        said = refusal(capsys, "export", f"--workdir={workdir}", f"--format={name}", f"--out={wrong}")
+        assert f"--out={wrong}: --format={name} is written as ." in said
+
+
+def test_formats_have_files_of_their_own() -> None:
+    endings = [form.ending for form in export.FORMATS.values()]
+    assert len(set(endings)) == len(endings)

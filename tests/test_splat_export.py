@@ -8,7 +8,6 @@ from judges import read_glb, splat_picture
 from scipy.spatial.transform import Rotation
 from soft_ball import CENTRE, RADIUS, TRANSFORM, TURN, SoftBall, ball_run, cameras, cast_ball
 
-from jaxngp.config import InputError
 from jaxngp.exporting import splats
 from jaxngp.exporting.splats import C0, SplatOptions, Splats
 
@@ -102,8 +101,3 @@ def test_the_judge_draws_a_round_gaussian():
     expected = 1 - 0.8 * np.exp(-0.5 * square / variance)
     np.testing.assert_allclose(seen[..., 0], np.where(square < 8 * variance, expected, seen[..., 0]), atol=2e-3)
     assert np.all(seen[square > 10 * variance] == 1)
-
-
-def test_what_splats_are_refused(tmp_path):
-    with pytest.raises(InputError, match="splats are written as one of"):
-        splats.write(ball_run(SoftBall()), tmp_path / "ball.obj", SplatOptions())

@@ -55,7 +55,9 @@ def read_flight(path: Path, num_frames: int, size: tuple[int, int], frames: Fram
         return _read_nerfstudio(path, top, num_frames, frames.nerfstudio)
     if isinstance(top.get("path"), list):
         return _read_ngp(path, top, num_frames or 60, size, frames.ngp)
-    raise InputError(f"{path}: expected camera_path, as nerfstudio writes it, or path, as instant-ngp does")
+    raise InputError(
+        f"{path}: expected camera_path, as nerfstudio and jaxngp.view write it, or path, as instant-ngp does"
+    )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from jaxngp.config import Bounds, Config, InputError
+from jaxngp.config import Bounds, Config
 from jaxngp.exporting.colours import colour_points
 from jaxngp.exporting.files import Glb, axes_of, positions, to_byte, write_obj, write_ply
 from jaxngp.exporting.surface import Surface, extract, opaque_density, some_views, visibility
@@ -36,8 +36,6 @@ class MeshOptions(Config):
 
 def write(run: Run, path: Path, options: MeshOptions) -> str:
     """Write the surface with vertex colours, by the suffix of the path."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"--out={path}: a mesh is written as one of {', '.join(SUFFIXES)}")
     surface = find_surface(run, options)
     views = some_views(run.cameras)
     seen = np.zeros((0, len(surface.vertices)), bool)

@@ -33,8 +33,8 @@ FRUITLESS = 50  # calls in a row that find no point
 class PointOptions(Config):
     """How many points."""
 
-    count: Annotated[int, Bounds(1, 2**26), "number of points"] = 500_000
-    seed: Annotated[int, Bounds(0, below=2**32), "of the rays that are drawn"] = 0
+    count: Annotated[int, Bounds(1, 2**26), "points of the cloud"] = 500_000
+    seed: Annotated[int, Bounds(0, below=2**32), "seed of the random rays"] = 0
 
 
 @struct.dataclass
@@ -49,8 +49,6 @@ class Points:
 
 def write(run: Run, path: Path, options: PointOptions) -> str:
     """Write a binary PLY with positions, normals and colours."""
-    if path.suffix.lower() != ".ply":
-        raise InputError(f"--out={path}: points are written as .ply")
     points = find_points(run, options.count, options.seed)
     columns = axes_of("x y z", positions(run.transform.to_world(np.asarray(points.position)), run.transform.side))
     columns |= axes_of("nx ny nz", np.asarray(points.normal @ np.array(run.transform.rotation), np.float32))

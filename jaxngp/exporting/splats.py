@@ -9,7 +9,7 @@ from typing import Annotated
 import jax.numpy as jnp
 import numpy as np
 
-from jaxngp.config import Bounds, Config, InputError
+from jaxngp.config import Bounds, Config
 from jaxngp.encodings import sh_encode
 from jaxngp.exporting.colours import look_from
 from jaxngp.exporting.files import Glb, axes_of, write_ply
@@ -50,8 +50,6 @@ class Splats:
 def write(run: Run, path: Path, options: SplatOptions) -> str:
     """Write the splats, by the suffix of the path."""
     writers = {".ply": write_splat_ply, ".glb": write_splat_glb}
-    if path.suffix.lower() not in writers:
-        raise InputError(f"--out={path}: splats are written as one of {', '.join(writers)}")
     splats = make_splats(run, options)
     writers[path.suffix.lower()](run, path, splats)
     return f"{len(splats.position):,} splats"

@@ -15,7 +15,7 @@ from jaxngp.cameras import focus
 from jaxngp.config import InputError
 from jaxngp.evaluation import EvalBackground
 from jaxngp.hashing import level_resolutions
-from jaxngp.pictures import write_animation, write_png
+from jaxngp.pictures import can_write_video, write_animation, write_png, write_video
 from jaxngp.records import write_text
 from jaxngp.training.loop import Progress
 from jaxngp.viewing.drawing import Look, Mode, colours, draw, modes
@@ -135,6 +135,7 @@ class ViewTab:
             self._told = now
             height, width = picture.image.shape[:2]
             said = f"{width} x {height} in {1e3 * picture.seconds:.0f} ms, step {picture.version}"
+            said += "" if picture.full else ", being refined"
             self._info.content = f"{said}  \n{self._compiling or picture.legend}"
 
     def _take_screenshot(self, client: Any) -> Task:
@@ -269,7 +270,9 @@ class PathTab:
             self._fps = gui.add_number("Frame rate", 24.0, min=1.0, max=50.0, step=1.0, hint="Frames per second.")
             hint = "Width and height of a frame, in pixels."
             self._size = gui.add_vector2("Size", (960, 540), min=(16, 16), max=(4096, 4096), step=1, hint=hint)
-            self._format = gui.add_dropdown("Format", ["gif", "webp"], hint="webp is smaller and has all colours.")
+            formats = ["mp4", "gif", "webp"] if can_write_video() else ["gif", "webp"]
+            hint = "webp is smaller than gif and has all colours; mp4 is there where PyAV is installed."
+            self._format = gui.add_dropdown("Format", formats, hint=hint)
             self._play = gui.add_button("Preview", icon="player-play", hint="Fly along the path in this window.")
             self._render = gui.add_button("Render", icon="movie", hint="Write the animation into the run's folder.")
             self._bar = gui.add_progress_bar(0.0, visible=False)
@@ -384,7 +387,8 @@ class PathTab:
                 out = yield from draw(scene, cameras[number], look)
                 frames.append(colours(out, look)[0])
             target = self._folder() / f"{self._source.name}.{suffix}"
-            write_animation(target, frames, path.fps)
+            write = write_video if suffix == "mp4" else write_animation
+            write(target, frames, path.fps)
             client.send_file_download(target.name, target.read_bytes())
             notify(client, "Rendered", f"{len(frames)} frames: {target}")
         finally:
@@ -416,7 +420,7 @@ class TrainingTab:
                 height=170,
                 visible=False,
             )
-            for name in ("PSNR of the batches, dB", "log10 of the loss")
+            for name in ("PSNR of the batches, dB", "loss, log10")
         ]
         self._pause.on_click(lambda _: self._toggle())
         self._save.on_click(lambda _: controls.save.set())
