@@ -176,9 +176,9 @@ def _placed(capture: Capture, scene: SceneConfig) -> Placement:
         reason, num_cascades = "as wide as the images, which have alpha, at the distance of the cameras", 1
     else:
         side = INNER * distance
-        reach = [np.max(np.abs(c2w[:, :, 3] - centre))]
+        reach = [np.max(_reach(c2w[:, :, 3] - centre, rotation))]
         if capture.points is not None and len(capture.points):
-            reach.append(np.quantile(np.max(np.abs(capture.points - centre), axis=1), SEEN))
+            reach.append(np.quantile(_reach(capture.points - centre, rotation), SEEN))
         num_cascades = 1 + int(np.clip(np.ceil(np.log2(2 * max(reach) / side)), 1, FAR - 1))
         if len(reach) == 1:  # nobody knows how far it goes behind what the cameras look at
             num_cascades = min(num_cascades + 1, FAR)
@@ -186,6 +186,12 @@ def _placed(capture: Capture, scene: SceneConfig) -> Placement:
     side = np.clip(side * 2 ** (num_cascades - 1) / scene.scale, 1 / MAX_LENGTH, MAX_LENGTH)
     x, y, z = np.clip(centre, -MAX_LENGTH, MAX_LENGTH).tolist()
     return Placement(SceneTransform((x, y, z), float(side), rotation), num_cascades, reason)
+
+
+def _reach(offset: np.ndarray, rotation: tuple[tuple[float, float, float], ...]) -> np.ndarray:
+    """(N,): half the side of an upright cube that holds a point (N, 3), however it is turned about the vertical."""
+    x, y, z = (offset @ np.array(rotation).T).T
+    return np.maximum(np.hypot(x, y), np.abs(z))
 
 
 def _upright(capture: Capture, scene: SceneConfig) -> tuple[tuple[float, float, float], ...]:
