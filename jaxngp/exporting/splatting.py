@@ -6,7 +6,6 @@ in order of depth. The constants are those of 3DGS's viewers, so that splats are
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -57,8 +56,8 @@ class Ellipses:
 class Bins:
     """The splats of each tile of a picture, the nearest first.
 
-    Tiles are composited in G groups of T. A group takes rows start[g] to start[g + 1] of the table, and a tile one column
-    of these.
+    Tiles are composited in G groups of T. A group takes rows start[g] to start[g + 1] of the table, and a tile one
+    column of these.
     """
 
     splat: np.ndarray  # (R, T) i32; the number of splats where there is none
@@ -118,7 +117,9 @@ def sort_into_tiles(ellipses: Ellipses, width: int, height: int, rows: int = 0) 
     reach, size = deviations * np.sqrt(variance[::2]), np.array([[width], [height]])
     shape = -(-size // TILE)
     # Pixel centres lie half a pixel within a tile.
-    low, high = (np.floor((np.clip(middle + side * reach, -1, size + 1) - 0.5) / TILE).astype(np.int32) for side in (-1, 1))
+    low, high = (
+        np.floor((np.clip(middle + side * reach, -1, size + 1) - 0.5) / TILE).astype(np.int32) for side in (-1, 1)
+    )
     low = low.clip(0)
     span = (np.minimum(high, shape - 1) - low + 1).clip(0)
     count = np.where((depth > NEAR) & (deviations > 0), span[0] * span[1], 0)
@@ -142,7 +143,7 @@ def _pack(splat: np.ndarray, tile: np.ndarray, num_splats: int, shape: np.ndarra
     rank[order] = np.arange(len(order))
     length = count[order].reshape(num_groups, GROUP)[:, 0]
     start = np.concatenate([[0], np.cumsum(length)]).astype(np.int32)
-    table = np.full((max(rows, start[-1]), GROUP), num_splats, np.int32)
+    table = np.full((max(rows, start[-1], 1), GROUP), num_splats, np.int32)
     table[start[rank[tile] // GROUP] + place, rank[tile] % GROUP] = splat
     corner = np.stack([order % shape[0], order // shape[0]]).astype(np.float32) * TILE
     group = np.minimum(np.searchsorted(start, np.arange(len(table)), side="right") - 1, num_groups - 1)
