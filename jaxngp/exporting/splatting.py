@@ -20,6 +20,7 @@ from jaxngp.encodings import sh_encode
 SMOOTHING = 0.3  # px^2, added to the variances of an ellipse
 FAINTEST, DENSEST = 1 / 255, 0.99  # opacity of a splat at a pixel: below it is skipped, above it is cut
 REACH = 3.0  # standard deviations up to which a splat is drawn
+ASIDE = 1.3  # of the picture's half width: farther aside an ellipse grows no longer
 NEAR = 0.05  # scene units; what is nearer is not drawn
 DARK = 1e-4  # transmittance below which a pixel is finished
 TILE = 8  # px, the side of a tile
@@ -76,8 +77,12 @@ def project(gaussians: Gaussians, camera: Cameras) -> Ellipses:
     axes, scale = rotation_matrix(gaussians.rotation), jnp.exp(gaussians.log_scale)
     local = [[_dot(turn[:, row], [axes[i][j] for i in range(3)]) * scale[j] for j in range(3)] for row in range(3)]
     fx, fy = camera.focal_xy[0], camera.focal_xy[1]
-    across = [fx / z * (local[0][j] - x / z * local[2][j]) for j in range(3)]
-    down = [fy / z * (local[1][j] - y / z * local[2][j]) for j in range(3)]
+    slope_x, slope_y = (
+        jnp.clip(a / z, -limit, limit)
+        for a, limit in zip((x, y), ASIDE * camera.size / (2 * camera.focal_xy), strict=True)
+    )
+    across = [fx / z * (local[0][j] - slope_x * local[2][j]) for j in range(3)]
+    down = [fy / z * (local[1][j] - slope_y * local[2][j]) for j in range(3)]
     direction = offset / jnp.sqrt(_dot(offset, offset))
     basis = sh_encode(jnp.moveaxis(direction, 0, -1), degree=round(len(gaussians.harmonics) ** 0.5))
     # A sum written out, so that slices meet the arrays that were stacked: four times as fast on a CPU.
