@@ -198,7 +198,7 @@ def _composite(terms: jax.Array, log_opacity: jax.Array, start: jax.Array) -> tu
         return light - weight, red + weight * term[6], green + weight * term[7], blue + weight * term[8]
 
     def one_group(ends: tuple) -> tuple[jax.Array, jax.Array]:
-        none = jnp.zeros((TILE * TILE, terms.shape[-1]))
+        none = jnp.zeros((TILE * TILE, terms.shape[-1]), terms.dtype)
         carry = (ends[0], (none + 1, none, none, none))
         row, (light, *rgb) = lax.while_loop(
             lambda carry: (carry[0] < ends[1]) & (jnp.max(carry[1][0]) > DARK),
