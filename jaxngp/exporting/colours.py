@@ -25,40 +25,22 @@ def colour_points(
     The median of what NUM_VIEWS views see, evenly taken from those that see the point, as visible (V, N) says; against
     the normal where there are none. Of shiny things that is the colour away from highlights.
     """
-    seen, _ = look_from(field, views, visible, points, normals, spacing, NUM_VIEWS)
+    look = functools.partial(_look, reach=REACH * spacing)
+    directions = _directions(views, visible, points, normals)
+    seen = [in_calls(look, field, points, along, said="colours") for along in directions]
     return np.median(seen, axis=0).clip(0, 1).astype(np.float32)
 
 
-def look_from(
-    field: Field,
-    views: Cameras | None,
-    visible: np.ndarray,
-    points: np.ndarray,
-    normals: np.ndarray,
-    spacing: float,
-    num_views: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """sRGB (K, N, 3) that K = num_views views see of points, as in `colour_points`, and the unit directions (K, N, 3).
-
-    A single one where no view sees anything.
-    """
-    directions = _directions(views, visible, points, normals, num_views)
-    look = functools.partial(_look, reach=REACH * spacing)
-    return np.stack([in_calls(look, field, points, along, said="colours") for along in directions]), directions
-
-
-def _directions(
-    views: Cameras | None, visible: np.ndarray, points: np.ndarray, normals: np.ndarray, num_views: int
-) -> np.ndarray:
-    """The unit directions (num_views, N, 3) in which points are looked at."""
+def _directions(views: Cameras | None, visible: np.ndarray, points: np.ndarray, normals: np.ndarray) -> np.ndarray:
+    """The unit directions (NUM_VIEWS, N, 3) in which points are looked at; one where no view sees anything."""
     count = visible.sum(axis=0)
     if views is None or not count.any():
         return -normals[None]
     rank, position = np.cumsum(visible, axis=0), np.asarray(views.c2w, np.float64)[:, :, 3]
     found = []
-    for number in range(num_views):
+    for number in range(NUM_VIEWS):
         # Not drawn at random: neighbouring points see nearly the same views, and should choose the same.
-        view = np.argmax(rank > (number + 0.5) * count // num_views, axis=0)
+        view = np.argmax(rank > (number + 0.5) * count // NUM_VIEWS, axis=0)
         along = points - position[view]
         along /= np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-12)
         found.append(np.where((count > 0)[:, None], along, -normals))

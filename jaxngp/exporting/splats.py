@@ -1,4 +1,7 @@
-"""Gaussian splats: flat discs on what the training views see, as 3DGS's PLY or as glTF (KHR_gaussian_splatting)."""
+"""Gaussian splats, as 3DGS's PLY or as glTF (KHR_gaussian_splatting).
+
+Flat discs on what the training views see, refined until they look like the field.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +9,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxngp.config import Bounds, Config
 from jaxngp.encodings import sh_encode
-from jaxngp.exporting.colours import look_from
 from jaxngp.exporting.files import Glb, axes_of, write_ply
 from jaxngp.exporting.points import find_points
-from jaxngp.exporting.surface import some_views, step_size, visibility
+from jaxngp.exporting.refining import refine
+from jaxngp.exporting.splatting import FAINTEST, Gaussians
+from jaxngp.exporting.surface import step_size
 from jaxngp.runs import Run
 
 C0 = 0.28209479  # the harmonic of band 0
-NUM_VIEWS = 16  # that a splat's colours are fitted to
 SINK = 0.75  # steps by which a disc lies behind its point
-CALM = 0.5  # ridge on the harmonics above band 0
+WIDTH = 0.5  # of a disc: its deviation in distances to its neighbours
+FLATNESS = 0.15  # thickness of a disc over its width
+COVER = 0.7  # opacity in the middle of a disc
 EXTENSION = "KHR_gaussian_splatting"
 
 
 @dataclass(frozen=True)
 class SplatOptions(Config):
-    """How many splats, and how they look."""
+    """How many splats, and how they are refined."""
 
-    splats: Annotated[int, Bounds(16, 2**24), "number of splats"] = 100_000
+    splats: Annotated[int, Bounds(16, 2**24), "number of splats"] = 25_000
     degree: Annotated[int, Bounds(0, 3), "of the spherical harmonics of their colours"] = 2
-    width: Annotated[float, Bounds(above=0, high=10), "of a disc: its deviation in distances to its neighbours"] = 0.5
-    flatness: Annotated[float, Bounds(above=0, high=1), "thickness of a disc over its width"] = 0.15
-    cover: Annotated[float, Bounds(above=0, below=1), "opacity in the middle of a disc"] = 0.5
-    seed: Annotated[int, Bounds(0, below=2**32), "of the rays that are drawn"] = 0
+    steps: Annotated[int, Bounds(0, 10**6), "of their refinement, each on one view; 0: discs as they are found"] = 800
+    side: Annotated[int, Bounds(16, 4096), "pixels along the longer side of the views they are refined on"] = 256
+    seed: Annotated[int, Bounds(0, below=2**32), "of the rays and the views that are drawn"] = 0
 
 
 @dataclass(frozen=True)
@@ -56,26 +61,67 @@ def write(run: Run, path: Path, options: SplatOptions) -> str:
 
 
 def make_splats(run: Run, options: SplatOptions) -> Splats:
-    """A disc for each of the points of `find_points`, at right angles to its normal."""
+    """Discs at the points of `find_points`, refined, without those that have become too faint to be drawn."""
+    gaussians, spacing = _discs(run, options)
+    if options.steps:
+        gaussians = refine(run, gaussians, spacing, steps=options.steps, side=options.side, seed=options.seed)
+    position, scale, rotation, logit, harmonics = (np.asarray(a, np.float64).T for a in jax.tree.leaves(gaussians))
+    opacity = 1 / (1 + np.exp(-logit))
+    kept = opacity >= FAINTEST
+    return _in_world(run, position[kept], np.exp(scale[kept]), rotation[kept], opacity[kept], harmonics.mT[kept])
+
+
+def _discs(run: Run, options: SplatOptions) -> tuple[Gaussians, np.ndarray]:
+    """A disc at right angles to the normal of each point, and the distance (N,) to its neighbours, in scene units."""
     from scipy.spatial import cKDTree
     from scipy.spatial.transform import Rotation
 
     points = find_points(run, options.splats, options.seed)
-    place, normal = np.asarray(points.position, np.float64), np.asarray(points.normal, np.float64)
+    place, normal, far = (np.asarray(a, np.float64) for a in (points.position, points.normal, points.distance))
     distance, _ = cKDTree(place).query(place, k=7)
-    distance = np.sqrt(np.mean(distance[:, 1:] ** 2, axis=1))
-    spread = np.minimum(distance, 1.5 * np.median(distance)) * options.width
-    axes = np.stack(_frame(normal), axis=-1)
-    turn = np.array(run.transform.rotation).T
+    spacing = np.sqrt(np.mean(distance[:, 1:] ** 2, axis=1)) / far
+    spacing = np.minimum(spacing, 1.5 * np.median(spacing)) * far
     # Where half of the light is lost lies before the surface; a disc there would swell its outline.
     middle = place - SINK * step_size(run.config.sampler) * normal
-    return Splats(
-        run.transform.to_world(middle),
-        spread[:, None] * run.transform.side * np.array([1, 1, options.flatness]),
-        Rotation.from_matrix(turn @ axes).as_quat(),
-        np.full(len(place), options.cover),
-        _fit_colours(run, place, normal, float(np.median(distance)), options.degree),
+    harmonics = np.zeros(((options.degree + 1) ** 2, 3, len(place)))
+    harmonics[0] = (np.asarray(points.rgb).T - 0.5) / C0
+    values = (
+        middle.T,
+        np.log(WIDTH * spacing + 1e-9) + np.log([1, 1, FLATNESS])[:, None],
+        Rotation.from_matrix(np.stack(_frame(normal), axis=-1)).as_quat().T,
+        np.full(len(place), np.log(COVER / (1 - COVER))),
+        harmonics,
     )
+    return Gaussians(*(jnp.asarray(a, jnp.float32) for a in values)), spacing
+
+
+def _in_world(
+    run: Run,
+    position: np.ndarray,
+    scale: np.ndarray,
+    rotation: np.ndarray,
+    opacity: np.ndarray,
+    harmonics: np.ndarray,
+) -> Splats:
+    """Splats from those (N, ...) in scene units."""
+    from scipy.spatial.transform import Rotation
+
+    turn = np.array(run.transform.rotation)  # of the world's axes to the scene's
+    # Each band turns within itself: what directions that span them see gives the turned harmonics exactly.
+    direction = np.random.default_rng(0).normal(size=(64, 3))
+    direction /= np.linalg.norm(direction, axis=1, keepdims=True)
+    before, after = (_basis(a, harmonics.shape[1]) for a in (direction, direction @ turn))
+    return Splats(
+        run.transform.to_world(position),
+        scale * run.transform.side,
+        (Rotation.from_matrix(turn.T) * Rotation.from_quat(rotation)).as_quat(),
+        opacity,
+        np.linalg.lstsq(after, before)[0] @ harmonics,
+    )
+
+
+def _basis(direction: np.ndarray, count: int) -> np.ndarray:
+    return np.asarray(sh_encode(jnp.asarray(direction), degree=round(count**0.5)), np.float64)
 
 
 def _frame(normal: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -84,21 +130,6 @@ def _frame(normal: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     first = np.cross(helper, normal)
     first /= np.linalg.norm(first, axis=1, keepdims=True)
     return first, np.cross(normal, first), normal
-
-
-def _fit_colours(run: Run, place: np.ndarray, normal: np.ndarray, spacing: float, degree: int) -> np.ndarray:
-    """The harmonics (N, (degree + 1)^2, 3) that fit what the field shows the views that see the points (N, 3).
-
-    Least squares with a ridge: a splat is seen from few sides, and must not take wild colours from others.
-    """
-    views = some_views(run.cameras)
-    assert views is not None  # find_points has cameras
-    visible = visibility(views, place, place, 2 * spacing)
-    seen, directions = look_from(run.field, views, visible, place, normal, spacing, NUM_VIEWS)
-    basis = np.asarray(sh_encode(jnp.asarray(directions @ np.array(run.transform.rotation)), degree=degree + 1))
-    gram = np.einsum("vnj,vnk->njk", basis, basis)
-    gram += CALM * np.diag([0.0, *[1.0] * ((degree + 1) ** 2 - 1)]) + 1e-6 * np.eye((degree + 1) ** 2)
-    return np.linalg.solve(gram, np.einsum("vnj,vnc->njc", basis, seen - 0.5))
 
 
 def write_splat_ply(run: Run, path: Path, splats: Splats) -> None:  # noqa: ARG001
@@ -114,9 +145,10 @@ def write_splat_ply(run: Run, path: Path, splats: Splats) -> None:  # noqa: ARG0
 
 
 def write_splat_glb(run: Run, path: Path, splats: Splats) -> None:
-    """Points with the attributes of KHR_gaussian_splatting, whose scales and opacities are plain numbers.
+    """Points with the attributes of KHR_gaussian_splatting, whose scales and opacities are linear, not logarithms.
 
-    Programs that do not know the extension draw coloured points.
+    So says its release candidate (KhronosGroup/glTF 63770cc, April 2026); a draft of 2025 had logarithms of scales.
+    Harmonics turn with the node. Programs that do not know the extension draw coloured points.
     """
     glb = Glb(run.transform)
     flat = (0.5 + C0 * splats.harmonics[:, 0]).clip(0, 1)

@@ -198,11 +198,11 @@ def in_calls(function: Any, field: Field, *arrays: np.ndarray, said: str) -> Any
 # What the views see.
 
 
-def some_views(cameras: Cameras | None) -> Cameras | None:
-    """At most MAX_VIEWS of the cameras (V,), evenly spaced."""
-    if cameras is None or len(cameras) <= MAX_VIEWS:
+def some_views(cameras: Cameras | None, most: int = MAX_VIEWS) -> Cameras | None:
+    """At most so many of the cameras (V,), evenly spaced."""
+    if cameras is None or len(cameras) <= most:
         return cameras
-    return cameras[np.arange(MAX_VIEWS) * len(cameras) // MAX_VIEWS]
+    return cameras[np.arange(most) * len(cameras) // most]
 
 
 def _hollow(lattice: Lattice, solid: np.ndarray, views: Cameras) -> np.ndarray:
