@@ -32,7 +32,7 @@ def nerfstudio_path(poses: np.ndarray, **changes: Any) -> dict[str, Any]:
     return top | {"camera_path": cameras} | changes
 
 
-def test_nerfstudio_frames_without_a_transform_are_the_sources(tmp_path: Path) -> None:
+def test_nerfstudio_frames_are_in_the_sources_axes(tmp_path: Path) -> None:
     poses = poses_around(5, 3.0).astype(np.float64)
     flight = read_flight(written(tmp_path, nerfstudio_path(poses)), 0, SIZE, Frames())
     np.testing.assert_allclose(flight.cameras.c2w, poses, atol=1e-6)

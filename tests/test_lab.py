@@ -27,7 +27,7 @@ def test_pairs_are_judged_as_by_students_t() -> None:
     assert (low, high) == pytest.approx((interval.low, interval.high))
 
 
-def test_an_interval_holds_the_truth_nineteen_times_in_twenty() -> None:
+def test_intervals_hold_the_truth_19_times_in_20() -> None:
     rng = np.random.default_rng(1)
     inside = [low < 0.3 < high for _, low, high, _ in (lab.paired(rng.normal(0.3, 1.0, 5)) for _ in range(2000))]
     assert np.mean(inside) == pytest.approx(0.95, abs=0.025)  # five standard deviations

@@ -17,7 +17,7 @@ UNIT = np.array([[0.0, 0, 0], [1, 1, 1]])
 
 
 def extract(field, views=None, resolution=48, **options):
-    pytest.importorskip("skimage")
+    pytest.importorskip("skimage", reason="the extra mesh is not installed")
     run = ball_run(field)
     return surface.extract(field, run.occupancy, views, box=UNIT, resolution=resolution, level=LEVEL, **options)
 
@@ -68,7 +68,7 @@ def test_what_no_view_sees_is_left_out():
 
 def test_small_parts_are_left_out():
     """Two cubes of a lattice, of sides 10 and 2: areas 100 to 4."""
-    pytest.importorskip("skimage")
+    pytest.importorskip("skimage", reason="the extra mesh is not installed")
     found = surface._march_cubes(
         np.pad(np.kron([1.0], np.ones((9, 9, 9))), ((2, 9), (2, 2), (2, 2)))
         + np.pad(np.ones((2, 2, 2)), ((16, 2), (2, 9), (2, 9))),
@@ -89,7 +89,7 @@ def test_no_surface_is_refused():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    pytest.importorskip("skimage")
+    pytest.importorskip("skimage", reason="the extra mesh is not installed")
     folder, run = tmp_path_factory.mktemp("meshes"), ball_run(SoftBall(), cameras())
     options = MeshOptions(mesh_resolution=32, opacity=float(-np.expm1(-LEVEL * run.config.sampler.step_size)))
     for suffix in mesh.SUFFIXES:
@@ -99,7 +99,7 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("suffix", mesh.SUFFIXES)
 def test_files_hold_the_ball_where_it_is_in_the_source(files: Path, suffix):
-    trimesh = pytest.importorskip("trimesh")
+    trimesh = pytest.importorskip("trimesh", reason="the extra mesh is not installed")
     loaded = trimesh.load(files / f"ball{suffix}", process=False)
     if suffix == ".glb":  # y up there: undo it
         node = loaded.to_geometry()

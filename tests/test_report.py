@@ -23,7 +23,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_the_page_stands_alone_and_agrees_with_the_summary(workdir: Path) -> None:
+def test_the_page_stands_alone_and_is_the_summary(workdir: Path) -> None:
     run("report", f"--workdir={workdir}")
     page, summary = (workdir / "report.html").read_text(), json.loads((workdir / "summary.json").read_text())
     assert f"PSNR {summary['psnr']:.2f} dB" in page
@@ -62,7 +62,7 @@ def test_images_and_distances_have_reports_too(tmp_path: Path) -> None:
     assert "reconstruction.png" in page
 
 
-def test_the_worst_and_the_best_are_found_wherever_they_are() -> None:
+def test_the_worst_and_the_best_are_found() -> None:
     scores = [ViewScore(f"v{i}", value, 0.9, 1.0) for i, value in enumerate((20.0, 18.0, 25.0, 24.0, 19.0))]
     picture = ViewPicture(np.zeros((4, 4, 3)), np.zeros((4, 4, 3)), np.ones((4, 4)), np.ones((4, 4)))
     found, shown = choose_views(((score, picture) for score in scores), len(scores))

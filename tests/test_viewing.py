@@ -434,7 +434,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_a_window_gets_a_coarse_picture_then_a_full_one(workdir: Path) -> None:
+def test_a_window_gets_a_coarse_picture_then_a_full(workdir: Path) -> None:
     opened, shown = runs.load(workdir), Shown()
     view = Viewpoint(np.asarray(opened.cameras.c2w[0]), 0.7, 160, 120)
     with Worker(shown, limit=120) as worker:

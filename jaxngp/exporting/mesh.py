@@ -12,7 +12,7 @@ from jaxngp.config import Bounds, Config
 from jaxngp.exporting.colours import colour_points
 from jaxngp.exporting.files import Glb, axes_of, positions, to_byte, write_obj, write_ply
 from jaxngp.exporting.surface import Surface, extract, opaque_density, some_views, visibility
-from jaxngp.exporting.volume import middle_cube
+from jaxngp.exporting.volume import Share, middle_cube
 from jaxngp.runs import Run
 
 SUFFIXES = (".glb", ".ply", ".obj")
@@ -24,9 +24,7 @@ class MeshOptions(Config):
     """Where the surface is, and which of it is written."""
 
     mesh_resolution: Annotated[int, Bounds(16, 768), "points along the longest side of what is occupied"] = 192
-    share: Annotated[
-        float, Bounds(0, 1), "side of the middle cube that is exported, in sides of the box; 0: the innermost cascade"
-    ] = 0.0
+    share: Share = 0.0
     opacity: Annotated[
         float, Bounds(above=0, below=1), "share of the light that a march step absorbs where the surface is put"
     ] = 0.2

@@ -167,18 +167,24 @@ def sample_density(field: Field, grid: OccupancyGrid | None, box: np.ndarray, re
     for x in range(1, shape[0] - 1):
         place = np.insert(layer, 0, x, axis=1).astype(np.int32)
         if grid is not None:
-            place = place[np.asarray(_is_occupied(grid, lattice.points(place).astype(np.float32)))]
+            place = place[occupied(grid, lattice.points(place))]
         places.append(place)
     place = np.concatenate(places)
-    lattice.values[tuple(place.T)] = in_calls(_density, field, lattice.points(place), said="sampling")
+    lattice.values[tuple(place.T)] = in_calls(density_at, field, lattice.points(place), said="sampling")
     return lattice
 
 
 _is_occupied = jax.jit(is_occupied)
 
 
+def occupied(grid: OccupancyGrid, points: np.ndarray) -> np.ndarray:
+    """(N,) bool: whether the cells that hold points (N, 3) are occupied."""
+    return np.asarray(_is_occupied(grid, points.astype(np.float32)))
+
+
 @jax.jit
-def _density(field: Field, points: jax.Array) -> jax.Array:
+def density_at(field: Field, points: jax.Array) -> jax.Array:
+    """(N,) per scene unit, at points (N, 3)."""
     return field.density(points)
 
 

@@ -6,20 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from jaxngp.config import Bounds, Config
 from jaxngp.console import bar_interval
 from jaxngp.data import SceneTransform
+from jaxngp.exporting.surface import density_at, in_calls, occupied
 from jaxngp.fields import RadianceField
-from jaxngp.occupancy import OccupancyGrid, is_occupied
+from jaxngp.occupancy import OccupancyGrid
 from jaxngp.records import replacing
 from jaxngp.runs import Run
 
-CALL = 2**16  # points
+Share = Annotated[
+    float, Bounds(0, 1), "side of the middle cube that is exported, in sides of the box; 0: the innermost cascade"
+]
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,7 @@ class VolumeOptions(Config):
     """How the density is sampled."""
 
     resolution: Annotated[int, Bounds(2, 1024), "points per axis of the lattice on which the density is sampled"] = 256
-    share: Annotated[
-        float, Bounds(0, 1), "side of the middle cube that is exported, in sides of the box; 0: the innermost cascade"
-    ] = 0.0
+    share: Share = 0.0
 
 
 def write(run: Run, path: Path, options: VolumeOptions) -> str:
@@ -69,18 +68,11 @@ def sample_density(field: RadianceField, grid: OccupancyGrid | None, box: np.nda
     It is 0 where the occupancy grid is empty, as it is in rendering.
     """
     step = (box[1] - box[0]) / size
-    density = np.zeros(size**3, np.float32)
-    for first in tqdm(
-        range(0, size**3, CALL), desc="sampling", unit="call", mininterval=bar_interval(), delay=1.0, leave=False
-    ):
-        index = np.arange(first, min(first + CALL, size**3))
-        place = np.stack(np.unravel_index(index, (size,) * 3), axis=-1)
-        points = np.pad(box[0] + step * (place + 0.5), ((0, CALL - len(index)), (0, 0)), mode="edge")
-        density[index] = np.asarray(_density(field, grid, points.astype(np.float32)))[: len(index)]
-    return density.reshape(size, size, size)
-
-
-@jax.jit
-def _density(field: RadianceField, grid: OccupancyGrid | None, points: jax.Array) -> jax.Array:
-    density = field.density(points)
-    return density if grid is None else jnp.where(is_occupied(grid, points), density, 0)
+    density = np.zeros((size, size, size), np.float32)
+    y, z = (axis.ravel() for axis in np.indices((size, size)))
+    for x, layer in enumerate(tqdm(density, desc="sampling", unit="layer", mininterval=bar_interval(), leave=False)):
+        points = box[0] + step * (np.stack([np.full_like(y, x), y, z], axis=-1) + 0.5)
+        held = np.ones(len(points), bool) if grid is None else occupied(grid, points)
+        if held.any():
+            layer.reshape(-1)[held] = in_calls(density_at, field, points[held], said="")
+    return density
