@@ -309,7 +309,7 @@ def test_a_flight_passes_through_its_poses_evenly(poses_and_target: tuple[np.nda
     assert nearest.max() <= moved.max()
 
 
-def test_one_pose_or_a_pose_twice_is_a_flight_that_stays() -> None:
+def test_a_flight_over_one_pose_or_twice_it_stays() -> None:
     pose = look_at((0.5, -1.0, 0.5))
     for given_poses in (pose[None], np.stack([pose, pose])):
         np.testing.assert_allclose(cameras.interpolate_poses(given_poses, 3), np.stack([pose] * 3), atol=1e-6)

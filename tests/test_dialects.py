@@ -507,7 +507,7 @@ def test_what_nerfstudio_has_no_sense_for_is_named(folder: Path, change: dict) -
 # COLMAP.
 
 
-def test_a_name_may_have_spaces_and_a_points_line_be_blank(folder: Path) -> None:
+def test_names_with_spaces_and_blank_points_lines(folder: Path) -> None:
     write("colmap-text", folder, PLAIN)
     (folder / "images" / "view_001.png").rename(folder / "images" / "ä b  c.png")
     path = folder / "sparse" / "0" / "images.txt"
@@ -515,7 +515,7 @@ def test_a_name_may_have_spaces_and_a_points_line_be_blank(folder: Path) -> None
     assert capture_at(folder).names == ("view_000", "view_002", "view_003", "ä b  c")
 
 
-def test_binary_precedes_text_and_other_models_are_named(folder: Path) -> None:
+def test_binary_precedes_text_others_are_named(folder: Path) -> None:
     write("colmap-binary", folder, PLAIN)
     model = folder / "sparse" / "0"
     for name in ("cameras", "images"):

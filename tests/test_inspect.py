@@ -308,7 +308,7 @@ def test_nothing_is_said_of_a_good_path(path: str, tmp_path: Path) -> None:
     assert codes(SceneConfig(name=str(save(tmp_path / "capture", photographed(*PATHS[path]))))) == []
 
 
-def test_parallel_cameras_say_nothing_of_the_focal_length() -> None:
+def test_parallel_cameras_tell_no_focal_length() -> None:
     """By how many pixels a match misses its line is then the same for every focal length."""
     rng = np.random.default_rng(0)
     c2w = np.tile(np.eye(3, 4), (4, 1, 1))
