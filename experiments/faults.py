@@ -339,7 +339,7 @@ FAULTS = [
     *faults(
         "data.photos",
         "data",
-        box_filter_without_alpha=rewrite("box_downscale", "block[..., 3:].astype(...)", "np.int32(255)"),
+        box_filter_without_alpha=rewrite("box_downscale", "rgba[..., channel] * alpha", "rgba[..., channel] * np.uint16(255)"),
     ),
     # Captures.
     *faults(

@@ -143,15 +143,24 @@ def box_downscale(rgba: np.ndarray, downscale: int) -> np.ndarray:
     """
     if downscale == 1:
         return rgba
-    blocks = [rgba[y::downscale, x::downscale] for y in range(downscale) for x in range(downscale)]
-    # Integers: the sums are exact, whatever the factor.
-    alpha = np.zeros(blocks[0].shape[:2], np.int64)
-    colour = np.zeros((*alpha.shape, 3), np.int64)
-    for block in blocks:
-        alpha += block[..., 3]
-        colour += block[..., :3] * block[..., 3:].astype(np.int32)
-    rgb = np.rint(colour / np.maximum(alpha, 1)[..., None])
-    return np.concatenate([rgb, np.rint(alpha / downscale**2)[..., None]], axis=-1).astype(np.uint8)
+    # Integers, whose sums are exact; a channel at a time, which is three times as fast as all four together.
+    alpha = rgba[..., 3].astype(np.uint16)
+    weight = _block_sums(alpha, downscale)
+    reduced = np.empty((*weight.shape, 4), np.uint8)
+    for channel in range(3):
+        colour = _block_sums(rgba[..., channel] * alpha, downscale)
+        reduced[..., channel] = np.rint(colour / np.maximum(weight, 1))
+    reduced[..., 3] = np.rint(weight / downscale**2)
+    return reduced
+
+
+def _block_sums(plane: np.ndarray, size: int) -> np.ndarray:
+    """Sums over size x size blocks. plane (H, W) u16 -> (H/s, W/s) u32, or u64 where those could overflow."""
+    height, width = plane.shape
+    rows = np.zeros((height // size, width), np.uint32 if size <= 256 else np.uint64)
+    for offset in range(size):
+        rows += plane[offset::size]
+    return sum(rows[:, offset::size] for offset in range(1, size)) + rows[:, ::size]
 
 
 def in_parallel(call: Callable[[int], Result], count: int, *, workers: int, label: str = "") -> list[Result]:
