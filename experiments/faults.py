@@ -339,7 +339,9 @@ FAULTS = [
     *faults(
         "data.photos",
         "data",
-        box_filter_without_alpha=rewrite("box_downscale", "rgba[..., channel] * alpha", "rgba[..., channel] * np.uint16(255)"),
+        box_filter_without_alpha=rewrite(
+            "box_downscale", "rgba[..., channel] * alpha", "rgba[..., channel] * np.uint16(255)"
+        ),
     ),
     # Captures.
     *faults(

@@ -47,7 +47,8 @@ def main(values: flags.Flags) -> None:
     )
     print(summary(found))
     warn(*advice(found))
-    print(f"{out / found.transforms.name}   next: python -m jaxngp.train --scene={out}")
+    scene = out if len(out.parts) > 1 else f"./{out}"  # a bare word is a known scene's name
+    print(f"{out / found.transforms.name}   next: python -m jaxngp.train --scene={scene}")
 
 
 def default_name(source: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from jaxngp.config import (
     CosineDecay,
@@ -96,4 +97,6 @@ def scene_config(name: str) -> SceneConfig:
         return SCENES[name]
     if "/" in name or "\\" in name or "." in name:
         return SceneConfig(name=name)
+    if Path(name).exists():
+        raise InputError(f"unknown scene {shown(name)}: for what is here under that name, give ./{name}")
     raise InputError(f"unknown scene {shown(name)}: give one of {', '.join(SCENES)}, or a path that contains a '/'")

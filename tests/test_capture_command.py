@@ -149,7 +149,7 @@ def test_what_is_written_is_a_scene(captured: Path) -> None:
 @pytest.mark.slow
 @needs_colmap
 def test_the_same_again_maps_nothing_anew(
-    captured: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
+    captured: Path, photographs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = captured / "colmap" / "sparse" / "0"
     before, text = contents(model), (captured / "transforms.json").read_text()
@@ -158,6 +158,9 @@ def test_the_same_again_maps_nothing_anew(
     said = capsys.readouterr().out
     assert "40 of 40 images registered; mean reprojection error 0." in said
     assert f"python -m jaxngp.train --scene={captured}" in said
+    monkeypatch.chdir(captured.parent)
+    run(f"--images={photographs}", f"--out={captured.name}")
+    assert f"python -m jaxngp.train --scene=./{captured.name}\n" in capsys.readouterr().out
     error = run.refusal(capsys, f"--images={photographs}", f"--out={captured}", "--camera_model=PINHOLE")
     assert "camera_model" in error
     assert "--restart" in error

@@ -7,6 +7,7 @@ import functools
 import json
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -489,6 +490,14 @@ def test_scenes_by_name_and_by_path() -> None:
     assert scene_config("./lego").name == "./lego"
     with pytest.raises(InputError, match=r"unknown scene 'leg': give one of bricks, chair, .*or a path"):
         scene_config("leg")
+
+
+def test_a_folder_is_given_as_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("desk").mkdir()
+    with pytest.raises(InputError, match=r"unknown scene 'desk': for what is here .* give \./desk"):
+        scene_config("desk")
+    assert scene_config("./desk").name == "./desk"
 
 
 def test_derived_values() -> None:
