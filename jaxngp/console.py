@@ -111,6 +111,10 @@ class Interruption:
     def __call__(self) -> bool:
         return bool(self.signal)
 
+    def set(self) -> None:
+        """Stop as after SIGTERM, since another process of the run was asked to."""
+        self.signal = self.signal or signal.SIGTERM
+
     def exit_if_set(self) -> None:
         """Leave with the exit code that shells expect: 130 after SIGINT, 143 after SIGTERM."""
         if self.signal:
