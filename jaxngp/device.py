@@ -292,7 +292,7 @@ def _divided(size: int, count: int) -> int:
 
 def device_memory() -> int:
     """Bytes that the first device has for arrays, or 0 where it does not tell, as a CPU does not."""
-    return int((jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0))
+    return int((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0))
 
 
 # Batch sizes.
@@ -389,7 +389,7 @@ class Target:
 
 def target() -> Target:
     """The device that jax runs on, jaxlib's version, and XLA_FLAGS."""
-    capability = parse_capability(getattr(jax.devices()[0], "compute_capability", None))
+    capability = parse_capability(getattr(jax.local_devices()[0], "compute_capability", None))
     return Target(jax.default_backend() == "gpu", jaxlib_version(), capability, os.environ.get("XLA_FLAGS", ""))
 
 

@@ -6,7 +6,6 @@ code 2, never in a traceback.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import signal
@@ -104,7 +103,8 @@ def _run_on_devices(body: Callable[[Flags], None], values: Flags) -> None:
     """body(values) on the devices that --mesh names, together with the processes that the flags name."""
     if "num_processes" in values:
         _join_processes(values)
-    with placed_on(values.mesh) if "mesh" in values else contextlib.nullcontext():
+    mesh = (values.mesh if "mesh" in values else None) or ("one" if processes.count() == 1 else "auto")
+    with placed_on(mesh):
         try:
             body(values)
         except Exception as error:
@@ -232,8 +232,11 @@ _LOOP_FLAGS = ("seed", "max_steps", "max_seconds", "log_every", "deterministic")
 
 def define_mesh_flag(values: Flags) -> None:
     """--mesh, of everything that several devices can share; `run` reads it."""
-    text = "Devices that share the work: one; auto, all that jax has; or rays:4, four of them."
-    flags.DEFINE_string("mesh", "one", text, flag_values=values)
+    text = (
+        "Devices that share the work: one, the default; auto, all that jax has, the default of several processes; or "
+        "rays:4, four of them."
+    )
+    flags.DEFINE_string("mesh", None, text, flag_values=values)
 
 
 def define_process_flags(values: Flags) -> None:

@@ -139,15 +139,16 @@ def training_in(
     data: Split | Fingerprint | None = None,
     restart: bool = False,
     extend: bool = False,
+    quiet: bool = False,
 ) -> Iterator[TrainingRun]:
     """Lock the workdir for training and write config.json; yields the run.
 
     data: the views that a NeRF learns from, or the fingerprint of what else is learned, for scene.json. By it a run is
     recognised whose scene has moved, and a change of what it is trained on is warned of. restart: remove what a run
     left there. extend: a run that is there may get a larger budget; its schedule is then that of the new budget,
-    entered where the run stands, so a rate that had decayed rises again. Raises InputError where the workdir holds a
-    run with another config, and where another process trains in it. Of several processes that train together the
-    first holds the lock and writes; each gives its own views.
+    entered where the run stands, so a rate that had decayed rises again. quiet: no progress bar. Raises InputError
+    where the workdir holds a run with another config, and where another process trains in it. Of several processes
+    that train together the first holds the lock and writes; each gives its own views.
     """
     workdir = Path(workdir).expanduser()
     with _sole_training(workdir) if is_first() else contextlib.nullcontext():
@@ -172,7 +173,7 @@ def training_in(
             write_json(workdir / "scene.json", scene)
         if is_first():
             write_json(workdir / "config.json", to_plain(config))
-        with Checkpoints(workdir) as checkpoints, interruption() as stop, ProgressBar() as bar:
+        with Checkpoints(workdir) as checkpoints, interruption() as stop, ProgressBar(hidden=quiet) as bar:
             yield TrainingRun(workdir, config, checkpoints, bar, stop)
 
 
@@ -343,6 +344,37 @@ def load(workdir: Path | str, kind: type | None = None) -> Run:
         progress, trained_on = checkpoints.restore_trained(config), checkpoints.environment()
     scene = workdir / "scene.json"
     return Run(workdir, config, progress, trained_on, _read_cameras(scene), _read_transform(scene))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """B trained radiance fields of one shape, as `load_many` opens them; `jax.vmap` over `field` is over all."""
+
+    names: tuple[str, ...]
+    runs: tuple[Run, ...]
+    field: Any  # (B, ...)
+    occupancy: OccupancyGrid | None  # (B, ...)
+
+
+def load_many(folder: Path | str) -> Runs:
+    """Open all runs in the folders of a folder, by name, as one stacked pytree on the host.
+
+    Raises InputError where there is none, or where one has a field or a grid of another shape than the first.
+    """
+    folder = Path(folder).expanduser()
+    workdirs = sorted(path.parent for path in folder.glob("*/config.json") if latest_step(path.parent) is not None)
+    if not workdirs:
+        raise InputError(f"{folder}: holds no folders of trained runs; give the --workdir of experiments.sweep")
+    found = [load(workdir, NerfConfig) for workdir in workdirs]
+    trees = [(run.field, run.occupancy) for run in found]
+    kinds = [(jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]) for tree in trees]
+    if other := next((run for run, kind in zip(found, kinds, strict=True) if kind != kinds[0]), None):
+        changes = differences(found[0].config, other.config, (Role.PROGRAM,)) or ["another shape"]
+        raise InputError(
+            f"{other.workdir}: does not stack with {found[0].workdir} ({'; '.join(changes)}); open it with load"
+        )
+    field, occupancy = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trees)
+    return Runs(tuple(workdir.name for workdir in workdirs), tuple(found), field, occupancy)
 
 
 def latest_step(workdir: Path) -> int | None:

@@ -57,6 +57,7 @@ def main(values: flags.Flags) -> None:
                         break
             run.exit_if_interrupted()
             assert progress is not None
+            trained_on = run.trained_on()  # by all processes, for orbax lets them wait for each other
             if not processes.is_first():
                 processes.wait_for_all("the views are evaluated")
                 return
@@ -70,7 +71,7 @@ def main(values: flags.Flags) -> None:
                     sampler=config.sampler,
                     background=values.background,
                 )
-                print(write_summary(workdir, config.scene.name, result, progress, run.trained_on()))
+                print(write_summary(workdir, config.scene.name, result, progress, trained_on))
                 print(f"novel views: {workdir / 'novel_views'}   next: python -m jaxngp.render --workdir={workdir}")
             viewer.stay(progress)
             processes.wait_for_all("the views are evaluated")
@@ -78,7 +79,7 @@ def main(values: flags.Flags) -> None:
 
 def check_viewer(values: flags.Flags) -> None:
     """Raises InputError where --view cannot be served, before anything is read or removed."""
-    if values.view and (values.mesh != "one" or processes.count() > 1):
+    if values.view and (values.mesh not in (None, "one") or processes.count() > 1):
         raise InputError("--view draws on the one device that trains: leave away --mesh, or watch with jaxngp.view")
     if values.view:
         check_host(values.view_host)

@@ -58,7 +58,7 @@ def load_training(scene: SceneConfig, part: int = 0, num_parts: int = 1) -> Spli
         raise _no_split("train", location, scene)
     capture = location.read("train")
     views = _view_numbers("train", len(capture.names), _hold_out_every(scene, location))
-    if len(views) < num_parts:
+    if len(views) < num_parts and not capture.rays:
         raise InputError(f"{capture.path}: has {len(views)} training views, too few for {num_parts} processes")
     part_of = views if capture.rays else np.array_split(views, num_parts)[part]
     loaded = _load(scene, capture, "train", part_of, _place(scene, location, capture))

@@ -156,7 +156,7 @@ def _dispatch(progress: Progress, programs: Programs) -> Progress:
         num_steps = min(size, config.train.max_steps - step)
         if num_steps == 0:
             break
-        rates: Any = _learning_rates(step, progress.fraction, size, config)
+        rates: Any = learning_rates(step, progress.fraction, size, config)
         state, metrics = programs.steps(state, step, rates, num_steps)
         parts.append((num_steps, metrics))
         if every and (step + num_steps) // every > step // every:
@@ -181,7 +181,7 @@ def _mean(parts: Sequence[tuple[int, StepMetrics]]) -> StepMetrics:
     return jax.tree.map(lambda *means: np.average(np.asarray(means), weights=numbers), *metrics)
 
 
-def _learning_rates(step: int, fraction: float, size: int, config: RunConfig) -> np.ndarray:
+def learning_rates(step: int, fraction: float, size: int, config: RunConfig) -> np.ndarray:
     """(size,) f32 from a step on: by step where the budget is one of steps, else as of the fraction spent."""
     steps = step + np.arange(size)
     fractions = np.maximum(steps / config.train.max_steps, fraction)
