@@ -241,18 +241,21 @@ def chunk_program(
 
     mesh: devices that take equal parts of the rays, of which `placement.local` has the axis.
     """
-    chunk = functools.partial(render_chunk, sampler=sampler, batching=batching)
+    chunk: Callable[..., Any] = functools.partial(render_chunk, sampler=sampler, batching=batching)
     if mesh is not None:
-        parts, whole = PartitionSpec(PARTS), PartitionSpec()
-        alone = chunk
-
-        def chunk(field: Field, rays: Rays, grid: OccupancyGrid | None, background: jax.Array) -> Any:
-            out, evaluations = alone(field, rays, grid, background)
-            return out, lax.psum(evaluations, PARTS)
-
-        specs = (whole, parts, whole, whole)
-        chunk = jax.shard_map(chunk, mesh=mesh, in_specs=specs, out_specs=(parts, whole), check_vma=False)
+        chunk = _in_parts(chunk, mesh)
     return jax.jit(chunk, compiler_options=compiler_options())
+
+
+def _in_parts(chunk: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+    parts, whole = PartitionSpec(PARTS), PartitionSpec()
+
+    def part(field: Field, rays: Rays, grid: OccupancyGrid | None, background: jax.Array) -> Any:
+        out, evaluations = chunk(field, rays, grid, background)
+        return out, lax.psum(evaluations, PARTS)
+
+    specs = (whole, parts, whole, whole)
+    return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=(parts, whole), check_vma=False)
 
 
 def render_ray_grid(

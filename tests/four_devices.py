@@ -46,7 +46,7 @@ CONFIG = NerfConfig(
     ),
     sampler=MARCH,
     optimizer=OptimizerConfig(learning_rate=1e-2),
-    train=TrainConfig(num_rays=64, max_steps=24, steps_per_dispatch=4, loss="l2"),
+    train=TrainConfig(num_rays=64, max_steps=24, steps_per_dispatch=8, loss="l2"),
 )
 
 
@@ -184,11 +184,16 @@ def trained(config: Any, data: Any, mesh: str) -> tuple[list[float], Progress]:
 
 @pytest.mark.parametrize("precision", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_training_is_that_of_one_device(precision: str) -> None:
-    """The losses of 24 steps to 1 %, where sums in another order lead to 0.03 %; from run to run bit for bit."""
+    """The losses of 24 steps to 1 %, where sums in another order lead to 0.03 %; from run to run bit for bit.
+
+    Adam hides the scale of a gradient, so that of its mean is compared too.
+    """
     config = replace(CONFIG, field=replace(CONFIG.field, precision=precision))
-    one, _ = trained(config, views(EQUAL), "one")
+    one, alone = trained(config, views(EQUAL), "one")
     four, ended = trained(config, views(EQUAL), "rays:4")
-    assert one[-1] < 0.8 * one[0]
+    means = [progress.state.opt_state[1].mu for progress in (alone, ended)]
+    for a, b in zip(*map(jax.tree.leaves, means), strict=True):
+        np.testing.assert_allclose(b, a, atol=0.05 * float(jnp.max(jnp.abs(a))))
     np.testing.assert_allclose(four, one, rtol=1e-2)
     again, repeated = trained(config, views(EQUAL), "auto")
     assert again == four

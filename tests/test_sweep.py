@@ -58,7 +58,8 @@ def test_each_scene_learns_what_it_learns_alone(square: Path) -> None:
         *_, alone = train(configs[number], views)
         assert alone.metrics is not None
         np.testing.assert_allclose(many.of(number).metrics.loss, alone.metrics.loss, rtol=1e-2)
-    assert not np.allclose(*[many.of(number).metrics.loss for number in range(2)], rtol=0.1)
+    first_loss, second_loss = (float(many.of(number).metrics.loss) for number in range(2))
+    assert abs(first_loss / second_loss - 1) > 0.05
 
 
 def test_a_scene_that_fails_leaves_the_others_alone(square: Path) -> None:
@@ -91,7 +92,7 @@ def test_names_of_combinations() -> None:
         "a-b_learning_rate_1_seed_3",
         "a-b_learning_rate_2_seed_3",
     ]
-    with pytest.raises(InputError, match="--vary=train.seed"):
+    with pytest.raises(InputError, match=r"--vary=train\.seed"):
         next(sweep.combinations(["lego"], ["train.seed"]))
 
 

@@ -342,7 +342,7 @@ def _make_store(
         shared = isinstance(data, PosedImages) and default_placement().mesh is not None
         return SharedStore(data) if shared else DeviceStore(data)  # type: ignore[arg-type]
     assert isinstance(data, PosedImages)
-    static = {"num_pixels": num_pixels_of_all(data), "config": program_config(config)}
+    static: Any = {"num_pixels": num_pixels_of_all(data), "config": program_config(config)}
     draw = compiled(draw_numbers, NO_STEPS, state.key, pixels, options=compiler_options(), **static)
     size = config.train.steps_per_dispatch
     return HostStore(data, draw, steps_per_call=size, pixels_per_call=size * config.train.num_rays)

@@ -170,7 +170,7 @@ class Shares:
         self.static: Any = {"max_size": tuple(cameras.size.max(axis=0).tolist()), "num_pixels": int(ends[-1])}
         self.cameras, self.offset = place.put((cameras, (ends - cameras.size.prod(axis=1)).astype(np.int32)))
 
-    def pixels(self, values: np.ndarray | None) -> jax.Array | None:
+    def pixels(self, values: Any) -> Any:
         """What belongs to the pixels (P, ...) of this process, on the devices (D, n, ...); filled up with zeros."""
         if values is None:
             return None
@@ -182,7 +182,8 @@ class Shares:
 
     def silhouettes(self) -> SharedSilhouettes:
         """What the visual hull reads; a device that has fewer views than another has its last one again."""
-        alpha, keep = np.asarray(self._images.alpha), self._images.keep
+        alpha: Any = np.asarray(self._images.alpha)
+        keep: Any = self._images.keep
         see_through, masked = processes.any_of(not (alpha == 255).all(), keep is not None)
         keep = np.ones(len(alpha), bool) if masked and keep is None else keep
         views = [np.minimum(np.arange(v[0], v[0] + self._num_views), v[-1]) for v in self._views]
@@ -216,7 +217,7 @@ class SharedStore:
         self.data = SharedPixels(
             shares.cameras,
             shares.offset,
-            rgba=shares.pixels(_words(images)),  # type: ignore[arg-type]
+            rgba=shares.pixels(_words(images)),
             depth=shares.pixels(_depth(images)),
             first=default_placement().put_shares([*shares.first]),
             **shares.static,
@@ -267,10 +268,10 @@ class HostStore:
         return self._gather(np.asarray(numbers))
 
     def _gather(self, numbers: np.ndarray) -> TrainingData:
-        kept = {"rgba": self._rgba, "depth": self._depth}
+        kept: dict[str, Any] = {"rgba": self._rgba, "depth": self._depth}
         if self._shares:
             own, numbers = self._shares.own(numbers)
-            found = {name: None if a is None else np.where(own, a[numbers], 0) for name, a in kept.items()}
+            found: Any = {name: None if a is None else np.where(own, a[numbers], 0) for name, a in kept.items()}
             none = jax.tree.map(np.zeros_like, found)  # all comes from the first device of a process
             found = default_placement().put_shares([found, *[none] * (len(self._shares.counts) - 1)])
             return SharedPixels(self._cameras, self._offset, **found, first=None, **self._static)

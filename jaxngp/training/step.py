@@ -150,7 +150,7 @@ def finish_steps(
     num_steps = jnp.minimum(num_steps, max_steps)
     state = carry.state
     if carry.table is not None:
-        whole = lambda array: all_shares(array)[: len(carry.table)]  # type: ignore[arg-type]  # noqa: E731
+        whole = lambda array: all_shares(array)[: len(carry.table)]  # noqa: E731
         params, opt_state = _of_tables(whole, (state.params, state.opt_state))
         state = replace(state, params=params, opt_state=opt_state)
     if config.optimizer.ema_decay:
