@@ -63,6 +63,7 @@ CONTENTS = f"""
 :caption: Guide
 
 usage
+devices
 photographs
 viewer
 export

@@ -57,8 +57,9 @@ class ProgressBar:
     Reading the numbers waits for the device; it is done once per dispatch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, hidden: bool = False) -> None:
         self._bar: Any = None
+        self._hidden = hidden
         self._last: tuple[int, float] = (0, 0.0)  # step, seconds
         self._rate = 0.0
 
@@ -76,9 +77,11 @@ class ProgressBar:
     def show(self, progress: Progress) -> None:
         """Draw where a run stands."""
         if self._bar is None:
-            print(f"compiled in {progress.compile_seconds:.1f} s", file=sys.stderr)
+            if not self._hidden:
+                print(f"compiled in {progress.compile_seconds:.1f} s", file=sys.stderr)
             layout = "{percentage:3.0f}%|{bar:24}| {desc} [{elapsed}, {remaining} left]"
-            self._bar = tqdm(total=1.0, initial=progress.fraction, bar_format=layout, mininterval=bar_interval())
+            options: Any = {"bar_format": layout, "mininterval": bar_interval(), "disable": self._hidden}
+            self._bar = tqdm(total=1.0, initial=progress.fraction, **options)
         if progress.metrics is not None:
             steps, seconds = progress.step - self._last[0], progress.seconds - self._last[1]
             self._rate = steps * float(progress.metrics.samples) / max(seconds, 1e-9)
@@ -110,6 +113,10 @@ class Interruption:
 
     def __call__(self) -> bool:
         return bool(self.signal)
+
+    def set(self) -> None:
+        """Stop as after SIGTERM, since another process of the run was asked to."""
+        self.signal = self.signal or signal.SIGTERM
 
     def exit_if_set(self) -> None:
         """Leave with the exit code that shells expect: 130 after SIGINT, 143 after SIGTERM."""

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxngp.config import Precision
+from jaxngp import processes
+from jaxngp.config import InputError, Precision
 
 T = TypeVar("T")
 
@@ -108,28 +110,189 @@ def _(axis_size: int, in_batched: list[bool], count: jax.Array) -> tuple[jax.Arr
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the arrays of a run live; `put` moves them there. Equal placements are one for jax's caches."""
+    """Where the arrays of a run live; `put` moves them there. Equal placements are one for jax's caches.
+
+    On a mesh of several devices, which may be those of several processes, every one holds all of an array, but for
+    those that `put_shares` gives them.
+    """
 
     sharding: jax.sharding.Sharding
 
+    @property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The devices that share the work of a program; None for a single one."""
+        return self.sharding.mesh if isinstance(self.sharding, NamedSharding) else None  # type: ignore[return-value]
+
+    @property
+    def num_shares(self) -> int:
+        return self.sharding.num_devices
+
     def put(self, tree: T) -> T:
         """The arrays of a tree, bound to their place: jax compiles anew for arrays that are not."""
-        return jax.device_put(tree, self.sharding)
+        return jax.tree.map(lambda array: _put(array, self.sharding), tree)
+
+    def put_shares(self, shares: list[T]) -> T:
+        """Arrays (D, ...), of which each device of a mesh holds the part that is its own of D trees of numpy arrays.
+
+        shares: those of the devices of this process.
+        """
+        assert self.mesh is not None
+        split = NamedSharding(self.mesh, PartitionSpec(SHARES))
+        return jax.tree.map(lambda *parts: _put(np.stack(parts), split), *shares)
+
+    @property
+    def local(self) -> Placement:
+        """The devices of this process alone, for what it does without the others."""
+        if self.mesh is None:
+            return self
+        devices = self.mesh.local_devices
+        if len(devices) == 1:
+            return Placement(jax.sharding.SingleDeviceSharding(devices[0]))
+        return Placement(NamedSharding(jax.sharding.Mesh(np.array(devices), (PARTS,)), PartitionSpec()))
+
+    def shape(self, array: Any) -> jax.ShapeDtypeStruct:
+        """The shape and dtype of an array or shape, asked for at this place; a share stays one."""
+        given = getattr(array, "sharding", None)
+        shared = isinstance(given, NamedSharding) and SHARES in given.spec
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=given if shared else self.sharding)
 
     def shapes(self, tree: T) -> T:
-        """The shapes and dtypes of a tree of arrays or shapes, asked for at this place."""
-        place = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.sharding)  # noqa: E731
-        return jax.tree.map(place, tree)
+        """`shape` of all arrays of a tree."""
+        return jax.tree.map(self.shape, tree)
+
+
+def _put(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        data = _put(jax.random.key_data(array), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:  # all of it is on every device
+        array = array.addressable_data(0)
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_process_local_data(sharding, np.asarray(array))
+
+
+_placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement", default=None)
 
 
 def default_placement() -> Placement:
-    """The first device that jax has."""
-    return Placement(jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    """That of `placed_on`, or else the first device that jax has."""
+    return _placement.get() or Placement(jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
+
+
+@contextlib.contextmanager
+def placed_on(mesh: str) -> Iterator[Placement]:
+    """Let several devices share the work of training and rendering: "auto" for all, "rays:4" for four of them.
+
+    "one", the default elsewhere, is the first device. Raises InputError where there are not so many devices.
+    """
+    token = _placement.set(parse_mesh(mesh))
+    try:
+        yield default_placement()
+    finally:
+        _placement.reset(token)
+
+
+def parse_mesh(mesh: str) -> Placement | None:
+    """The placement that "one", "auto" or "rays:4" stands for; None for one device."""
+    found = re.fullmatch(r"one|auto|rays:([1-9]\d{0,5})", mesh)
+    if not found:
+        raise InputError(f"mesh = {mesh}: expected one, auto, or a number of devices, as in rays:4")
+    if mesh == "one" and processes.count() == 1:
+        return None
+    devices = jax.devices()
+    count = {"one": 1, "auto": len(devices)}.get(mesh) or int(found[1])
+    if count < len(devices) and processes.count() > 1:
+        raise InputError(f"mesh = {mesh}: {processes.count()} processes share a run with all of their devices: auto")
+    if count > len(devices):
+        raise InputError(
+            f"mesh = {mesh}: jax has {len(devices)} {devices[0].platform} devices; give at most rays:{len(devices)}, "
+            f"or for a trial on a CPU XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    if count == 1:
+        return None
+    return Placement(NamedSharding(jax.sharding.Mesh(np.array(devices[:count]), (SHARES,)), PartitionSpec()))
+
+
+# A program that several devices share: each runs it with the same arguments, computes its share of the rays, and the
+# results are added up. Outside of such a program there is one share, all of it, and nothing below adds an operation.
+
+SHARES, PARTS = "rays", "parts"
+"""The axes of meshes, by their names: of devices that share a training step, and of those that share a picture."""
+
+
+def num_shares() -> int:
+    """How many devices share the program that is being traced, 1 in any other."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape[SHARES] if SHARES in mesh.manual_axes else 1
+
+
+def share_index() -> int | jax.Array:
+    """The number () i32 of this device among them, 0 where there is no other."""
+    return lax.axis_index(SHARES) if num_shares() > 1 else 0
+
+
+def own_share(tree: T) -> T:
+    """Of arrays (N, ...) that every device holds the rows (N / D, ...) that are this one's."""
+    count = num_shares()
+    if count == 1:
+        return tree
+
+    def rows(array: jax.Array) -> jax.Array:
+        size = _divided(array.shape[0], count)
+        return lax.dynamic_slice_in_dim(array, share_index() * size, size)
+
+    return jax.tree.map(rows, tree)
+
+
+def all_shares(tree: T) -> T:
+    """The rows (N, ...) of all devices in place of this one's (N / D, ...)."""
+    return tree if num_shares() == 1 else lax.all_gather(tree, SHARES, tiled=True)
+
+
+def over_shares(tree: T) -> T:
+    """The sum over all devices. No gradient flows through it: that of the whole is the sum of the gradients."""
+    return tree if num_shares() == 1 else lax.psum(lax.stop_gradient(tree), SHARES)
+
+
+def largest_of_shares(array: jax.Array) -> jax.Array:
+    """The maximum over all devices."""
+    return array if num_shares() == 1 else lax.pmax(array, SHARES)
+
+
+def any_share(flags: jax.Array) -> jax.Array:
+    """Whether a flag () or (...) bool is set on any device."""
+    return flags if num_shares() == 1 else largest_of_shares(flags.astype(jnp.uint8)) > 0
+
+
+def scattered_sum(array: jax.Array) -> jax.Array:
+    """Of the sum over all devices of arrays (N, ...) the rows (ceil(N / D), ...) that are this one's, 0 behind N.
+
+    Every device receives what it needs alone: half of what moves for `over_shares`.
+    """
+    return lax.psum_scatter(_filled_up(array), SHARES, tiled=True)
+
+
+def own_tile(array: jax.Array) -> jax.Array:
+    """Of an array (N, ...) that every device holds the rows that `scattered_sum` would give this one."""
+    return own_share(_filled_up(array))
+
+
+def _filled_up(array: jax.Array) -> jax.Array:
+    return jnp.pad(array, ((0, -len(array) % num_shares()), *[(0, 0)] * (array.ndim - 1)))
+
+
+def _divided(size: int, count: int) -> int:
+    if size % count:
+        raise InputError(
+            f"{count} devices cannot share {size} rays or points evenly: give another --mesh, or a multiple of it"
+        )
+    return size // count
 
 
 def device_memory() -> int:
     """Bytes that the first device has for arrays, or 0 where it does not tell, as a CPU does not."""
-    return int((jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0))
+    return int((jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0))
 
 
 # Batch sizes.
@@ -168,24 +331,39 @@ def default_batching() -> Batching:
 # Compiled programs.
 
 
-def compiled(function: Any, *args: Any, options: dict[str, Any] | None = None, **static: Any) -> Callable[..., Any]:
+def compiled(
+    function: Any, *args: Any, options: dict[str, Any] | None = None, donate: bool = False, **static: Any
+) -> Callable[..., Any]:
     """The program of a jitted function for arguments of these shapes; an equal request gets the same program.
 
-    args: arrays or shapes. static: its static arguments. What is asked for once is compiled once in a process, however
-    many runs ask for it.
+    args: arrays or shapes. static: its static arguments. donate: whether the function donates its first argument. What
+    is asked for once is compiled once in a process, however many runs ask for it. On a mesh, all devices share it.
     """
     leaves, structure = jax.tree.flatten(args)
-    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
-    key = (tuple((options or {}).items()), tuple(static.items()), _formulation.get())
+    place = default_placement()
+    shapes = tuple(place.shape(leaf) for leaf in leaves)
+    key = (tuple((options or {}).items()), tuple(static.items()), donate, place.mesh, _formulation.get())
     return _compiled(function, structure, shapes, *key)
 
 
 @functools.lru_cache(maxsize=64)
 def _compiled(
-    function: Any, structure: Any, shapes: tuple, options: tuple, static: tuple, _: Formulation
+    function: Any,
+    structure: Any,
+    shapes: tuple,
+    options: tuple,
+    static: tuple,
+    donate: bool,
+    mesh: jax.sharding.Mesh | None,
+    _: Formulation,
 ) -> Callable[..., Any]:
-    args = default_placement().shapes(jax.tree.unflatten(structure, shapes))
-    return function.lower(*args, **dict(static)).compile(dict(options))
+    args = jax.tree.unflatten(structure, shapes)
+    if mesh is None:
+        return function.lower(*args, **dict(static)).compile(dict(options))
+    specs = jax.tree.map(lambda shape: shape.sharding.spec, args)
+    body = functools.partial(function, **dict(static))
+    shared = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    return jax.jit(shared, donate_argnums=(0,) if donate else ()).lower(*args).compile(dict(options))
 
 
 # Compiler options for GPUs.
@@ -211,7 +389,7 @@ class Target:
 
 def target() -> Target:
     """The device that jax runs on, jaxlib's version, and XLA_FLAGS."""
-    capability = parse_capability(getattr(jax.devices()[0], "compute_capability", None))
+    capability = parse_capability(getattr(jax.local_devices()[0], "compute_capability", None))
     return Target(jax.default_backend() == "gpu", jaxlib_version(), capability, os.environ.get("XLA_FLAGS", ""))
 
 

@@ -13,6 +13,7 @@ from jaxngp.evaluation import evaluate_into, write_summary
 def define_flags(values: flags.Flags) -> None:
     flags.define_workdir_flags(values)
     flags.define_evaluation_flags(values)
+    flags.define_mesh_flag(values)
 
 
 def main(values: flags.Flags) -> None:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, get_args
@@ -18,7 +19,7 @@ from typing import Any, TypeVar, get_args
 import jax
 from absl import flags, logging
 
-from jaxngp import runs
+from jaxngp import processes, runs
 from jaxngp.config import (
     Config,
     Declared,
@@ -34,6 +35,7 @@ from jaxngp.config import (
 from jaxngp.data import Split, cache_dir, expand
 from jaxngp.data.colmap import CAMERA_MODELS
 from jaxngp.data.motion import EXHAUSTIVE_UP_TO
+from jaxngp.device import placed_on
 from jaxngp.presets import PRESET_HELP, PRESETS, SCENES, for_surroundings, scene_config
 
 Flags = flags.FlagValues
@@ -74,12 +76,12 @@ def run(
         if rest:
             raise InputError(f"{rest[0]!r}: expected only flags, as in --seed=1; see --help")
         _prepare_jax()
-        body(values)
+        _run_on_devices(body, values)
     except (InputError, flags.Error) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        processes.leave(128 + signal.SIGINT)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -94,7 +96,35 @@ def run(
 
 def _fail(message: str) -> None:
     print(f"jaxngp: {message}", file=sys.stderr)
-    sys.exit(2)
+    processes.leave(2)
+
+
+def _run_on_devices(body: Callable[[Flags], None], values: Flags) -> None:
+    """body(values) on the devices that --mesh names, together with the processes that the flags name."""
+    if "num_processes" in values:
+        _join_processes(values)
+    mesh = (values.mesh if "mesh" in values else None) or ("one" if processes.count() == 1 else "auto")
+    with placed_on(mesh):
+        try:
+            body(values)
+        except Exception as error:
+            if message := processes.ended_elsewhere(error):
+                raise InputError(message) from None
+            if processes.count() == 1 or isinstance(error, InputError | OSError):
+                raise
+            traceback.print_exception(error)
+            processes.leave(1)
+
+
+def _join_processes(values: Flags) -> None:
+    given = {name: values[name].value for name in ("coordinator_address", "num_processes", "process_id")}
+    missing = [name for name, value in given.items() if value is None]
+    if values.cluster and len(missing) < 3:
+        raise InputError("--cluster finds the address and the numbers by itself: leave the others away")
+    if not values.cluster and missing and len(missing) < 3:
+        raise InputError(f"--{missing[0]} is missing: each process needs --{', --'.join(given)}")
+    if values.cluster or not missing:
+        processes.start(given["coordinator_address"], given["num_processes"], given["process_id"])
 
 
 def _help(values: Flags) -> str:
@@ -200,6 +230,25 @@ _SCENE_FLAGS = ("downscale", "image_size", "hold_out_every", "scale", "up")
 _LOOP_FLAGS = ("seed", "max_steps", "max_seconds", "log_every", "deterministic")
 
 
+def define_mesh_flag(values: Flags) -> None:
+    """--mesh, of everything that several devices can share; `run` reads it."""
+    text = (
+        "Devices that share the work: one, the default; auto, all that jax has, the default of several processes; or "
+        "rays:4, four of them."
+    )
+    flags.DEFINE_string("mesh", None, text, flag_values=values)
+
+
+def define_process_flags(values: Flags) -> None:
+    """The flags of everything that several processes can share; `run` reads them."""
+    text = "host:port of process 0, the same for all processes, which then share the work with all of their devices."
+    flags.DEFINE_string("coordinator_address", None, text, flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "How many processes share the work.", 1, flag_values=values)
+    flags.DEFINE_integer("process_id", None, "The number of this process, from 0 on.", 0, flag_values=values)
+    text = "Several processes that Slurm, Open MPI or Kubernetes started, which jax then finds by itself."
+    flags.DEFINE_bool("cluster", False, text, flag_values=values)
+
+
 def define_train_flags(values: Flags) -> None:
     """The flags of `python -m jaxngp.train`."""
     define_preset(values, PRESET_HELP, gpu="base")
@@ -208,6 +257,7 @@ def define_train_flags(values: Flags) -> None:
         values, workdir="runs/<scene>", config=lambda values: PRESETS.get(values.preset, PRESETS["small"])
     )
     define_evaluation_flags(values)
+    define_process_flags(values)
     flags.DEFINE_bool(
         "view", False, "Serve a viewer for the browser while training, and afterwards.", flag_values=values
     )
@@ -230,6 +280,7 @@ def define_loop_flags(values: Flags, *, workdir: str, config: Callable[[Flags], 
     workdir: the default, in words. config: gives the config before any flag but --preset, whose fields --help lists.
     """
     define_path(values, "workdir", None, f"Folder of the run; {workdir} by default.")
+    define_mesh_flag(values)
     _define_fields(values, LoopConfig, _LOOP_FLAGS)
     flags.DEFINE_flag(_OverrideFlag(config), values)
     flags.DEFINE_bool("restart", False, "Delete the run in the workdir and train from scratch.", flag_values=values)
@@ -275,6 +326,8 @@ def define_report_flags(values: Flags) -> None:
 def define_render_flags(values: Flags) -> None:
     """The flags of `python -m jaxngp.render`."""
     define_workdir_flags(values)
+    define_mesh_flag(values)
+    define_process_flags(values)
     text = (
         "orbit around the scene, spiral among the cameras, interpolate for a flight through them; train, val, test or "
         "held-out for the poses of a split; or a camera path, .json, of nerfstudio, instant-ngp or the viewer. auto is "

@@ -13,7 +13,7 @@ from jax import lax
 from jaxngp.bitsets import count_bits, even_bits, interleave, nth_bit_of_row, until_nth
 from jaxngp.cameras import Rays
 from jaxngp.config import MarchConfig, StratifiedConfig
-from jaxngp.device import by_device, fusion_barrier, largest
+from jaxngp.device import all_shares, by_device, fusion_barrier, largest, num_shares, own_share, share_index
 from jaxngp.occupancy import OccupancyGrid
 
 Bound = float | jax.Array
@@ -199,35 +199,47 @@ def march_rays(rays: Rays, grid: OccupancyGrid, jitter: jax.Array, *, config: Ma
     """The samples of R rays in occupied cells that no opaque ones hide, packed into a buffer of config.num_samples.
 
     One jitter a ray keeps its samples a fixed distance apart, so that their intervals tile the way through the box.
+    Devices that share a program each march through their part of the rays, and then take equal parts of the samples.
     """
-    return pack_steps(find_visible(rays, grid, jitter, config=config), config=config)
+    rays, jitter = own_share((rays, jitter))
+    return pack_steps(all_shares(find_visible(rays, grid, jitter, config=config)), config=config)
 
 
 def pack_steps(candidates: Candidates, *, config: MarchConfig) -> Samples:
     """The steps of R rays as samples, one after the other in a buffer of config.num_samples.
 
-    Rays are taken in order while all of their samples fit; the samples of the others are counted as dropped.
+    Rays are taken in order while all of their samples fit; the samples of the others are counted as dropped. Devices
+    that share a program take the same rays as one alone would, each those whose samples begin in its part of the
+    buffer. What a share holds is counted there and nowhere else.
     """
     size, num_rays = config.num_samples, len(candidates.words)
     ends = count_bits(candidates.words)
     counts = ends[:, -1]
     end = jnp.cumsum(counts, dtype=jnp.int32)
-    complete = end <= size
-    num_kept = jnp.max(jnp.where(complete, end, 0))
+    own = complete = end <= size
+    num_kept = last = jnp.max(jnp.where(complete, end, 0))
+    first: int | jax.Array = 0  # of the slots of the whole buffer those that this share has; `last` is behind them
+    if num_shares() > 1:
+        part, begin = -(-size // num_shares()), end - counts
+        own = complete & (jnp.minimum(begin // part, num_shares() - 1) == share_index())
+        bounds = [(share_index() + i) * part for i in range(2)]
+        first, last = (jnp.minimum(jnp.min(begin, where=begin >= bound, initial=size), num_kept) for bound in bounds)
+        size = part + config.num_steps  # its last ray may reach into the next part
 
     slot = jnp.arange(size, dtype=jnp.int32)
-    first = jnp.zeros(size, jnp.int32).at[end].add(1, mode="drop", indices_are_sorted=True)
-    ray = jnp.minimum(jnp.cumsum(first, dtype=jnp.int32), num_rays - 1)
-    step = nth_bit_of_row(candidates.words, ends, ray, slot - (end - counts)[ray])
-    steps, valid = candidates.steps[ray], slot < num_kept
+    place = jnp.maximum(end - first, 0) if num_shares() > 1 else end
+    ended = jnp.zeros(size, jnp.int32).at[place].add(1, mode="drop", indices_are_sorted=True)
+    ray = jnp.minimum(jnp.cumsum(ended, dtype=jnp.int32), num_rays - 1)
+    step = nth_bit_of_row(candidates.words, ends, ray, slot + first - (end - counts)[ray])
+    steps, valid = candidates.steps[ray], slot < last - first
     return Samples(
         t=steps.t_at(step),
         dt=jnp.where(valid, steps.dt_at(step), 0),
         ray=ray,
         valid=valid,
-        ray_complete=complete,
-        num_samples=num_kept,
-        num_dropped=end[-1] - num_kept,
+        ray_complete=own,
+        num_samples=last - first,
+        num_dropped=jnp.where(share_index() == 0, end[-1] - num_kept, 0),
     )
 
 
@@ -235,18 +247,20 @@ def stratified_samples(num_rays: int, jitter: jax.Array, *, config: StratifiedCo
     """One sample per bin and ray, as the 100-line reference takes them. jitter (R, num_bins) in [0, 1).
 
     Bins are bounded by the midpoints between evenly spaced points from near to far; dt reaches to the next sample.
+    Devices that share a program each take the samples of their part of the rays.
     """
+    ray, jitter = own_share((jnp.arange(num_rays, dtype=jnp.int32), jitter))
     edges = jnp.linspace(config.near, config.far, config.num_bins, dtype=jnp.float32)
     middles = (edges[1:] + edges[:-1]) / 2
     lower, upper = jnp.concatenate([edges[:1], middles]), jnp.concatenate([middles, edges[-1:]])
     t = lower + (upper - lower) * jitter
-    dt = jnp.concatenate([jnp.diff(t, axis=1), jnp.full((num_rays, 1), config.last_interval, t.dtype)], axis=1)
+    dt = jnp.concatenate([jnp.diff(t, axis=1), jnp.full((len(t), 1), config.last_interval, t.dtype)], axis=1)
     return Samples(
         t=t.reshape(-1),
         dt=dt.reshape(-1),
-        ray=jnp.repeat(jnp.arange(num_rays, dtype=jnp.int32), config.num_bins),
+        ray=jnp.repeat(ray, config.num_bins),
         valid=jnp.ones(t.size, bool),
-        ray_complete=jnp.ones(num_rays, bool),
+        ray_complete=jnp.zeros(num_rays, bool).at[ray].set(True),
         num_samples=jnp.int32(t.size),
         num_dropped=jnp.int32(0),
     )

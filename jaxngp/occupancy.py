@@ -13,7 +13,7 @@ from jax import lax
 
 from jaxngp.bitsets import count_bits, nth_bit, pack_bits
 from jaxngp.config import MarchConfig
-from jaxngp.device import fusion_barrier, largest
+from jaxngp.device import fusion_barrier, largest, largest_of_shares, num_shares, share_index
 
 DensityFn = Callable[[jax.Array], jax.Array]
 """position (N, 3) in scene units -> density (N,) per scene unit."""
@@ -172,6 +172,7 @@ def update_occupancy(
 ) -> OccupancyGrid:
     """One refresh: decay every cell, look at some of them at a random point each, keep the larger density.
 
+    Devices that share a program take turns with chunks of the looks, whose random numbers are those of one alone.
     While `warmup` () bool is True every candidate cell is looked at; afterwards a quarter as many drawn from all
     candidates and as many from the occupied ones. A cell is occupied above min(mean density, threshold), so that of
     a density which is the same everywhere and below the threshold, none is.
@@ -192,16 +193,18 @@ def update_occupancy(
         offset = offset / cells.resolution * cells.side(cell)[:, None]
         return cell, jnp.stack(cells.centre(cell), axis=-1) + offset
 
-    def look(chunk: jax.Array, fresh: jax.Array) -> jax.Array:
+    def look(turn: jax.Array, fresh: jax.Array) -> jax.Array:
+        chunk = turn * num_shares() + share_index()
         rank = chunk * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)
         bits = jax.random.bits(jax.random.fold_in(key, chunk), (_CHUNK, 4), jnp.uint32)
         # Chosen once, and not once per axis and level of whatever encodes it.
         cell, position = fusion_barrier(choose, bits, rank)
         return fresh.at[cell].max(jnp.where(rank < num_looks, density_fn(position), EMPTY))
 
-    num_chunks = largest((num_looks + _CHUNK - 1) // _CHUNK)
+    at_once = _CHUNK * num_shares()
+    num_turns = largest((num_looks + at_once - 1) // at_once)
     fresh = jnp.full(cells.num_cells, EMPTY, jnp.float32)
-    fresh = lax.fori_loop(0, num_chunks, look, fresh).reshape(grid.density.shape)
+    fresh = largest_of_shares(lax.fori_loop(0, num_turns, look, fresh)).reshape(grid.density.shape)
     density = jnp.where(grid.density < 0, EMPTY, jnp.maximum(grid.density * config.occupancy.decay, fresh))
     opaque = density > _density_of(max(config.opaque_thickness, config.occupancy.threshold), config)
     occupied = pack_bits(density > _threshold(density, config))

@@ -107,7 +107,7 @@ def peak_memory_bytes() -> int:
 
 def device_name() -> str:
     """The device that jax computes on, in words; of a CPU also the number of cores this process may use."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform == "cpu":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return f"cpu, {cores} cores"
@@ -116,7 +116,7 @@ def device_name() -> str:
 
 def environment() -> dict[str, Any]:
     """Where the numbers come from."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     return {
         "device": device_name(),
         "jax_version": jax.__version__,

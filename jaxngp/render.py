@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxngp import flags
+from jaxngp import flags, processes
 from jaxngp.cameras import (
     Cameras,
     PosedImages,
@@ -60,10 +60,16 @@ def main(values: flags.Flags) -> None:
     shots = resized(chosen_shots(run, config, values), values.width, values.height)
     suffix = chosen_suffix(values.animation, shots.fps)
     folder = run.workdir / "renders" / shots.name
-    shutil.rmtree(folder, ignore_errors=True)
+    if processes.is_first():
+        shutil.rmtree(folder, ignore_errors=True)
+    processes.wait_for_all("the folder of frames is empty")
     frames = write_frames(run, shots, folder, layers, values)
     width, height = image_size(shots.cameras[0])
     said = f"{len(shots.cameras)} frames of {width}x{height}"
+    if not processes.is_first():
+        for _ in frames:
+            pass
+        return
     if suffix == ".mp4":
         write_video(folder / f"{shots.name}.mp4", frames, shots.fps)
     elif suffix:
@@ -166,17 +172,21 @@ def resized(shots: Shots, width: int, height: int) -> Shots:
 
 
 def write_frames(run: Run, shots: Shots, folder: Path, layers: frozenset[str], values: flags.Flags) -> Iterator[Image8]:
-    """Render each camera, write its files, and yield its colours (H, W, 3) u8."""
+    """Render each camera, write its files, and yield its colours (H, W, 3) u8.
+
+    Several processes take turns with the frames, and all of them yield all.
+    """
     positions = np.asarray(shots.cameras.c2w, np.float64)[:, :, 3]
     distance = float(np.median(np.linalg.norm(positions - 0.5, axis=1)))
     near_far = (max(distance - 0.5, 0.0), distance + 0.5)  # one for all frames, or the depth would flicker
     to_user = run.transform.side * (run.transform.metres or 1.0)
     step = depth_step(to_user * float(np.max(np.abs(positions - 0.5)) + 0.5) * 3**0.5)
-    if "depth16" in layers:
+    if "depth16" in layers and processes.is_first():
         unit = "metres" if run.transform.metres else "units of the scene's files"
         write_json(folder / "depth16.json", {"step": step, "unit": unit, "along": "optical axis", "unknown": 0})
     background = jnp.full(3, COLOURS[values.background], jnp.float32)
-    for index in tqdm(range(len(shots.cameras)), desc="rendering", unit="frame", mininterval=bar_interval()):
+
+    def write(index: int) -> Image8:
         camera, aperture = shots.cameras[index], float(shots.aperture[index])
         out = film(
             run.field,
@@ -203,7 +213,19 @@ def write_frames(run: Run, shots: Shots, folder: Path, layers: frozenset[str], v
             normals = surface_normals(view_rays(camera), out)
             normals = normals @ np.array(run.transform.rotation, np.float32)  # scene axes to the source's
             write_png(folder / f"normal_{name}", to_uint8((normals + 1) / 2 * np.asarray(out.opacity)[..., None]))
-        yield rgb
+        return rgb
+
+    count, number = processes.count(), len(shots.cameras)
+    hidden = True if not processes.is_first() else None
+    bar = tqdm(total=number, desc="rendering", unit="frame", mininterval=bar_interval(), disable=hidden)
+    for first in range(0, number, count):
+        own = write(min(first + processes.index(), number - 1))  # the last frame again where there are too few
+        for index, pixels in enumerate(processes.gather(own.reshape(-1)), first):
+            if index < number:
+                width, height = image_size(shots.cameras[index])
+                bar.update()
+                yield pixels.reshape(height, width, 3)
+    bar.close()
 
 
 def middle_distance(run: Run, camera: Cameras) -> float:

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from jaxngp.bitsets import count_bits, nth_bit_of_row
 from jaxngp.cameras import Cameras, Rays, view_rays
 from jaxngp.compositing import RenderOutput, blend, composite, optical_weights
 from jaxngp.config import MarchConfig, StratifiedConfig
-from jaxngp.device import CPU_BATCHING, Batching, compiler_options, default_batching, fusion_barrier, largest
+from jaxngp.device import (
+    CPU_BATCHING,
+    PARTS,
+    Batching,
+    compiler_options,
+    default_batching,
+    default_placement,
+    fusion_barrier,
+    largest,
+)
 from jaxngp.marching import (
     Candidates,
     Samples,
@@ -223,10 +234,28 @@ def render_view(
 
 
 @functools.lru_cache(maxsize=64)
-def chunk_program(sampler: Sampler, batching: Batching) -> Callable[..., tuple[RenderOutput, jax.Array]]:
-    """`render_chunk` with the device's compiler options, which only the outermost program can give."""
-    chunk = functools.partial(render_chunk, sampler=sampler, batching=batching)
+def chunk_program(
+    sampler: Sampler, batching: Batching, mesh: jax.sharding.Mesh | None = None
+) -> Callable[..., tuple[RenderOutput, jax.Array]]:
+    """`render_chunk` with the device's compiler options, which only the outermost program can give.
+
+    mesh: devices that take equal parts of the rays, of which `placement.local` has the axis.
+    """
+    chunk: Callable[..., Any] = functools.partial(render_chunk, sampler=sampler, batching=batching)
+    if mesh is not None:
+        chunk = _in_parts(chunk, mesh)
     return jax.jit(chunk, compiler_options=compiler_options())
+
+
+def _in_parts(chunk: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+    parts, whole = PartitionSpec(PARTS), PartitionSpec()
+
+    def part(field: Field, rays: Rays, grid: OccupancyGrid | None, background: jax.Array) -> Any:
+        out, evaluations = chunk(field, rays, grid, background)
+        return out, lax.psum(evaluations, PARTS)
+
+    specs = (whole, parts, whole, whole)
+    return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=(parts, whole), check_vma=False)
 
 
 def render_ray_grid(
@@ -241,18 +270,23 @@ def render_ray_grid(
     """Rays (H, W), or of any other shape, in equal chunks that one compiled program serves; as numpy arrays.
 
     The last chunk is filled up with copies of the last ray, which are thrown away. batching: by default
-    `device.default_batching()`.
+    `device.default_batching()`, for each of the devices of this process that `device.placed_on` names.
     """
-    batching = batching or default_batching()
+    batching, place = batching or default_batching(), default_placement().local
     shape = rays.origin.shape[:-1]
-    total = int(np.prod(shape))
-    num_chunks = -(-total // batching.rays)
-    chunk = -(-total // num_chunks)
+    total, count = int(np.prod(shape)), place.num_shares
+    num_chunks = -(-total // (batching.rays * count))
+    chunk = -(-total // (num_chunks * count)) * count
     index = np.minimum(np.arange(num_chunks * chunk), total - 1).reshape(num_chunks, chunk)
+    # The devices take turns with the rays, so that none has the sky for itself.
+    index = index.reshape(num_chunks, -1, count).swapaxes(1, 2).reshape(num_chunks, chunk)
     flat = jax.tree.map(lambda a: a.reshape(-1, 3), rays)
-    program, parts = chunk_program(sampler, batching), []
+    program, parts = chunk_program(sampler, batching, place.mesh), []
+    if default_placement().mesh is not None:
+        field, flat, grid, background = place.put((field, flat, grid, background))
     for rows in index:
-        part = jax.tree.map(lambda a, rows=rows: a[rows], flat) if num_chunks > 1 else flat
+        part = jax.tree.map(lambda a, rows=rows: a[rows], flat) if num_chunks * count > 1 else flat
         out, _ = program(field, part, grid, background)
         parts.append(jax.tree.map(np.asarray, out))  # off the device: a view may be larger than what is left of it
-    return jax.tree.map(lambda *a: np.concatenate(a)[:total].reshape(*shape, *a[0].shape[1:]), *parts)
+    order = np.argsort(index.reshape(-1), kind="stable")[:total] if count > 1 else slice(total)
+    return jax.tree.map(lambda *a: np.concatenate(a)[order].reshape(*shape, *a[0].shape[1:]), *parts)

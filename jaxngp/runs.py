@@ -48,6 +48,7 @@ from jaxngp.data import Fingerprint, SceneTransform, Split, changed, fingerprint
 from jaxngp.evaluation import COLOURS, EvalBackground
 from jaxngp.lenses import MODELS, Lens
 from jaxngp.occupancy import OccupancyGrid
+from jaxngp.processes import any_of, gather, is_first, wait_for_all
 from jaxngp.records import append_jsonl, keep_lines, write_json
 from jaxngp.rendering import render_view
 from jaxngp.training.loop import Progress
@@ -78,7 +79,8 @@ class TrainingRun:
         self._logged = self.resume.step if self.resume else 0
         self._saved: float | None = None
         self.interrupted = False  # whether a signal has asked the run to stop; it was saved before this became True
-        keep_lines(self._log, lambda entry: entry["step"] <= self._logged and self.resume is not None)
+        if is_first():
+            keep_lines(self._log, lambda entry: entry["step"] <= self._logged and self.resume is not None)
 
     @property
     def finished(self) -> bool:
@@ -87,23 +89,30 @@ class TrainingRun:
 
     def record(self, progress: Progress) -> None:
         """Show, log and save where the run stands, and warn of what looks wrong."""
-        config = self.config
-        self._bar.show(progress)
-        interrupted = self._interrupted()  # asked once: a signal that comes later is seen after the next steps
-        ends = progress.finished or interrupted
-        if progress.metrics is not None:
-            if ends or progress.step >= self._logged + config.train.log_every:
-                append_jsonl(self._log, self._bar.log_entry(progress))
-                self._logged = progress.step
-            warn(*self._warnings.about(progress))
         self._saved = self._saved or time.monotonic()  # compiling does not count
+        due = time.monotonic() - self._saved > self.config.train.checkpoint_seconds
+        # Asked once: a signal that comes later is seen after the next steps.
+        interrupted, due = any_of(self._interrupted(), due)
+        ends = progress.finished or interrupted
+        if is_first():
+            self._show(progress, ends)
         if ends:
             self._bar.close()
             self._checkpoints.save(progress)
             self.interrupted = interrupted
-        elif time.monotonic() - self._saved > config.train.checkpoint_seconds:
+            if interrupted:
+                self._interrupted.set()
+        elif due:
             self._checkpoints.try_to_save(progress)
             self._saved = time.monotonic()
+
+    def _show(self, progress: Progress, ends: bool) -> None:
+        self._bar.show(progress)
+        if progress.metrics is not None:
+            if ends or progress.step >= self._logged + self.config.train.log_every:
+                append_jsonl(self._log, self._bar.log_entry(progress))
+                self._logged = progress.step
+            warn(*self._warnings.about(progress))
 
     def save(self, progress: Progress) -> None:
         """Save a checkpoint now. Raises InputError where it cannot be written."""
@@ -130,19 +139,22 @@ def training_in(
     data: Split | Fingerprint | None = None,
     restart: bool = False,
     extend: bool = False,
+    quiet: bool = False,
 ) -> Iterator[TrainingRun]:
     """Lock the workdir for training and write config.json; yields the run.
 
     data: the views that a NeRF learns from, or the fingerprint of what else is learned, for scene.json. By it a run is
     recognised whose scene has moved, and a change of what it is trained on is warned of. restart: remove what a run
     left there. extend: a run that is there may get a larger budget; its schedule is then that of the new budget,
-    entered where the run stands, so a rate that had decayed rises again. Raises InputError where the workdir holds a
-    run with another config, and where another process trains in it.
+    entered where the run stands, so a rate that had decayed rises again. quiet: no progress bar. Raises InputError
+    where the workdir holds a run with another config, and where another process trains in it. Of several processes
+    that train together the first holds the lock and writes; each gives its own views.
     """
     workdir = Path(workdir).expanduser()
-    with _sole_training(workdir):
-        if restart:
+    with _sole_training(workdir) if is_first() else contextlib.nullcontext():
+        if restart and is_first():
             clear(workdir)
+        wait_for_all("the workdir is as training finds it")
         scene, before = _describe(data) if data else {}, _fingerprint_before(workdir)
         changes = changed(before, scene["fingerprint"]) if data and before else None
         check_same_config(workdir, config, extend=extend, same_data=bool(data and before and not changes))
@@ -156,10 +168,12 @@ def training_in(
                 f"{workdir} holds a run that was trained on other data: {changes}. It continues on the current data; "
                 "--restart trains from scratch"
             )
-        if data:
+        wait_for_all("all have looked at the workdir")
+        if data and is_first():
             write_json(workdir / "scene.json", scene)
-        write_json(workdir / "config.json", to_plain(config))
-        with Checkpoints(workdir) as checkpoints, interruption() as stop, ProgressBar() as bar:
+        if is_first():
+            write_json(workdir / "config.json", to_plain(config))
+        with Checkpoints(workdir) as checkpoints, interruption() as stop, ProgressBar(hidden=quiet) as bar:
             yield TrainingRun(workdir, config, checkpoints, bar, stop)
 
 
@@ -208,9 +222,18 @@ def _describe(data: Split | Fingerprint) -> dict[str, Any]:
     if not isinstance(data, Split):
         return {"fingerprint": data}
     plain: dict[str, Any] = {"fingerprint": fingerprint(data), "transform": data.transform.to_plain()}
-    if isinstance(data.images, PosedImages):
-        plain |= {"views": list(data.views), "cameras": _plain_cameras(data.images.cameras)}
-    return plain
+    if not isinstance(data.images, PosedImages):
+        return plain
+    plain |= {"views": list(data.views), "cameras": _plain_cameras(data.images.cameras)}
+    parts = [json.loads(part.tobytes()) for part in gather(np.frombuffer(json.dumps(plain).encode(), np.uint8))]
+    return functools.reduce(_joined, parts)
+
+
+def _joined(a: Any, b: Any, name: str = "") -> Any:
+    """What scene.json holds of the views of two processes: lists of one entry a view follow each other."""
+    if name == "transform" or isinstance(a, str):
+        return a
+    return a + b if isinstance(a, list) else {key: _joined(a[key], b[key], key) for key in a}
 
 
 def _plain_cameras(cameras: Cameras) -> dict[str, Any]:
@@ -321,6 +344,37 @@ def load(workdir: Path | str, kind: type | None = None) -> Run:
         progress, trained_on = checkpoints.restore_trained(config), checkpoints.environment()
     scene = workdir / "scene.json"
     return Run(workdir, config, progress, trained_on, _read_cameras(scene), _read_transform(scene))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """B trained radiance fields of one shape, as `load_many` opens them; `jax.vmap` over `field` is over all."""
+
+    names: tuple[str, ...]
+    runs: tuple[Run, ...]
+    field: Any  # (B, ...)
+    occupancy: OccupancyGrid | None  # (B, ...)
+
+
+def load_many(folder: Path | str) -> Runs:
+    """Open all runs in the folders of a folder, by name, as one stacked pytree on the host.
+
+    Raises InputError where there is none, or where one has a field or a grid of another shape than the first.
+    """
+    folder = Path(folder).expanduser()
+    workdirs = sorted(path.parent for path in folder.glob("*/config.json") if latest_step(path.parent) is not None)
+    if not workdirs:
+        raise InputError(f"{folder}: holds no folders of trained runs; give the --workdir of experiments.sweep")
+    found = [load(workdir, NerfConfig) for workdir in workdirs]
+    trees = [(run.field, run.occupancy) for run in found]
+    kinds = [(jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]) for tree in trees]
+    if other := next((run for run, kind in zip(found, kinds, strict=True) if kind != kinds[0]), None):
+        changes = differences(found[0].config, other.config, (Role.PROGRAM,)) or ["another shape"]
+        raise InputError(
+            f"{other.workdir}: does not stack with {found[0].workdir} ({'; '.join(changes)}); open it with load"
+        )
+    field, occupancy = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trees)
+    return Runs(tuple(workdir.name for workdir in workdirs), tuple(found), field, occupancy)
 
 
 def latest_step(workdir: Path) -> int | None:

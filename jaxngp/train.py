@@ -11,7 +11,7 @@ import contextlib
 from dataclasses import replace
 from pathlib import Path
 
-from jaxngp import flags, runs
+from jaxngp import flags, processes, runs
 from jaxngp.cameras import PosedImages
 from jaxngp.config import InputError, NerfConfig, to_json
 from jaxngp.console import warn
@@ -27,21 +27,25 @@ from jaxngp.viewing.viewer import NoViewer, Viewer, open_viewer
 
 def main(values: flags.Flags) -> None:
     check_viewer(values)
-    training = load_training(flags.train_config(values).scene)
+    training = load_training(flags.train_config(values).scene, processes.index(), processes.count())
     config = white_without_alpha(flags.train_config(values, training), training)
     workdir = Path(values.workdir or f"runs/{Path(config.scene.name).resolve().stem}")
     # Evaluation views are read in the background, since reading images and compiling keep different cores busy.
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        alone = processes.count() == 1
         reading = reader.submit(evaluation_split, config, values, training)
         known = config.scene.name in SCENES  # whose cameras are right
-        checking = reader.submit(lambda: dataset_warnings(training, reading.result(), cameras=not known))
+        checking = reader.submit(
+            lambda: dataset_warnings(training, reading.result(), cameras=not known) if alone else []
+        )
         if values.restart:
             reading.result()  # only when all input has been read: a typing error must not cost a run
         with (
             runs.training_in(workdir, config, data=training, restart=values.restart, extend=values.extend) as run,
             viewer_of(run, training, values) as viewer,
         ):
-            print(to_json(config), end="")
+            if processes.is_first():
+                print(to_json(config), end="")
             progress = run.resume
             if not run.finished:
                 for progress in train(config, training.images, resume=run.resume):
@@ -53,6 +57,10 @@ def main(values: flags.Flags) -> None:
                         break
             run.exit_if_interrupted()
             assert progress is not None
+            trained_on = run.trained_on()  # by all processes, for orbax lets them wait for each other
+            if not processes.is_first():
+                processes.wait_for_all("the views are evaluated")
+                return
             print(f"trained for {progress.step} steps in {progress.seconds:.1f} s")
             if (evaluation := reading.result()) is not None:
                 result = evaluate_into(
@@ -63,13 +71,16 @@ def main(values: flags.Flags) -> None:
                     sampler=config.sampler,
                     background=values.background,
                 )
-                print(write_summary(workdir, config.scene.name, result, progress, run.trained_on()))
+                print(write_summary(workdir, config.scene.name, result, progress, trained_on))
                 print(f"novel views: {workdir / 'novel_views'}   next: python -m jaxngp.render --workdir={workdir}")
             viewer.stay(progress)
+            processes.wait_for_all("the views are evaluated")
 
 
 def check_viewer(values: flags.Flags) -> None:
     """Raises InputError where --view cannot be served, before anything is read or removed."""
+    if values.view and (values.mesh not in (None, "one") or processes.count() > 1):
+        raise InputError("--view draws on the one device that trains: leave away --mesh, or watch with jaxngp.view")
     if values.view:
         check_host(values.view_host)
     elif values["view_port"].present or values["view_host"].present:
@@ -97,7 +108,12 @@ def viewer_of(
 
 
 def evaluation_split(config: NerfConfig, values: flags.Flags, training: Split) -> Split | None:
-    """The views to evaluate on; None for a ray table of unknown image size, of which nothing can be shown."""
+    """The views to evaluate on; None for a ray table of unknown image size, of which nothing can be shown.
+
+    Of several processes, the first evaluates.
+    """
+    if not processes.is_first():
+        return None
     try:
         return load_evaluation(config.scene, values.eval_split, values.eval_views)
     except InputError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax import lax
 from jaxngp.bitsets import count_bits, nth_bit, pack_bits
 from jaxngp.cameras import Cameras, Pixels, project_axes
 from jaxngp.config import OccupancyConfig
-from jaxngp.device import fusion_barrier, largest
+from jaxngp.device import any_share, fusion_barrier, largest, num_shares
 from jaxngp.occupancy import Cells
 
 _FIRST_VIEWS = 8
@@ -67,7 +67,7 @@ def visual_hull(images: Silhouettes, *, config: OccupancyConfig) -> tuple[jax.Ar
     candidates = candidate_cells(images, config=config)
     everywhere = jnp.ones(images.num_pixels, bool) if images.keep is None else images.keep
     if not config.carve:
-        return candidates, pixel_set(everywhere)
+        return candidates, set_of_all(everywhere, images)
     # Where little of the cube is excluded, few pixels would be, and looking for them takes longest. Counted in cells of
     # the outermost cascade, of which those of the next one inwards are an eighth each.
     counts = jnp.sum(candidates, axis=1, dtype=jnp.int32)
@@ -76,7 +76,16 @@ def visual_hull(images: Silhouettes, *, config: OccupancyConfig) -> tuple[jax.Ar
     look = functools.partial(_facing_pixels, cells=_cells(config))
     any_worthwhile = largest(worthwhile.astype(jnp.int32)) > 0
     flags = lax.cond(any_worthwhile, look, lambda *_: everywhere, candidates, images) | ~worthwhile
-    return candidates, pixel_set(flags if images.keep is None else flags & images.keep)
+    return candidates, set_of_all(flags if images.keep is None else flags & images.keep, images)
+
+
+def set_of_all(flags: jax.Array, images: Any) -> PixelSet:
+    """The set of flags (P,); where devices share the views and each has those of its own, of all pixels of all."""
+    if num_shares() == 1:
+        return pixel_set(flags)
+    number = jnp.arange(flags.size, dtype=jnp.int32)
+    place = jnp.where(number < images.count, images.first + number, images.num_pixels_of_all)
+    return pixel_set(any_share(jnp.zeros(images.num_pixels_of_all, bool).at[place].set(flags, mode="drop")))
 
 
 def candidate_cells(images: Silhouettes, *, config: OccupancyConfig) -> jax.Array:
@@ -92,7 +101,6 @@ def candidate_cells(images: Silhouettes, *, config: OccupancyConfig) -> jax.Arra
 
     cell, none = jnp.arange(cells.num_cells, dtype=jnp.int32), jnp.zeros(cells.num_cells, bool)
     seen, excluded = _look(images, np.flatnonzero(first), cell, jnp.int32(cells.num_cells), (none, none), config)
-    found = seen & ~excluded
     if not first.all():
         # A cell is settled when it is excluded; without `carve`, already when it is seen.
         unsettled = ~(excluded if config.carve else seen)
@@ -100,8 +108,10 @@ def candidate_cells(images: Silhouettes, *, config: OccupancyConfig) -> jax.Arra
         count = jnp.sum(unsettled, dtype=jnp.int32)
         others = _look(images, np.flatnonzero(~first), cell, count, (seen[cell], none), config)
         listed = jnp.arange(cells.num_cells, dtype=jnp.int32) < count
-        settled = none if config.carve else seen
-        found = settled.at[cell].max(others[0] & ~others[1] & listed)
+        seen, excluded = (
+            known.at[cell].max(more & listed) for known, more in zip((seen, excluded), others, strict=True)
+        )
+    found = any_share(seen) & ~any_share(excluded)  # each device looks through its own views
     found = found.reshape(cells.num_cascades, -1)
     return found if cells.num_cascades == 1 else found & cells.readable()
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports only modules of earlier lines, or of its own subpackage. Subpackages count as one.
 LAYERS = (
     "config lenses",
+    "processes",
     "presets bitsets cameras device images hashing losses metrics records",
     "compositing encodings occupancy pictures",
     "diagram",

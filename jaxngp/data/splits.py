@@ -48,17 +48,21 @@ class Split:
         return images.max_size if isinstance(images, PosedImages) else (images.width, images.height)
 
 
-def load_training(scene: SceneConfig) -> Split:
+def load_training(scene: SceneConfig, part: int = 0, num_parts: int = 1) -> Split:
     """The training views, without those that are held out where there is neither a test nor a val split.
 
-    Raises InputError.
+    Of several processes each reads one part of the views; rays all of them. Raises InputError.
     """
     location = locate(scene)
     if "train" not in location.splits:
         raise _no_split("train", location, scene)
     capture = location.read("train")
     views = _view_numbers("train", len(capture.names), _hold_out_every(scene, location))
-    return _load(scene, capture, "train", views, _place(scene, location, capture))
+    if len(views) < num_parts and not capture.rays:
+        raise InputError(f"{capture.path}: has {len(views)} training views, too few for {num_parts} processes")
+    part_of = views if capture.rays else np.array_split(views, num_parts)[part]
+    loaded = _load(scene, capture, "train", part_of, _place(scene, location, capture))
+    return replace(loaded, has_alpha=_any_alpha(capture, views))
 
 
 def load_evaluation(scene: SceneConfig, split: str = "auto", num_views: int = 0) -> Split:
@@ -162,9 +166,12 @@ def _load(scene: SceneConfig, capture: Capture, name: str, views: np.ndarray, pl
             f"{capture.path}: the {name} views do not fit into memory ({error}); shrink them with --downscale, "
             "or take some out"
         ) from None
-    has_alpha = any(capture.has_alpha[view] for view in views) if capture.has_alpha else False
     names = tuple(capture.names[view] for view in views)
-    return Split(name, names, images, has_alpha, placement, notes, capture)
+    return Split(name, names, images, _any_alpha(capture, views), placement, notes, capture)
+
+
+def _any_alpha(capture: Capture, views: np.ndarray) -> bool:
+    return any(capture.has_alpha[view] for view in views) if capture.has_alpha else False
 
 
 def _load_masks(

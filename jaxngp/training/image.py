@@ -13,7 +13,15 @@ from flax import struct
 
 from jaxngp.config import ImageConfig, program_config
 from jaxngp.data.image import StoredImage
-from jaxngp.device import compiled, compiler_options, default_placement, fusion_barrier
+from jaxngp.device import (
+    compiled,
+    compiler_options,
+    default_placement,
+    fusion_barrier,
+    num_shares,
+    over_shares,
+    own_share,
+)
 from jaxngp.fields import ImageField
 from jaxngp.images import Taps, blend_taps, pixel_taps, stratified_positions
 from jaxngp.losses import colour_loss
@@ -109,10 +117,14 @@ def draw_batches(
 
 
 def image_loss(field: ImageField, batch: ColourBatch) -> tuple[jax.Array, ImageMetrics]:
-    """The mean squared error of a batch, () f32, and the metrics of the step."""
-    loss = jnp.mean(colour_loss(field(batch.position), batch.colour, loss="l2"))
-    samples = jnp.float32(len(batch.position))
-    return loss, ImageMetrics(loss=loss, psnr=psnr(loss), samples=samples, skipped=jnp.float32(0))
+    """The mean squared error of a batch, () f32, and the metrics of the step.
+
+    Devices that share a program each return their part of the loss, and the metrics of the whole.
+    """
+    samples, batch = jnp.float32(len(batch.position)), own_share(batch)
+    part = jnp.mean(colour_loss(field(batch.position), batch.colour, loss="l2")) / num_shares()
+    loss = over_shares(part)
+    return part, ImageMetrics(loss=loss, psnr=psnr(loss), samples=samples, skipped=jnp.float32(0))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -149,10 +161,11 @@ def compile_programs(state: TrainState, data: ImagePixels | StoredImage, config:
     rates = zero_rates(config)
     if isinstance(data, ImagePixels):
         held = default_placement().put(data)
-        steps = compiled(image_steps, state, held, rates, NO_STEPS, options=options, config=static)
+        steps = compiled(image_steps, state, held, rates, NO_STEPS, options=options, donate=True, config=static)
         return Programs(lambda state, _, rates, number: steps(state, held, rates, np.int32(number)))
     fetcher = _Fetcher(data, state.key, config)
-    fetching = compiled(image_steps, state, fetcher.shapes(), rates, NO_STEPS, options=options, config=static)
+    arguments = (state, fetcher.shapes(), rates, NO_STEPS)
+    fetching = compiled(image_steps, *arguments, options=options, donate=True, config=static)
     return Programs(
         lambda state, step, rates, number: fetching(state, fetcher.take(step, number), rates, np.int32(number))
     )
@@ -171,6 +184,7 @@ class _Fetcher:
 
     def __init__(self, image: StoredImage, key: jax.Array, config: ImageConfig) -> None:
         self._image, self._key = image, jnp.copy(key)  # training donates its own
+        self._place = default_placement()  # a thread would not know it
         num_steps, self._max_steps = config.train.steps_per_dispatch, config.train.max_steps
         static = {"width": image.width, "height": image.height, "num_steps": num_steps}
         self._static: dict[str, Any] = {**static, "config": program_config(config)}
@@ -200,7 +214,7 @@ class _Fetcher:
     def _gather(self, taps: Taps) -> jax.Array:
         row, column = np.asarray(taps.row), np.asarray(taps.column)
         values = self._image.gather(row.ravel(), column.ravel())
-        return default_placement().put(values.reshape(*row.shape, 3))  # type: ignore[return-value]
+        return self._place.put(values.reshape(*row.shape, 3))  # type: ignore[return-value]
 
     def _fetched(self, values: Any) -> FetchedPixels:
         return FetchedPixels(values, self._image.width, self._image.height)

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxngp.config import ImageConfig, InputError, NerfConfig, RunConfig, SdfConfig, program_config
 from jaxngp.device import default_placement, slow_scatter_warning
+from jaxngp.processes import of_first
 from jaxngp.training import image, nerf, sdf
 from jaxngp.training.optimizer import learning_rate
 from jaxngp.training.state import TrainState
@@ -86,6 +87,8 @@ def train(config: RunConfig, data: Any, *, resume: Progress | None = None) -> It
     `ImagePixels` or a `StoredImage` for an ImageConfig, `DistanceSamples` for an SdfConfig. Raises InputError where no
     camera sees the scene's box, and after MAX_SKIPPED updates in a row with a non-finite loss or gradient.
 
+    Within `device.placed_on` several devices share every step; in several processes each gives its own views.
+
     Yields once before the first step and after every train.calls_in_flight calls of up to train.steps_per_dispatch
     steps each. A run may be resumed with a larger budget: its schedule is then that of the new budget, entered where
     the run stands. Where the budget leaves no step to take, that is warned of, and `resume` is yielded.
@@ -107,7 +110,7 @@ def train(config: RunConfig, data: Any, *, resume: Progress | None = None) -> It
         progress = dataclasses.replace(resume, state=state, compile_seconds=compiled - started)
     else:
         state = programs.begin(state)
-        progress = Progress(config, state, None, 0, time.perf_counter() - compiled, compiled - started, 0.0)
+        progress = Progress(config, state, None, 0, of_first(time.perf_counter() - compiled), compiled - started, 0.0)
     yield progress
     skipped = 0  # updates in a row
     while not progress.finished:
@@ -153,7 +156,7 @@ def _dispatch(progress: Progress, programs: Programs) -> Progress:
         num_steps = min(size, config.train.max_steps - step)
         if num_steps == 0:
             break
-        rates: Any = _learning_rates(step, progress.fraction, size, config)
+        rates: Any = learning_rates(step, progress.fraction, size, config)
         state, metrics = programs.steps(state, step, rates, num_steps)
         parts.append((num_steps, metrics))
         if every and (step + num_steps) // every > step // every:
@@ -165,7 +168,7 @@ def _dispatch(progress: Progress, programs: Programs) -> Progress:
         state=state,
         metrics=_mean(parts),
         step=step,
-        seconds=progress.seconds + time.perf_counter() - started,
+        seconds=progress.seconds + of_first(time.perf_counter() - started),
         num_samples=progress.num_samples + sum(number * float(metrics.samples) for number, metrics in parts),
     )
 
@@ -178,7 +181,7 @@ def _mean(parts: Sequence[tuple[int, StepMetrics]]) -> StepMetrics:
     return jax.tree.map(lambda *means: np.average(np.asarray(means), weights=numbers), *metrics)
 
 
-def _learning_rates(step: int, fraction: float, size: int, config: RunConfig) -> np.ndarray:
+def learning_rates(step: int, fraction: float, size: int, config: RunConfig) -> np.ndarray:
     """(size,) f32 from a step on: by step where the budget is one of steps, else as of the fraction spent."""
     steps = step + np.arange(size)
     fractions = np.maximum(steps / config.train.max_steps, fraction)

@@ -18,14 +18,23 @@ from jax import lax
 from jaxngp.cameras import PosedImages, Rays
 from jaxngp.config import Background, InputError, MarchConfig, NerfConfig, program_config
 from jaxngp.data.rays import RayTable
-from jaxngp.device import compiled, compiler_options, fusion_barrier
+from jaxngp.device import compiled, compiler_options, default_placement, fusion_barrier, over_shares
 from jaxngp.fields import RadianceField
 from jaxngp.losses import colour_loss
 from jaxngp.marching import jitter_shape
 from jaxngp.metrics import psnr
 from jaxngp.occupancy import OccupancyGrid, init_occupancy, update_occupancy
+from jaxngp.processes import any_of
 from jaxngp.rendering import render_rays
-from jaxngp.training.pixels import DeviceStore, HostStore, TrainingData, on_host
+from jaxngp.training.pixels import (
+    DeviceStore,
+    HostStore,
+    SharedSilhouettes,
+    SharedStore,
+    TrainingData,
+    num_pixels_of_all,
+    on_host,
+)
 from jaxngp.training.state import TrainState, fresh_state
 from jaxngp.training.step import (
     NO_STEPS,
@@ -39,7 +48,7 @@ from jaxngp.training.step import (
     step_options,
     zero_rates,
 )
-from jaxngp.visual_hull import PixelSet, Silhouettes, pixel_set, visual_hull
+from jaxngp.visual_hull import PixelSet, Silhouettes, pixel_set, set_of_all, visual_hull
 
 Field = RadianceField
 
@@ -171,6 +180,7 @@ def nerf_loss(
 ) -> tuple[jax.Array, NerfMetrics]:
     """The mean loss over the rays whose samples fit, each over its own background, and the metrics of the step.
 
+    Devices that share a program each return their part of the loss, and the metrics of the whole.
     Differentiable in the field's parameters, and in the poses and intrinsics of `source` where it is `Cameras`.
     """
     # Behind the barrier a ray is cast once, and not once per sample.
@@ -184,18 +194,21 @@ def nerf_loss(
     if depth is not None and out.depth_error is not None:  # unknown where it is 0
         losses = losses + 3 * config.train.depth_weight * jnp.where(depth > 0, out.depth_error, 0)
     terms = jnp.stack([jnp.ones_like(out.opacity), losses, jnp.sum((out.rgb - target) ** 2, axis=-1)])
-    num_used, loss, squared_error = jnp.sum(jnp.where(samples.ray_complete, terms, 0), axis=1)
+    sums = jnp.sum(jnp.where(samples.ray_complete, terms, 0), axis=1)
+    (num_used, loss, squared_error), num_samples, num_dropped = over_shares(
+        (sums, samples.num_samples, samples.num_dropped)
+    )
     count = 3 * jnp.maximum(num_used, 1)
     metrics = NerfMetrics(
         loss=loss / count,
         psnr=psnr(squared_error / count),
         rays=num_used,
-        samples=samples.num_samples.astype(jnp.float32),
-        dropped_samples=samples.num_dropped.astype(jnp.float32),
+        samples=num_samples.astype(jnp.float32),
+        dropped_samples=num_dropped.astype(jnp.float32),
         skipped=jnp.float32(0),
         occupied_fraction=occupied_fraction(grid),
     )
-    return loss / count, metrics
+    return sums[1] / count, metrics
 
 
 def occupied_fraction(grid: OccupancyGrid | None) -> jax.Array:
@@ -231,7 +244,7 @@ def nerf_steps(
             field = RadianceField(params, carry.half_table, config.field)
             return nerf_loss(field, data.source, batch, noise, state.occupancy, config=config)
 
-        gradient, metrics = jax.grad(loss, has_aux=True)(carry.state.params)
+        gradient, metrics = jax.grad(loss, has_aux=True)(carry.params)
         # Not summed over steps, in none of which it changes: to count the bits of the grid takes a kernel.
         metrics = replace(metrics, occupied_fraction=jnp.float32(0))
         return apply_gradient(carry, gradient, metrics, learning_rates[i], config=config)
@@ -259,8 +272,11 @@ def hull_of_views(images: Silhouettes, *, config: NerfConfig) -> tuple[Occupancy
 
     Where no rays march there is no grid, and the pixels are those that are not masked.
     """
+    if isinstance(images, SharedSilhouettes):
+        images = images.own
     if not isinstance(config.sampler, MarchConfig):
-        return None, pixel_set(jnp.ones(images.num_pixels, bool) if images.keep is None else images.keep)
+        keep = jnp.ones(images.num_pixels, bool) if images.keep is None else images.keep
+        return None, set_of_all(keep, images)
     candidates, pixels = visual_hull(images, config=config.sampler.occupancy)
     return init_occupancy(candidates), pixels
 
@@ -271,15 +287,17 @@ def compile_programs(state: TrainState, data: PosedImages | RayTable, config: Ne
     They compile in threads: XLA compiles several programs at once, and while it does Python traces the next. The
     visual hull is computed while the other programs compile.
     """
-    if data.num_pixels >= 2**31:
-        raise InputError(f"the views have {data.num_pixels} pixels, and 2^31 are too many: give a --downscale")
+    num_pixels = num_pixels_of_all(data)
+    if num_pixels >= 2**31:
+        raise InputError(f"the views have {num_pixels} pixels, and 2^31 are too many: give a --downscale")
     marching = isinstance(config.sampler, MarchConfig)
-    chosen = isinstance(data, PosedImages) and (marching or data.keep is not None)  # whether not all pixels are drawn
+    (masked,) = any_of(isinstance(data, PosedImages) and data.keep is not None)
+    chosen = isinstance(data, PosedImages) and (marching or masked)  # whether not all pixels are drawn
     every = config.sampler.occupancy.refresh_every if marching else 0  # type: ignore[union-attr]
     static, options = program_config(config), compiler_options()
     hull: Callable[[], tuple[Any, Any]] = lambda: (None, None)  # noqa: E731
     refresh: Any = None
-    pixels = jax.eval_shape(pixel_set, jax.ShapeDtypeStruct((data.num_pixels,), bool)) if chosen else None
+    pixels = jax.eval_shape(pixel_set, jax.ShapeDtypeStruct((num_pixels,), bool)) if chosen else None
     store = _make_store(state, data, pixels, config)
     # A thread starts without the context of its caller, in which `device.formulation` may have been chosen.
     contexts = [contextvars.copy_context() for _ in range(2)]
@@ -293,10 +311,10 @@ def compile_programs(state: TrainState, data: PosedImages | RayTable, config: Ne
             hull = threads.submit(contexts[0].run, find_hull).result
         if marching:
             refresh = threads.submit(
-                contexts[1].run, compiled, refresh_occupancy, state, options=options, config=static
+                contexts[1].run, compiled, refresh_occupancy, state, options=options, donate=True, config=static
             )
         arguments = (state, store.data, pixels, zero_rates(config), NO_STEPS)
-        steps = compiled(nerf_steps, *arguments, options=step_options(config), config=static)
+        steps = compiled(nerf_steps, *arguments, options=step_options(config), donate=True, config=static)
         grid, pixels = hull()
 
     def with_hull(state: TrainState) -> TrainState:
@@ -319,11 +337,12 @@ def compile_programs(state: TrainState, data: PosedImages | RayTable, config: Ne
 
 def _make_store(
     state: TrainState, data: PosedImages | RayTable, pixels: PixelSet | None, config: NerfConfig
-) -> DeviceStore | HostStore:
+) -> DeviceStore | SharedStore | HostStore:
     if not on_host(data, config.train.images_on):
-        return DeviceStore(data)
+        shared = isinstance(data, PosedImages) and default_placement().mesh is not None
+        return SharedStore(data) if shared else DeviceStore(data)  # type: ignore[arg-type]
     assert isinstance(data, PosedImages)
-    static = {"num_pixels": data.num_pixels, "config": program_config(config)}
+    static: Any = {"num_pixels": num_pixels_of_all(data), "config": program_config(config)}
     draw = compiled(draw_numbers, NO_STEPS, state.key, pixels, options=compiler_options(), **static)
     size = config.train.steps_per_dispatch
     return HostStore(data, draw, steps_per_call=size, pixels_per_call=size * config.train.num_rays)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import numpy as np
 import optax
@@ -22,7 +24,12 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _is_mlp_weight(params: optax.Params) -> optax.Params:
-    return jax.tree.map_with_path(lambda path, _: path[-1].key != "table", params)
+    return jax.tree.map_with_path(lambda path, _: not is_table(path), params)
+
+
+def is_table(path: tuple[Any, ...]) -> bool:
+    """Whether a path in a tree like the parameters leads to a hash table."""
+    return bool(path) and getattr(path[-1], "key", "") == "table"
 
 
 def learning_rate(step: np.ndarray, fraction: np.ndarray, *, config: OptimizerConfig) -> np.ndarray:

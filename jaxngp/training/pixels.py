@@ -3,7 +3,8 @@
     DeviceStore(data) or HostStore(data, ...)    .views()     what the visual hull reads
                                                  .drawn(...)  what `nerf_steps` reads, a TrainingData
 
-A call draws the same pixels from either, by their numbers, and so trains the same.
+A call draws the same pixels from either, by their numbers, and so trains the same. Devices that share a program each
+keep the pixels of some of the views, and tell the others what is drawn of them.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax import lax
 
+from jaxngp import processes
 from jaxngp.cameras import Cameras, PosedImages, pixel_place
-from jaxngp.config import ImagesOn
+from jaxngp.config import ImagesOn, InputError
 from jaxngp.data.rays import RayTable
-from jaxngp.device import default_placement, device_memory
+from jaxngp.device import Placement, default_placement, device_memory, over_shares
 from jaxngp.visual_hull import PixelSet
 
 DEVICE_SHARE = 0.5
@@ -63,7 +66,62 @@ class Silhouettes:
     num_pixels: int = struct.field(pytree_node=False)
 
 
-TrainingData = PosedImages | RayTable | DrawnPixels
+@struct.dataclass
+class SharedPixels:
+    """The pixels of views of which each device keeps some: all n of the views that are its own, or those of them
+    that one call draws, in the order of drawing, where `first` is None.
+    """
+
+    cameras: Cameras  # (V,) of all views
+    offset: jax.Array  # (V,) i32
+    rgba: jax.Array  # (D, n) u32, or (D, K R), 0 where another device has the pixel
+    depth: jax.Array | None  # (D, n) or (D, K R), likewise
+    first: jax.Array | None  # (D,) i32, the number of the first pixel
+    max_size: tuple[int, int] = struct.field(pytree_node=False)
+    num_pixels: int = struct.field(pytree_node=False)  # P, of all views
+
+    @property
+    def source(self) -> Cameras:
+        return self.cameras
+
+    def pixel(self, number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As of `PosedImages`."""
+        rgba = lax.bitcast_convert_type(self._of_all(self.rgba, number), jnp.uint8)
+        return *pixel_place(self, number), rgba.astype(jnp.float32) / 255
+
+    def pixel_depth(self, number: jax.Array) -> jax.Array | None:
+        """As of `PosedImages`."""
+        return None if self.depth is None else self._of_all(self.depth, number).astype(jnp.float32)
+
+    def _of_all(self, kept: jax.Array, number: jax.Array) -> jax.Array:
+        """The values (R,) of pixels by their numbers (R,), each of which one device keeps."""
+        if self.first is None:
+            return over_shares(kept[0])
+        place = number - self.first[0]
+        own = (place >= 0) & (place < kept.shape[1])  # what fills the rows up is 0
+        return over_shares(jnp.where(own, kept[0].at[jnp.maximum(place, 0)].get(mode="clip"), 0))
+
+
+@struct.dataclass
+class SharedSilhouettes:
+    """`Silhouettes` of the views (D, v) that each device keeps; inside the program `own` are those of this one."""
+
+    cameras: Cameras
+    offset: jax.Array
+    alpha: jax.Array | None
+    keep: jax.Array | None
+    first: jax.Array  # (D,) i32, the number of the first pixel among those of all views
+    count: jax.Array  # (D,) i32, of the pixels
+    max_size: tuple[int, int] = struct.field(pytree_node=False)
+    num_pixels: int = struct.field(pytree_node=False)
+    num_pixels_of_all: int = struct.field(pytree_node=False)
+
+    @property
+    def own(self) -> SharedSilhouettes:
+        return jax.tree.map(lambda a: a[0], self)
+
+
+TrainingData = PosedImages | RayTable | DrawnPixels | SharedPixels
 Drawing = Callable[[Any, jax.Array, PixelSet | None], jax.Array]
 """step () i32, key, the pixels to draw from -> the numbers (K R,) i32 of those that the call from this step draws."""
 
@@ -86,19 +144,114 @@ class DeviceStore:
         return self.data
 
 
+class Shares:
+    """How views are divided between devices that share a program.
+
+    images: the views of this process. Those of all, in the order of the processes, are what is trained on, and each
+    device has some that follow each other.
+    """
+
+    def __init__(self, images: PosedImages, place: Placement) -> None:
+        assert place.mesh is not None
+        self._images, self._place = images, place
+        sizes = np.asarray(images.cameras.size).prod(axis=1)
+        count = len(place.mesh.local_devices)
+        if len(sizes) < count:
+            raise InputError(f"{count} devices cannot share {len(sizes)} views: give a smaller --mesh")
+        self._views = np.array_split(np.arange(len(sizes)), count)
+        self.counts = np.array([sizes[views].sum() for views in self._views], np.int32)
+        own = np.array([[sizes.sum(), self.counts.max(), len(self._views[0])]], np.int64)
+        totals = np.concatenate(processes.gather(own))
+        self._num_pixels, self._num_views = (int(most) for most in totals[:, 1:].max(axis=0))
+        self._before = int(totals[: processes.index(), 0].sum())
+        self.first = (self._before + np.cumsum(self.counts) - self.counts).astype(np.int32)
+        cameras = jax.tree.map(lambda array: np.concatenate(processes.gather(np.asarray(array))), images.cameras)
+        ends = np.cumsum(cameras.size.prod(axis=1), dtype=np.int64)
+        self.static: Any = {"max_size": tuple(cameras.size.max(axis=0).tolist()), "num_pixels": int(ends[-1])}
+        self.cameras, self.offset = place.put((cameras, (ends - cameras.size.prod(axis=1)).astype(np.int32)))
+
+    def pixels(self, values: Any) -> Any:
+        """What belongs to the pixels (P, ...) of this process, on the devices (D, n, ...); filled up with zeros."""
+        if values is None:
+            return None
+        parts = np.split(np.asarray(values), np.cumsum(self.counts)[:-1])
+        filled = [np.zeros((self._num_pixels, *values.shape[1:]), values.dtype) for _ in parts]
+        for row, part in zip(filled, parts, strict=True):
+            row[: len(part)] = part
+        return self._place.put_shares(filled)
+
+    def silhouettes(self) -> SharedSilhouettes:
+        """What the visual hull reads; a device that has fewer views than another has its last one again."""
+        alpha: Any = np.asarray(self._images.alpha)
+        keep: Any = self._images.keep
+        see_through, masked = processes.any_of(not (alpha == 255).all(), keep is not None)
+        keep = np.ones(len(alpha), bool) if masked and keep is None else keep
+        views = [np.minimum(np.arange(v[0], v[0] + self._num_views), v[-1]) for v in self._views]
+        offset = np.asarray(self._images.offset)
+        put = self._place.put_shares
+        return SharedSilhouettes(
+            cameras=put([jax.tree.map(np.asarray, self._images.cameras[v]) for v in views]),
+            offset=put([offset[v] - offset[v[0]] for v in views]),
+            alpha=self.pixels(alpha if see_through else None),
+            keep=self.pixels(keep if masked else None),
+            first=put([*self.first]),
+            count=put([*self.counts]),
+            max_size=self.static["max_size"],
+            num_pixels=self._num_pixels,
+            num_pixels_of_all=self.static["num_pixels"],
+        )
+
+    def own(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the pixels (R,) are of this process, and their places in its arrays (R,), 0 for others."""
+        place = numbers - self._before
+        mine = (place >= 0) & (place < self.counts.sum())
+        return mine, np.where(mine, place, 0)
+
+
+class SharedStore:
+    """The pixels of each view on one of the devices that share a program."""
+
+    def __init__(self, images: PosedImages) -> None:
+        shares = Shares(images, default_placement())
+        self.views = shares.silhouettes
+        self.data = SharedPixels(
+            shares.cameras,
+            shares.offset,
+            rgba=shares.pixels(_words(images)),
+            depth=shares.pixels(_depth(images)),
+            first=default_placement().put_shares([*shares.first]),
+            **shares.static,
+        )
+
+    def drawn(self, step: int, key: jax.Array, pixels: PixelSet | None) -> TrainingData:
+        """What the call from a step on is given."""
+        del step, key, pixels
+        return self.data
+
+
 class HostStore:
-    """All pixels on the host. The numbers of the next call are drawn ahead, so that it need not wait for them."""
+    """All pixels on the host. The numbers of the next call are drawn ahead, so that it need not wait for them.
+
+    Each process keeps those of its own views.
+    """
 
     def __init__(self, images: PosedImages, draw: Drawing, *, steps_per_call: int, pixels_per_call: int) -> None:
+        place = default_placement()
         self._images, self._draw, self._steps_per_call = images, draw, steps_per_call
-        self._rgba = np.ascontiguousarray(images.rgba).view(np.uint32).reshape(-1)  # one read for four channels
+        self._rgba, self._depth = _words(images), _depth(images)
         self._ahead: dict[int, jax.Array] = {}
-        self._cameras, self._offset = default_placement().put((images.cameras, images.offset))
-        self._static: Any = {"max_size": images.max_size, "num_pixels": images.num_pixels}
+        self._shares = Shares(images, place) if place.mesh is not None else None
+        if self._shares:
+            self._cameras, self._offset, self._static = self._shares.cameras, self._shares.offset, self._shares.static
+        else:
+            self._cameras, self._offset = place.put((images.cameras, images.offset))
+            self._static = {"max_size": images.max_size, "num_pixels": images.num_pixels}
         self.data = self._gather(np.zeros(pixels_per_call, np.int32))
 
-    def views(self) -> Silhouettes:
+    def views(self) -> Any:
         """What the visual hull reads of the views, on the device."""
+        if self._shares:
+            return self._shares.silhouettes()
         alpha: Any = np.asarray(self._images.alpha)
         alpha = None if (alpha == 255).all() else np.ascontiguousarray(alpha)
         alpha, keep = default_placement().put((alpha, self._images.keep))
@@ -114,11 +267,38 @@ class HostStore:
         self._ahead = {following: self._draw(np.int32(following), key, pixels)}
         return self._gather(np.asarray(numbers))
 
-    def _gather(self, numbers: np.ndarray) -> DrawnPixels:
-        rgba = self._rgba[numbers].view(np.uint8).reshape(-1, 4)
-        depth = None if self._images.depth is None else np.asarray(self._images.depth)[numbers]
-        rgba, depth = default_placement().put((rgba, depth))
-        return DrawnPixels(self._cameras, self._offset, rgba, depth, **self._static)
+    def _gather(self, numbers: np.ndarray) -> TrainingData:
+        kept: dict[str, Any] = {"rgba": self._rgba, "depth": self._depth}
+        if self._shares:
+            own, numbers = self._shares.own(numbers)
+            found: Any = {name: None if a is None else np.where(own, a[numbers], 0) for name, a in kept.items()}
+            none = jax.tree.map(np.zeros_like, found)  # all comes from the first device of a process
+            found = default_placement().put_shares([found, *[none] * (len(self._shares.counts) - 1)])
+            return SharedPixels(self._cameras, self._offset, **found, first=None, **self._static)
+        found = {name: None if a is None else a[numbers] for name, a in kept.items()}
+        found["rgba"] = found["rgba"].view(np.uint8).reshape(-1, 4)
+        return DrawnPixels(self._cameras, self._offset, **default_placement().put(found), **self._static)
+
+
+def _words(images: PosedImages) -> np.ndarray:
+    """The pixels (P,) u32 of views: one read for four channels."""
+    return np.ascontiguousarray(images.rgba).view(np.uint32).reshape(-1)
+
+
+def _depth(images: PosedImages) -> np.ndarray | None:
+    """The depths (P,) of views, 0 where only another process knows any."""
+    (known,) = processes.any_of(images.depth is not None)
+    if not known:
+        return None
+    depth = np.zeros(images.num_pixels) if images.depth is None else np.asarray(images.depth)
+    return depth if processes.count() == 1 else depth.astype(np.float32)
+
+
+def num_pixels_of_all(data: PosedImages | RayTable) -> int:
+    """Of the views of all processes."""
+    if isinstance(data, RayTable):
+        return data.num_pixels
+    return int(sum(part.sum() for part in processes.gather(np.array([data.num_pixels], np.int64))))
 
 
 def on_host(data: PosedImages | RayTable, where: ImagesOn) -> bool:
@@ -126,4 +306,6 @@ def on_host(data: PosedImages | RayTable, where: ImagesOn) -> bool:
     if not isinstance(data, PosedImages) or where == "device":
         return False
     num_bytes = sum(array.nbytes for array in (data.rgba, data.keep, data.depth) if array is not None)
-    return where == "host" or num_bytes > DEVICE_SHARE * (device_memory() or np.inf)
+    num_bytes //= default_placement().local.num_shares
+    (too_many,) = processes.any_of(num_bytes > DEVICE_SHARE * (device_memory() or np.inf))
+    return where == "host" or too_many

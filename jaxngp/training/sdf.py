@@ -11,7 +11,7 @@ import numpy as np
 from flax import struct
 
 from jaxngp.config import SdfConfig, program_config
-from jaxngp.device import compiled, default_placement, fusion_barrier
+from jaxngp.device import compiled, default_placement, fusion_barrier, num_shares, over_shares, own_share
 from jaxngp.fields import DistanceField
 from jaxngp.losses import relative_error
 from jaxngp.training.state import TrainState, fresh_state
@@ -76,12 +76,16 @@ def draw_batches(
 
 
 def sdf_loss(field: DistanceField, batch: DistanceBatch) -> tuple[jax.Array, SdfMetrics]:
-    """The mean relative error of a batch, () f32, and the metrics of the step."""
+    """The mean relative error of a batch, () f32, and the metrics of the step.
+
+    Devices that share a program each return their part of the loss, and the metrics of the whole.
+    """
+    samples, batch = jnp.float32(len(batch.position)), own_share(batch)
     prediction = field(batch.position)
-    loss = jnp.mean(relative_error(prediction, batch.distance))
-    error = jnp.mean(jnp.abs(prediction - batch.distance))
-    samples = jnp.float32(len(batch.position))
-    return loss, SdfMetrics(loss=loss, error=error, samples=samples, skipped=jnp.float32(0))
+    part = jnp.mean(relative_error(prediction, batch.distance)) / num_shares()
+    error = jnp.mean(jnp.abs(prediction - batch.distance)) / num_shares()
+    loss, error = over_shares((part, error))
+    return part, SdfMetrics(loss=loss, error=error, samples=samples, skipped=jnp.float32(0))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -111,7 +115,7 @@ def compile_programs(state: TrainState, data: DistanceSamples, config: SdfConfig
     """The programs of a run."""
     data = default_placement().put(data)
     arguments = (state, data, zero_rates(config), NO_STEPS)
-    steps = compiled(sdf_steps, *arguments, options=step_options(config), config=program_config(config))
+    steps = compiled(sdf_steps, *arguments, options=step_options(config), donate=True, config=program_config(config))
     return Programs(lambda state, _, rates, number: steps(state, data, rates, np.int32(number)))
 
 

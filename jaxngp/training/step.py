@@ -22,9 +22,9 @@ from flax import struct
 from jax import lax
 
 from jaxngp.config import RunConfig
-from jaxngp.device import by_device, step_compiler_options
+from jaxngp.device import all_shares, by_device, num_shares, over_shares, own_tile, scattered_sum, step_compiler_options
 from jaxngp.fields import Params, make_half_table
-from jaxngp.training.optimizer import make_optimizer
+from jaxngp.training.optimizer import is_table, make_optimizer
 from jaxngp.training.state import TrainState
 
 
@@ -45,36 +45,70 @@ M = TypeVar("M", bound=StepMetrics)
 
 @struct.dataclass
 class Carry:
-    """What goes from step to step of one call: the state, its table in half precision, and the sums of the metrics."""
+    """What goes from step to step of one call: the state, its table in half precision, and the sums of the metrics.
+
+    Devices that share a program each have, of the table and of what Adam keeps about it, the rows that they update;
+    `table` is the whole one, for all of them to read. Where it is read in half precision, only its shape counts.
+    """
 
     state: TrainState
     half_table: jax.Array | None
     sums: jax.Array  # one a metric, in the order of its fields
+    table: jax.Array | None = None
+
+    @property
+    def params(self) -> Params:
+        """What the loss is a function of."""
+        params = self.state.params
+        return params if self.table is None else {**params, "encoding": {**params["encoding"], "table": self.table}}
 
 
 def begin_steps(state: TrainState, metrics: type[M], *, config: RunConfig) -> Carry:
     """Before the first step of a call."""
     num_metrics = len(dataclasses.fields(metrics))  # type: ignore[arg-type]
-    return Carry(state, make_half_table(state.params, config=config.field), jnp.zeros(num_metrics, jnp.float32))
+    half_table = make_half_table(state.params, config=config.field)
+    carry = Carry(state, half_table, jnp.zeros(num_metrics, jnp.float32))
+    if num_shares() == 1:
+        return carry
+    params, opt_state = _of_tables(own_tile, (state.params, state.opt_state))
+    state, table = replace(state, params=params, opt_state=opt_state), state.params["encoding"]["table"]
+    return replace(carry, state=state, table=table)
 
 
 def apply_gradient(carry: Carry, gradient: Params, metrics: M, learning_rate: jax.Array, *, config: RunConfig) -> Carry:
     """One step of Adam.
 
     Where loss or gradient is non-finite, only the count of steps goes on: the next one draws another batch.
+    gradient: of devices that share a program, that of their part of the loss.
     """
     state = carry.state
+    if num_shares() > 1:
+        gradient = _of_tables(scattered_sum, gradient, others=over_shares)
     updates, opt_state = make_optimizer(config.optimizer).update(gradient, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
     finite = jnp.isfinite(metrics.loss) & _is_finite(gradient)
     old, new = (state.params, state.opt_state), (params, opt_state)
     params, opt_state = jax.tree.map(functools.partial(jnp.where, finite), new, old)
     metrics = replace(metrics, skipped=1 - finite.astype(jnp.float32))  # type: ignore[type-var]
-    return Carry(
+    carry = replace(
+        carry,
         state=replace(state, step=state.step + 1, params=params, opt_state=opt_state),
         half_table=make_half_table(params, config=config.field),
         sums=carry.sums + jnp.stack([getattr(metrics, field.name) for field in dataclasses.fields(metrics)]),  # type: ignore[arg-type]
     )
+    return carry if carry.table is None else _exchange(carry, len(carry.table))
+
+
+def _exchange(carry: Carry, num_rows: int) -> Carry:
+    """Every device gets the rows of the table that the others have updated, in the precision in which it reads them."""
+    if carry.half_table is not None:
+        return replace(carry, half_table=all_shares(carry.half_table)[:num_rows])
+    return replace(carry, table=all_shares(carry.state.params["encoding"]["table"])[:num_rows])
+
+
+def _of_tables(call: Callable[[jax.Array], jax.Array], tree: Any, others: Any = lambda array: array) -> Any:
+    """`call` for the tables in a tree of parameters, `others` for the rest."""
+    return jax.tree.map_with_path(lambda path, a: (call if is_table(path) else others)(a), tree)
 
 
 def _is_finite(gradient: Params) -> jax.Array:
@@ -115,6 +149,10 @@ def finish_steps(
     """
     num_steps = jnp.minimum(num_steps, max_steps)
     state = carry.state
+    if carry.table is not None:
+        whole = lambda array: all_shares(array)[: len(carry.table)]  # noqa: E731
+        params, opt_state = _of_tables(whole, (state.params, state.opt_state))
+        state = replace(state, params=params, opt_state=opt_state)
     if config.optimizer.ema_decay:
         keep = config.optimizer.ema_decay ** num_steps.astype(jnp.float32)
         ema = jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, state.ema_params, state.params)
