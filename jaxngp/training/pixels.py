@@ -63,6 +63,29 @@ class Silhouettes:
     num_pixels: int = struct.field(pytree_node=False)
 
 
+def widened(images: PosedImages, share: float) -> Silhouettes:
+    """What the visual hull reads of views whose cameras may be off: silhouettes wider by a share of an image's width.
+
+    A pixel counts as empty only where all within so many pixels to either side, and up and down, are.
+    """
+    solid, sizes = np.asarray(images.alpha) > 0, np.asarray(images.cameras.size)
+    parts = np.split(solid, np.asarray(images.offset)[1:])
+    if not solid.all():
+        parts = [_spread(a.reshape(h, w), round(share * w)).ravel() for a, (w, h) in zip(parts, sizes, strict=True)]
+    alpha = None if solid.all() else np.concatenate(parts).astype(np.uint8)
+    arrays: Any = default_placement().put((images.cameras, images.offset, alpha, images.keep))
+    return Silhouettes(*arrays, images.max_size, images.num_pixels)
+
+
+def _spread(flags: np.ndarray, reach: int) -> np.ndarray:
+    """(H, W) bool: whether a flag is set within so many places along either axis."""
+    for _ in range(2):
+        flags = flags.T
+        counts = np.cumsum(np.pad(flags, ((reach + 1, reach), (0, 0))), axis=0, dtype=np.int32)
+        flags = counts[2 * reach + 1 :] > counts[: -2 * reach - 1]
+    return flags
+
+
 TrainingData = PosedImages | RayTable | DrawnPixels
 Drawing = Callable[[Any, jax.Array, PixelSet | None], jax.Array]
 """step () i32, key, the pixels to draw from -> the numbers (K R,) i32 of those that the call from this step draws."""
