@@ -14,6 +14,7 @@ from jaxngp.config import InputError, RunConfig
 from jaxngp.console import warn
 from jaxngp.device import default_placement
 from jaxngp.records import environment
+from jaxngp.refinement import blank, size_of
 from jaxngp.training.loop import Progress, init_state
 from jaxngp.training.state import TrainState
 
@@ -60,6 +61,8 @@ class Checkpoints:
             raise InputError(f"step {progress.step} is not saved: its parameters are non-finite")
         noted = {name: getattr(progress, name) for name in _NOTED}
         note = {"schema": SCHEMA, "environment": environment(), **noted}
+        if progress.state.refinement is not None:
+            note["refined"] = list(size_of(progress.state.refinement))
         args = self._ocp.args.Composite(
             state=self._ocp.args.StandardSave(progress.state), progress=self._ocp.args.JsonSave(note)
         )
@@ -109,6 +112,8 @@ class Checkpoints:
                     f"{self._path / str(step)}: checkpoint schema {note.get('schema')}, this version reads {SCHEMA}; "
                     "use the version that wrote it, or another --workdir"
                 )
+            if sizes := note.get("refined"):
+                template = replace(template, refinement=jax.eval_shape(lambda: blank(*sizes, config=config)))  # type: ignore[arg-type]
             args = ocp.args.Composite(state=ocp.args.StandardRestore(default_placement().shapes(template)))
             state = manager.restore(step, args=args).state
         except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from numpy.typing import ArrayLike
 
 from jaxngp.cameras import Cameras, project, unproject
 from jaxngp.config import HashGridConfig, InputError, NerfConfig, RefineConfig
@@ -64,6 +65,11 @@ class Rates:
     cameras: jax.Array
     exposure: jax.Array
     level_weights: jax.Array
+
+    def weigh(self, refinement: Refinement | None) -> Refinement:
+        """The corrections with the level weights of these steps."""
+        assert refinement is not None
+        return dataclasses.replace(refinement, level_weights=self.level_weights)
 
 
 # Rigid motions.
@@ -115,14 +121,13 @@ def init_refinement(cameras: Cameras, *, config: NerfConfig) -> Refinement:
     refine = config.refine
     cameras = jax.tree.map(np.asarray, cameras)
     if refine.lens and not coefficient_numbers(cameras, refine).size:
-        raise InputError(f"--refine=lens: a lens of the model {cameras.lens.model} has no coefficients to refine")
-    intrinsics = [cameras.focal_xy, cameras.centre_xy, cameras.size]
-    intrinsics += [cameras.lens.coefficients] if cameras.lens else []
-    _, number = np.unique(np.concatenate(intrinsics, axis=1), axis=0, return_inverse=True)
+        raise InputError(f"--refine=lens: a lens of the model {cameras.lens and cameras.lens.model} has no coefficients to refine")
+    _, number = np.unique(_rows(cameras), axis=0, return_inverse=True)
     number = number.reshape(-1).astype(np.int32)
     num_cameras = int(number.max()) + 1
     found = blank(len(number), num_cameras, num_intrinsics(cameras, refine), config=config)
-    pose_basis, camera_basis = found.pose_basis, found.camera_basis
+    pose_basis: Any = found.pose_basis
+    camera_basis: Any = found.camera_basis
     if refine.cameras:
         information = np.asarray(_information(cameras, refine=refine), np.float64)
         if refine.poses:
@@ -134,8 +139,8 @@ def init_refinement(cameras: Cameras, *, config: NerfConfig) -> Refinement:
         found,
         pose_basis=pose_basis,
         camera_basis=camera_basis,
-        camera_of_view=number,
-        level_weights=level_weights(0.0, config=config),
+        camera_of_view=number,  # type: ignore[arg-type]
+        level_weights=level_weights(0.0, config=config),  # type: ignore[arg-type]
     )
 
 
@@ -159,8 +164,8 @@ def blank(num_views: int, num_cameras: int, size: int, *, config: NerfConfig) ->
 
 def size_of(refinement: Refinement) -> tuple[int, int, int]:
     """What `blank` takes: the numbers of views, of cameras, and of what is refined of a camera."""
-    camera = refinement.free.camera
-    return (len(refinement.camera_of_view), *(camera.shape if camera is not None else (0, 0)))
+    num_cameras, size = (0, 0) if refinement.free.camera is None else refinement.free.camera.shape
+    return len(refinement.camera_of_view), num_cameras, size
 
 
 def num_intrinsics(cameras: Cameras, refine: RefineConfig) -> int:
@@ -200,9 +205,7 @@ def changed(cameras: Cameras, change: jax.Array, *, refine: RefineConfig) -> Cam
     if refine.lens:
         numbers, cameras = coefficient_numbers(cameras, refine), with_lens(cameras)
         assert cameras.lens is not None
-        lens = dataclasses.replace(
-            cameras.lens, coefficients=cameras.lens.coefficients.at[..., numbers].add(change)
-        )
+        lens = dataclasses.replace(cameras.lens, coefficients=cameras.lens.coefficients.at[..., numbers].add(change))
         cameras = cameras.replace(lens=lens)  # type: ignore[attr-defined]
     return cameras
 
@@ -211,10 +214,10 @@ def changes(refinement: Refinement) -> jax.Array:
     """(V, 6 + Q): what the corrections change of each view, as `changed` takes it."""
     free, views = refinement.free, refinement.camera_of_view
     parts = [jnp.zeros((len(views), 6), jnp.float32)]
-    if free.pose is not None:
-        parts = [outer_sum(refinement.pose_basis, free.pose[..., None])[..., 0]]
-    if free.camera is not None:
-        parts.append(outer_sum(refinement.camera_basis, free.camera[..., None])[..., 0][views])
+    if free.pose is not None and refinement.pose_basis is not None:
+        parts = [jnp.sum(refinement.pose_basis * free.pose[:, None], axis=-1)]
+    if free.camera is not None and refinement.camera_basis is not None:
+        parts.append(jnp.sum(refinement.camera_basis * free.camera[:, None], axis=-1)[views])
     return jnp.concatenate(parts, axis=1)
 
 
@@ -255,7 +258,7 @@ def _information(cameras: Cameras, *, refine: RefineConfig) -> jax.Array:
     return jax.vmap(one)(cameras)
 
 
-def inverse_root(information: np.ndarray) -> np.ndarray:
+def inverse_root(information: np.ndarray) -> Any:
     """(..., Q, Q) f32: (A + DAMPING diag A)^(-1/2) of symmetric matrices A (..., Q, Q) f64."""
     diagonal = np.eye(information.shape[-1]) * np.diagonal(information, axis1=-2, axis2=-1)[..., None, :]
     values, vectors = np.linalg.eigh(information + DAMPING * diagonal)
@@ -279,13 +282,15 @@ def log_gain(refinement: Refinement) -> jax.Array | None:
     return None if gain is None else gain - jnp.mean(gain, axis=0)
 
 
-def exposed(rgb: jax.Array, opacity: jax.Array, background: jax.Array, gain: jax.Array) -> jax.Array:
-    """Colours (R, 3) sRGB over a background (R, 3), as a photograph shows them whose log gain is (R, 3).
+def exposed(rgb: ArrayLike, opacity: ArrayLike, background: ArrayLike, gain: ArrayLike) -> jax.Array:
+    """Colours (..., 3) sRGB over a background, as a photograph shows them whose log gain is (..., 3). opacity (...).
 
     The gain is on linear light of the scene; the background, which no camera saw, keeps its colour.
     """
-    behind = (1 - opacity)[:, None] * background
-    cover = jnp.maximum(opacity, 1e-3)[:, None]
+    rgb, opacity, background, gain = map(jnp.asarray, (rgb, opacity, background, gain))
+    opacity = opacity[..., None]
+    behind = (1 - opacity) * background
+    cover = jnp.maximum(opacity, 1e-3)
     colour = jnp.maximum((rgb - behind) / cover, 0)
     return encode_srgb(decode_srgb(colour) * jnp.exp(gain)) * cover + behind
 
@@ -314,12 +319,15 @@ def level_weights(fraction: float, *, config: NerfConfig) -> np.ndarray:
     return ((1 - np.cos(np.pi * share)) / 2).astype(np.float32)
 
 
-def weighted(params: dict[str, Any], weights: jax.Array, *, grid: HashGridConfig) -> dict[str, Any]:
+def weighted(params: dict[str, Any], refinement: Refinement | None, *, grid: HashGridConfig) -> dict[str, Any]:
     """Parameters of a field in which each level's features count by its weight (L,): its rows are scaled.
 
     Features are linear in their rows, so this is the encoding with weighted features; with weights of 1 it is the
-    encoding as it is, exactly.
+    encoding as it is, exactly. Without a refinement nothing changes.
     """
+    if refinement is None:
+        return params
+    weights = refinement.level_weights
     rows = jnp.concatenate([jnp.full(size, weights[level]) for level, size in enumerate(level_sizes(grid))])
     return params | {"encoding": {"table": params["encoding"]["table"] * rows[:, None]}}
 
@@ -334,8 +342,8 @@ def rates(field: np.ndarray, fractions: np.ndarray, *, config: NerfConfig) -> Ra
     falling = falling if refine.final else np.maximum(1 - fractions / refine.end, 0)
     return Rates(
         field=field,  # type: ignore[arg-type]
-        cameras=(refine.learning_rate * falling).astype(np.float32),
-        exposure=(refine.exposure_rate * falling).astype(np.float32),
+        cameras=(refine.learning_rate * falling).astype(np.float32),  # type: ignore[arg-type]
+        exposure=(refine.exposure_rate * falling).astype(np.float32),  # type: ignore[arg-type]
         level_weights=level_weights(float(fractions[0]), config=config),  # type: ignore[arg-type]
     )
 
@@ -344,8 +352,9 @@ def _adam() -> optax.GradientTransformation:
     return optax.scale_by_adam(b1=0.9, b2=0.99, eps=1e-15)
 
 
-def update(refinement: Refinement, gradient: Free, cameras: jax.Array, exposure: jax.Array) -> Refinement:
+def update(refinement: Refinement | None, gradient: Free | None, cameras: jax.Array, exposure: jax.Array) -> Refinement:
     """One step of Adam at the rates () of cameras and of exposure; none where the gradient is non-finite."""
+    assert refinement is not None
     finite = jnp.isfinite(sum(jnp.sum(jnp.abs(array)) for array in jax.tree.leaves(gradient)))
     updates, opt_state = _adam().update(gradient, refinement.opt_state)
     rate = Free(pose=cameras, camera=cameras, log_gain=exposure)
@@ -371,7 +380,7 @@ class Similarity:
     rotation: np.ndarray  # (3, 3)
     translation: np.ndarray  # (3,)
 
-    def poses(self, c2w: np.ndarray) -> np.ndarray:
+    def poses(self, c2w: ArrayLike) -> np.ndarray:
         """Poses (..., 3, 4) f64 moved along; their axes keep unit length."""
         c2w = np.asarray(c2w, np.float64)
         position = self.scale * c2w[..., 3] @ self.rotation.T + self.translation
@@ -379,12 +388,10 @@ class Similarity:
 
     @property
     def inverse(self) -> Similarity:
-        return Similarity(
-            1 / self.scale, self.rotation.T, -(self.rotation.T @ self.translation) / self.scale
-        )
+        return Similarity(1 / self.scale, self.rotation.T, -(self.rotation.T @ self.translation) / self.scale)
 
 
-def align(c2w: np.ndarray, target: np.ndarray) -> Similarity:
+def align(c2w: ArrayLike, target: ArrayLike) -> Similarity:
     """The similarity that takes poses (V, 3, 4) nearest to target (V, 3, 4): centres and axes together.
 
     Least squares (Umeyama 1991), each view's weight then lowered by how far it lies off, three times over, so that few
@@ -414,7 +421,40 @@ def _align_once(c2w: np.ndarray, target: np.ndarray, weight: np.ndarray) -> Simi
     return Similarity(scale, rotation, mean_b - scale * rotation @ mean_a)
 
 
-def pose_errors(c2w: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def placed_cameras(cameras: Cameras, given: Cameras, refined: Cameras) -> Cameras:
+    """Any cameras of a scene whose training views were `given` and are now `refined`, as numpy arrays.
+
+    A training view is its refined one. Any other keeps the pose it was given, moved along with the gauge: by the
+    similarity that takes given poses to refined ones. Its intrinsics are those of a training view that had equal ones.
+    """
+    cameras, given, refined = jax.tree.map(np.asarray, (cameras, given, refined))
+    back = align(refined.c2w, given.c2w).inverse
+    placed = cameras.replace(c2w=back.poses(cameras.c2w).astype(np.float32))  # type: ignore[attr-defined]
+    if refined.lens is not None:
+        placed = jax.tree.map(np.asarray, with_lens(placed))
+    optics, poses = _rows(given), {c2w.tobytes(): view for view, c2w in enumerate(given.c2w)}
+    known = {row.tobytes(): view for view, row in enumerate(optics)}
+    for view, row in enumerate(_rows(cameras)):
+        if (same := known.get(row.tobytes())) is not None:
+            own = poses.get(cameras.c2w[view].tobytes())
+            pose = placed.c2w[view] if own is None else refined.c2w[own]
+            placed = jax.tree.map(functools.partial(_with_row, view), placed, refined[same].replace(c2w=pose))  # type: ignore[attr-defined]
+    return placed
+
+
+def _rows(cameras: Cameras) -> np.ndarray:
+    """The intrinsics (V, ...) of cameras, one row each."""
+    lens = [cameras.lens.coefficients] if cameras.lens else []
+    return np.concatenate([cameras.focal_xy, cameras.centre_xy, cameras.size, *lens], axis=1, dtype=np.float32)
+
+
+def _with_row(number: int, rows: np.ndarray, row: np.ndarray) -> np.ndarray:
+    rows = rows.copy()
+    rows[number] = row
+    return rows
+
+
+def pose_errors(c2w: ArrayLike, target: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Angles in degrees (V,) and distances (V,) between poses (V, 3, 4), as they stand."""
     c2w, target = np.asarray(c2w, np.float64), np.asarray(target, np.float64)
     # From the chord, which keeps its digits at small angles where a cosine has none.
@@ -422,7 +462,26 @@ def pose_errors(c2w: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.nda
     return np.degrees(2 * np.arcsin(np.clip(chord, 0, 1))), np.linalg.norm(c2w[..., 3] - target[..., 3], axis=-1)
 
 
-# What a run keeps.
+# What a run keeps, and says.
+
+DIVERGED = 10.0
+"""Degrees by which half of the cameras have turned, where refinement has gone wrong."""
+
+
+def divergence(refinement: Refinement, *, step: int, config: NerfConfig) -> dict[str, str]:
+    """A warning while a run trains, by its name, where half of the cameras have gone far."""
+    if refinement.free.pose is None:
+        return {}
+    twist = np.einsum("vij,vj->vi", np.asarray(refinement.pose_basis), np.asarray(refinement.free.pose))
+    turned = float(np.degrees(np.median(np.linalg.norm(twist[:, 3:], axis=1))))
+    if turned < DIVERGED:
+        return {}
+    return {
+        "diverged": (
+            f"step {step}: half of the cameras have turned by more than {turned:.1f} degrees; refinement diverges. "
+            f"Train from scratch with a lower refine.learning_rate than {config.refine.learning_rate:g}, by --override"
+        )
+    }
 
 
 def refined_cameras(cameras: Cameras, refinement: Refinement, *, refine: RefineConfig) -> Cameras:
@@ -431,4 +490,4 @@ def refined_cameras(cameras: Cameras, refinement: Refinement, *, refine: RefineC
     if found.lens is None or not (refine.lens or refine.focal):
         return found
     shape = {"focal_xy": found.focal_xy, "centre_xy": found.centre_xy, "size": found.size}
-    return found.replace(lens=make_lens(found.lens.model, found.lens.coefficients, **shape)[0])  # type: ignore[attr-defined, arg-type]
+    return found.replace(lens=make_lens(found.lens.model, found.lens.coefficients, **shape)[0])  # type: ignore[attr-defined]

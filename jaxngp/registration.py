@@ -10,7 +10,6 @@ into. The exposure may be found as well.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -124,7 +123,7 @@ def register_view(
 
 def over_white(image: NDArray[Any]) -> NDArray[np.float32]:
     """(H, W, 3) f32 in [0, 1] of an image (H, W, 3 or 4), u8 or f32, colour not multiplied by alpha."""
-    plain = image.astype(np.float32) / (255 if image.dtype == np.uint8 else 1)
+    plain: NDArray[np.float32] = image.astype(np.float32) / np.float32(255 if image.dtype == np.uint8 else 1)
     if plain.shape[-1] == 3:
         return plain
     return plain[..., :3] * plain[..., 3:] + 1 - plain[..., 3:]
@@ -175,10 +174,8 @@ class _Rendering:
         out = render_ray_grid(self.field, rays, self.grid, jnp.ones(3), sampler=self.sampler)
         rgb = np.asarray(out.rgb)
         if np.any(log_gain):
-            gain = np.broadcast_to(np.reshape(log_gain, (-1, 1, 3)), (*shape, 3)).reshape(-1, 3)
-            white = jnp.ones((gain.shape[0], 3))
-            rgb = exposed(rgb.reshape(-1, 3), out.opacity.reshape(-1), white, jnp.asarray(gain, jnp.float32))
-            rgb = np.asarray(rgb).reshape(*shape, 3)
+            gain = np.broadcast_to(np.reshape(log_gain, (-1, 1, 3)), rgb.shape).astype(np.float32)
+            rgb = np.asarray(exposed(rgb, np.asarray(out.opacity), np.ones(3, np.float32), gain))
         return np.clip(rgb, 0, 1).astype(np.float64) - level.rgb
 
     def costs(self, camera: Cameras, c2w: np.ndarray, log_gain: np.ndarray, level: _Level) -> np.ndarray:

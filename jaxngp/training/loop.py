@@ -65,9 +65,7 @@ class Progress:
 
         Its arrays are those of `state`, so the next iteration takes them.
         """
-        params, learned = self.state.eval_params, self.state.refinement
-        if learned is not None:
-            params = weighted(params, learned.level_weights, grid=self.config.field.encoding)
+        params = weighted(self.state.eval_params, self.state.refinement, grid=self.config.field.encoding)
         return task_of(self.config).Field.of(params, config=self.config.field)
 
 
@@ -188,5 +186,6 @@ def _learning_rates(step: int, fraction: float, size: int, config: RunConfig) ->
     steps = step + np.arange(size)
     fractions = np.maximum(steps / config.train.max_steps, fraction)
     found = learning_rate(steps, fractions, config=config.optimizer)
-    refines = isinstance(config, NerfConfig) and config.refine.any
-    return camera_rates(found, fractions, config=config) if refines else found
+    if isinstance(config, NerfConfig) and config.refine.any:
+        return camera_rates(found, fractions, config=config)
+    return found

@@ -16,7 +16,7 @@ from flax import struct
 from jax import lax
 
 from jaxngp import refinement
-from jaxngp.cameras import PosedImages, Rays
+from jaxngp.cameras import Cameras, PosedImages, Rays
 from jaxngp.config import Background, InputError, MarchConfig, NerfConfig, program_config
 from jaxngp.data.rays import RayTable
 from jaxngp.device import compiled, compiler_options, default_placement, fusion_barrier
@@ -211,12 +211,18 @@ def occupied_fraction(grid: OccupancyGrid | None) -> jax.Array:
     return occupied.astype(jnp.float32) / jnp.float32(grid.density.size)
 
 
+def _refined(
+    params: Params, learned: refinement.Refinement, data: TrainingData, batch: PixelBatch, config: NerfConfig
+) -> tuple[RadianceField, RaySource, jax.Array | None]:
+    """Field, cameras and log gains (R, 3) of a step that refines cameras."""
+    params = refinement.weighted(params, learned, grid=config.field.encoding)
+    assert isinstance(data.source, Cameras)
+    cameras = refinement.corrected(data.source, learned, refine=config.refine)
+    gain = refinement.log_gain(learned)
+    return RadianceField.of(params, config=config.field), cameras, None if gain is None else gain[batch.view]
+
+
 # The programs.
-
-
-def weighted_params(params: Params, learned: refinement.Refinement | None, *, config: NerfConfig) -> Params:
-    """The parameters of the field as it is now, with what the levels of the encoding count while cameras move."""
-    return refinement.weighted(params, learned.level_weights, grid=config.field.encoding) if learned else params
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -230,11 +236,10 @@ def nerf_steps(
     config: NerfConfig,
 ) -> tuple[TrainState, NerfMetrics]:
     """Up to num_steps () i32 steps at the learning_rates (K,), and their mean metrics."""
-    camera_rates = learning_rates if isinstance(learning_rates, refinement.Rates) else None
-    learning_rates = learning_rates if camera_rates is None else camera_rates.field
-    if camera_rates is not None:
-        levels = camera_rates.level_weights
-        state = replace(state, refinement=replace(state.refinement, level_weights=levels))  # type: ignore[type-var]
+    rates = learning_rates
+    if isinstance(rates, refinement.Rates):
+        learning_rates, state = rates.field, replace(state, refinement=rates.weigh(state.refinement))
+    assert isinstance(learning_rates, jax.Array)
     max_steps = len(learning_rates)
     draw = functools.partial(draw_batches, num_steps=max_steps, config=config)
     batches = fusion_barrier(draw, state.step, state.key, data, pixels)
@@ -242,28 +247,24 @@ def nerf_steps(
     def one(i: jax.Array, carry: Carry) -> Carry:
         batch, noise = jax.tree.map(lambda a: a[i], batches)
 
-        def loss(params: Any, free: refinement.Free | None) -> tuple[jax.Array, NerfMetrics]:
-            if free is None:
+        learned = carry.state.refinement
+
+        def loss(params: Params, free: refinement.Free | None) -> tuple[jax.Array, NerfMetrics]:
+            if learned is None:
                 field = RadianceField(params, carry.half_table, config.field)
                 return nerf_loss(field, data.source, batch, noise, state.occupancy, config=config)
-            now = replace(carry.state.refinement, free=free)
-            field = RadianceField.of(weighted_params(params, now, config=config), config=config.field)
-            cameras = refinement.corrected(data.source, now, refine=config.refine)
-            gain = refinement.log_gain(now)
-            gain = None if gain is None else gain[batch.view]
-            return nerf_loss(field, cameras, batch, noise, state.occupancy, gain, config=config)
+            field, source, gain = _refined(params, replace(learned, free=free), data, batch, config)  # type: ignore[arg-type]
+            return nerf_loss(field, source, batch, noise, state.occupancy, gain, config=config)
 
-        free = None if camera_rates is None else carry.state.refinement.free
+        free = learned.free if learned else None
         (gradient, camera_gradient), metrics = jax.grad(loss, (0, 1), has_aux=True)(carry.state.params, free)
         # Not summed over steps, in none of which it changes: to count the bits of the grid takes a kernel.
         metrics = replace(metrics, occupied_fraction=jnp.float32(0))
         carry = apply_gradient(carry, gradient, metrics, learning_rates[i], config=config)
-        if camera_rates is None:
+        if not isinstance(rates, refinement.Rates):
             return carry
-        new = refinement.update(
-            carry.state.refinement, camera_gradient, camera_rates.cameras[i], camera_rates.exposure[i]
-        )
-        return replace(carry, state=replace(carry.state, refinement=new))
+        learned = refinement.update(learned, camera_gradient, rates.cameras[i], rates.exposure[i])
+        return replace(carry, state=replace(carry.state, refinement=learned))
 
     carry = begin_steps(state, NerfMetrics, config=config)
     carry = repeat_steps(one, carry, num_steps, max_steps=max_steps)
@@ -277,7 +278,7 @@ def refresh_occupancy(state: TrainState, *, config: NerfConfig) -> TrainState:
     assert isinstance(config.sampler, MarchConfig)
     assert state.occupancy is not None
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2**31)
-    params = weighted_params(state.params, state.refinement, config=config)
+    params = refinement.weighted(state.params, state.refinement, grid=config.field.encoding)
     density = RadianceField(params, None, config.field).density
     warmup = state.step < config.sampler.occupancy.warmup_steps
     return replace(state, occupancy=update_occupancy(state.occupancy, key, density, warmup, config=config.sampler))
@@ -320,7 +321,9 @@ def compile_programs(state: TrainState, data: PosedImages | RayTable, config: Ne
         if chosen:
 
             def find_hull() -> tuple[OccupancyGrid | None, PixelSet]:
-                views = widened(data, config.refine.margin) if config.refine.cameras else store.views()
+                views: Any = store.views()
+                if config.refine.cameras and isinstance(data, PosedImages):
+                    views = widened(data, config.refine.margin)
                 return compiled(hull_of_views, views, options=options, config=static)(views)
 
             hull = threads.submit(contexts[0].run, find_hull).result

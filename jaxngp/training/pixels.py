@@ -72,9 +72,9 @@ def widened(images: PosedImages, share: float) -> Silhouettes:
     parts = np.split(solid, np.asarray(images.offset)[1:])
     if not solid.all():
         parts = [_spread(a.reshape(h, w), round(share * w)).ravel() for a, (w, h) in zip(parts, sizes, strict=True)]
-    alpha = None if solid.all() else np.concatenate(parts).astype(np.uint8)
-    arrays: Any = default_placement().put((images.cameras, images.offset, alpha, images.keep))
-    return Silhouettes(*arrays, images.max_size, images.num_pixels)
+    alpha: Any = None if solid.all() else np.concatenate(parts).astype(np.uint8)
+    cameras, offset, alpha, keep = default_placement().put((images.cameras, images.offset, alpha, images.keep))
+    return Silhouettes(cameras, offset, alpha, keep, max_size=images.max_size, num_pixels=images.num_pixels)
 
 
 def _spread(flags: np.ndarray, reach: int) -> np.ndarray:
