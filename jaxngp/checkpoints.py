@@ -61,10 +61,12 @@ class Checkpoints:
             raise InputError(f"step {progress.step} is not saved: its parameters are non-finite")
         noted = {name: getattr(progress, name) for name in _NOTED}
         note = {"schema": SCHEMA, "environment": environment(), **noted}
-        if progress.state.refinement is not None:
-            note["refined"] = list(size_of(progress.state.refinement))
+        items = {"state": _without_refinement(progress.state)}
+        if (learned := progress.state.refinement) is not None:
+            note["refined"], items["refinement"] = list(size_of(learned)), learned
         args = self._ocp.args.Composite(
-            state=self._ocp.args.StandardSave(progress.state), progress=self._ocp.args.JsonSave(note)
+            **{name: self._ocp.args.StandardSave(item) for name, item in items.items()},
+            progress=self._ocp.args.JsonSave(note),
         )
         manager = self._open()
         self._check_space(progress.state)
@@ -112,10 +114,13 @@ class Checkpoints:
                     f"{self._path / str(step)}: checkpoint schema {note.get('schema')}, this version reads {SCHEMA}; "
                     "use the version that wrote it, or another --workdir"
                 )
+            items = {"state": _without_refinement(template)}
             if sizes := note.get("refined"):
-                template = replace(template, refinement=jax.eval_shape(lambda: blank(*sizes, config=config)))  # type: ignore[arg-type]
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(default_placement().shapes(template)))
-            state = manager.restore(step, args=args).state
+                items["refinement"] = jax.eval_shape(lambda: blank(*sizes, config=config))  # type: ignore[arg-type]
+            places = default_placement().shapes(items)
+            args = ocp.args.Composite(**{name: ocp.args.StandardRestore(place) for name, place in places.items()})
+            restored = manager.restore(step, args=args)
+            state = TrainState(**restored.state, refinement=restored.refinement if sizes else None)
         except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -141,3 +146,8 @@ class Checkpoints:
         if progress is None:
             raise InputError(f"{self._path}: no checkpoint; train first, with python -m jaxngp.train --workdir=...")
         return progress
+
+
+def _without_refinement(state: TrainState) -> dict[str, Any]:
+    """The rest of a state, in which a checkpoint of before there was one is equal to those without it."""
+    return {name: value for name, value in vars(state).items() if name != "refinement"}
