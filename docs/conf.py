@@ -64,6 +64,7 @@ CONTENTS = f"""
 
 usage
 photographs
+cameras
 viewer
 export
 library
