@@ -65,6 +65,7 @@ CONTENTS = f"""
 usage
 devices
 photographs
+cameras
 viewer
 export
 library

@@ -14,6 +14,7 @@ from jaxngp.config import InputError, RunConfig
 from jaxngp.console import warn
 from jaxngp.device import default_placement
 from jaxngp.records import environment
+from jaxngp.refinement import blank, size_of
 from jaxngp.training.loop import Progress, init_state
 from jaxngp.training.state import TrainState
 
@@ -60,8 +61,12 @@ class Checkpoints:
             raise InputError(f"step {progress.step} is not saved: its parameters are non-finite")
         noted = {name: getattr(progress, name) for name in _NOTED}
         note = {"schema": SCHEMA, "environment": environment(), **noted}
+        items = {"state": _without_refinement(progress.state)}
+        if (learned := progress.state.refinement) is not None:
+            note["refined"], items["refinement"] = list(size_of(learned)), learned
         args = self._ocp.args.Composite(
-            state=self._ocp.args.StandardSave(progress.state), progress=self._ocp.args.JsonSave(note)
+            **{name: self._ocp.args.StandardSave(item) for name, item in items.items()},
+            progress=self._ocp.args.JsonSave(note),
         )
         manager = self._open()
         self._check_space(progress.state)
@@ -109,8 +114,13 @@ class Checkpoints:
                     f"{self._path / str(step)}: checkpoint schema {note.get('schema')}, this version reads {SCHEMA}; "
                     "use the version that wrote it, or another --workdir"
                 )
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(default_placement().shapes(template)))
-            state = manager.restore(step, args=args).state
+            items = {"state": _without_refinement(template)}
+            if sizes := note.get("refined"):
+                items["refinement"] = jax.eval_shape(lambda: blank(*sizes, config=config))  # type: ignore[arg-type]
+            places = default_placement().shapes(items)
+            args = ocp.args.Composite(**{name: ocp.args.StandardRestore(place) for name, place in places.items()})
+            restored = manager.restore(step, args=args)
+            state = TrainState(**restored.state, refinement=restored.refinement if sizes else None)
         except (ValueError, KeyError, OSError, AttributeError, TypeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -136,3 +146,8 @@ class Checkpoints:
         if progress is None:
             raise InputError(f"{self._path}: no checkpoint; train first, with python -m jaxngp.train --workdir=...")
         return progress
+
+
+def _without_refinement(state: TrainState) -> dict[str, Any]:
+    """The rest of a state, in which a checkpoint of before there was one is equal to those without it."""
+    return {name: value for name, value in vars(state).items() if name != "refinement"}

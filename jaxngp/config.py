@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import PurePath
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 
 class InputError(ValueError):
@@ -138,6 +138,8 @@ class Config:
 
     Raises InputError with the dotted path of the field, from the outermost config that is read or made.
     """
+
+    added_later: ClassVar[bool] = False  # whether files of earlier versions may lack this group
 
     def __post_init__(self) -> None:
         for field in declared(type(self)):
@@ -445,6 +447,36 @@ class SceneConfig(Config):
         _require(self.hold_out_every != 1, "hold_out_every", 1, "0, or at least 2, so that views to train on are left")
 
 
+@dataclass(frozen=True)
+class RefineConfig(Config):
+    """Corrections of cameras and exposures that are learned with the scene; none by default."""
+
+    added_later = True
+
+    poses: Annotated[bool, "refine the pose of every view"] = False
+    focal: Annotated[bool, "refine focal length and principal point; equal intrinsics are of one camera"] = False
+    lens: Annotated[bool, "refine the lens; views of equal intrinsics are of one camera"] = False
+    exposure: Annotated[bool, "refine exposure and white balance of every view; their mean is kept"] = False
+    learning_rate: Annotated[Positive, Role.RESULT, "of cameras; mean motion of the image, in focal lengths a step"] = (
+        2e-3
+    )
+    exposure_rate: Annotated[Positive, Role.RESULT, "learning rate of the logarithm of exposures"] = 1e-2
+    final: Annotated[float, Bounds(0, 1), Role.RESULT, "final rates as a fraction of the initial ones"] = 0.01
+    end: Annotated[float, Bounds(above=0, high=1), Role.RESULT, "fraction of the budget at which rates are final"] = 0.8
+    coarse_levels: Annotated[Whole, Role.RESULT, "levels of the encoding in use at the start, while cameras move"] = 3
+    fine_at: Annotated[Fraction, Role.RESULT, "fraction of the budget at which all levels are in use"] = 0.4
+    margin: Annotated[Fraction, "by so much of an image's width silhouettes are widened: cameras may be off"] = 0.08
+
+    @property
+    def cameras(self) -> bool:
+        """Whether cameras move."""
+        return self.poses or self.focal or self.lens
+
+    @property
+    def any(self) -> bool:
+        return self.cameras or self.exposure
+
+
 def _check_draw(train: LoopConfig, numbers_per_step: int, what: str) -> None:
     """A call of the training program draws its random numbers at once."""
     fits = train.steps_per_dispatch * numbers_per_step <= 2**28
@@ -460,6 +492,7 @@ class NerfConfig(Config):
     sampler: MarchConfig | StratifiedConfig = MarchConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    refine: RefineConfig = RefineConfig()
 
     def check(self) -> None:
         _check_draw(self.train, self.train.num_rays * (self.sampler.jitters_per_ray + 14), "rays")
@@ -610,7 +643,7 @@ def _from_plain(plain: Any, groups: tuple[type[Config], ...], path: str) -> Any:
             inner = _field(kind, name, place).groups
             values[name] = _from_plain(value, inner, _joined(path, name)) if inner else value
     for field in declared(kind):
-        if field.groups and field.name not in values:
+        if field.groups and field.name not in values and not field.groups[0].added_later:
             raise InputError(f"{place}: {field.name!r} is missing")
     try:
         return kind(**values)

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxngp.config import RunConfig
+from jaxngp.refinement import divergence
 from jaxngp.training.loop import Progress, task_of
 
 
@@ -40,6 +41,8 @@ class TrainingWarnings:
         assert metrics is not None
         task, config = task_of(self._config), self._config
         found = task.training_warnings(metrics, step=step, finished=progress.finished, config=config)
+        if (learned := progress.state.refinement) is not None:
+            found |= divergence(learned, step=step, config=config)  # type: ignore[arg-type]
         if skipped := round(float(metrics.skipped) * (step - self._last_step)):
             found["skipped"] = (
                 f"step {step}: {skipped} updates were skipped, since the loss or its gradient was non-finite; "

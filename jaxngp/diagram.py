@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from jaxngp.cameras import Cameras
 from jaxngp.pictures import Image8
 
 Colour = tuple[int, int, int]
@@ -46,6 +47,17 @@ class Drawing:
     title: str
     alarm: str  # behind the title, in red
     labels: Mapping[str, np.ndarray]  # names of cameras, and where they are
+
+
+def frusta(cameras: Cameras) -> np.ndarray:
+    """(V, 5, 3): each camera's position, and the directions of its corners in order."""
+    c2w = np.asarray(cameras.c2w, np.float64)
+    shares = np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
+    xy = shares * np.asarray(cameras.size)[:, None]
+    u, v = np.moveaxis((xy - np.asarray(cameras.centre_xy)[:, None]) / np.asarray(cameras.focal_xy)[:, None], -1, 0)
+    own = np.stack([u, -v, -np.ones_like(u)], axis=-1)
+    direction = np.einsum("vij,vcj->vci", c2w[:, :, :3], own / np.linalg.norm(own, axis=-1, keepdims=True))
+    return np.concatenate([c2w[:, None, :, 3], direction], axis=1)
 
 
 def draw(drawing: Drawing) -> Image8:

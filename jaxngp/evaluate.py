@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from jaxngp import flags
 from jaxngp.data import load_evaluation
-from jaxngp.evaluation import evaluate_into, write_summary
+from jaxngp.evaluation import evaluate_into, prepare, write_summary
 
 
 def define_flags(values: flags.Flags) -> None:
@@ -21,6 +21,7 @@ def main(values: flags.Flags) -> None:
     if not run.progress.finished:
         print(f"this run is unfinished: {run.progress.fraction:.0%} of its budget is spent")
     split = load_evaluation(config.scene, values.eval_split, values.eval_views)
+    split = prepare(split, run.given_cameras, run.progress, fit=flags.fitted_parts(values))
     result = evaluate_into(
         run.workdir, run.field, run.occupancy, split, sampler=config.sampler, background=values.background
     )

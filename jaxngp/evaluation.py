@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jaxngp.cameras import PosedImages, Rays, view_rays
-from jaxngp.config import InputError
+from jaxngp.cameras import Cameras, PosedImages, Rays, view_rays
+from jaxngp.config import InputError, NerfConfig
 from jaxngp.console import bar_interval
 from jaxngp.data import Split
 from jaxngp.data.rays import RayTable
@@ -24,6 +24,8 @@ from jaxngp.metrics import mean_squared_error, psnr, ssim
 from jaxngp.occupancy import OccupancyGrid
 from jaxngp.pictures import contact_sheet, depth_image, error_image, hatched, to_uint8, write_png
 from jaxngp.records import environment, table, write_json
+from jaxngp.refinement import exposed, placed_cameras, refined_cameras
+from jaxngp.registration import left_half, register_view
 from jaxngp.rendering import Field, Sampler, render_ray_grid
 from jaxngp.training.loop import Progress
 
@@ -69,12 +71,14 @@ class Evaluation:
     view_psnr: tuple[float, ...]
     resolution: tuple[int, int]  # width, height
     seconds_per_view: float  # median, compilation excluded
+    cameras_from: str = ""  # where cameras and exposures come from, if not from the files alone
 
     def __str__(self) -> str:
         width, height = self.resolution
         return (
             f"PSNR {self.psnr:.2f} dB, SSIM {self.ssim:.4f} ({self.split} split, {self.num_views} views of "
             f"{width}x{height}, {self.background} background, {self.colour_space})"
+            + (f"; {self.cameras_from}" if self.cameras_from else "")
         )
 
 
@@ -104,7 +108,10 @@ def evaluate_views(
         started = time.perf_counter()
         out = render_ray_grid(field, together, grid, jnp.full(3, colour, jnp.float32), sampler=sampler)
         seconds = (time.perf_counter() - started) / size
-        views = zip(split.views[first:], truths, masks, out.rgb, out.depth, out.opacity, strict=False)
+        rgb = out.rgb
+        if split.log_gain is not None:
+            rgb = exposed(rgb, out.opacity, np.full(3, colour, np.float32), split.log_gain[index][:, None, None])
+        views = zip(split.views[first:], truths, masks, rgb, out.depth, out.opacity, strict=False)
         for name, truth, keep, rgb, depth, opacity in views:
             prediction = np.clip(np.asarray(rgb), 0, 1)
             similarity = float(ssim(prediction, truth, keep)) if min(truth.shape[:2]) >= 11 else float("nan")
@@ -113,6 +120,61 @@ def evaluate_views(
                 ViewScore(name, error, similarity, seconds),
                 ViewPicture(prediction, truth, np.asarray(depth), np.asarray(opacity), keep),
             )
+
+
+def prepare(split: Split, given: Cameras | None, progress: Progress, *, fit: Sequence[str] = ()) -> Split:
+    """A split as it is fair to evaluate a run on whose training cameras were `given`, and perhaps refined.
+
+    Where cameras were refined, see `refinement.placed_cameras`. fit: "pose", "exposure" or both are found for each view
+    on the left half of its image; then only the right half is scored. `cameras_from` says what was done.
+    """
+    config, learned, images = progress.config, progress.state.refinement, split.images
+    assert isinstance(config, NerfConfig)
+    if not isinstance(images, PosedImages):
+        if fit:
+            raise InputError("--fit_views moves cameras, and a table of rays has none")
+        return split
+    if learned is not None and config.refine.cameras and given is not None:
+        refined = refined_cameras(given, learned, refine=config.refine)
+        images = images.replace(cameras=placed_cameras(images.cameras, given, refined))  # type: ignore[attr-defined]
+        said = "refined cameras" if split.name == "train" else "given poses, aligned with the refined training cameras"
+        split = dataclasses.replace(split, images=images, cameras_from=said)
+    return _fitted(split, progress, fit) if fit else split
+
+
+def _fitted(split: Split, progress: Progress, fit: Sequence[str]) -> Split:
+    """The split with pose or exposure of each view found on its left half, which is then masked."""
+    images, config = split.images, progress.config
+    assert isinstance(images, PosedImages)
+    found, keeps = [], []
+    views = tqdm(range(split.num_views), desc="fitting", unit="view", mininterval=bar_interval())
+    for view in views:
+        image, mask = images.image(view), images.mask(view)
+        mask = np.ones(image.shape[:2], bool) if mask is None else mask
+        half = left_half(*image.shape[:2])
+        if not (mask & half).any():
+            raise InputError(f"--fit_views: the left half of {split.views[view]} is masked; leave out that view")
+        found.append(
+            register_view(
+                progress.field,
+                progress.state.occupancy,
+                images.cameras[view],
+                image,
+                mask & half,
+                sampler=config.sampler,  # type: ignore[union-attr]
+                pose="pose" in fit,
+                exposure="exposure" in fit,
+            )
+        )
+        keeps.append((mask & ~half).ravel())
+    cameras = images.cameras.replace(c2w=np.stack([np.asarray(f.camera.c2w) for f in found]))  # type: ignore[attr-defined]
+    said = f"{' and '.join(fit)} of each view fitted on its left half, scored on its right half"
+    return dataclasses.replace(
+        split,
+        images=images.replace(cameras=cameras, keep=np.concatenate(keeps)),  # type: ignore[attr-defined]
+        log_gain=np.stack([f.log_gain for f in found]).astype(np.float32) if "exposure" in fit else None,
+        cameras_from="; ".join(filter(None, [split.cameras_from, said])),
+    )
 
 
 def _views_at_once(split: Split) -> int:
@@ -140,6 +202,7 @@ def summarise(scores: Sequence[ViewScore], split: Split, background: EvalBackgro
         view_psnr=tuple(s.psnr for s in scores),
         resolution=split.resolution,
         seconds_per_view=float(np.median(later or [scores[0].seconds])),
+        cameras_from=split.cameras_from,
     )
 
 

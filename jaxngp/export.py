@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxngp import flags, runs
 from jaxngp.config import Config, InputError, NerfConfig
-from jaxngp.exporting import mesh, points, splats, tcnn, volume, webpage
+from jaxngp.exporting import mesh, points, poses, splats, tcnn, volume, webpage
 from jaxngp.runs import Run
 
 
@@ -47,6 +47,15 @@ FORMATS = {
     "splats": Format(
         splats.write, splats.SplatOptions, "-splats.ply", "Gaussian splats; --out says whether ply or glb", (".glb",)
     ),
+    "transforms": Format(
+        poses.write_transforms,
+        poses.PoseOptions,
+        "-transforms.json",
+        "the cameras, refined where they were, as nerfstudio, instant-ngp and we read them",
+    ),
+    "colmap": Format(
+        poses.write_colmap, poses.PoseOptions, "-colmap", "the cameras as a text model of COLMAP, in a folder"
+    ),
     "tcnn": Format(
         tcnn.write, tcnn.TcnnOptions, "-tcnn.npz", "the parameters in the layout of tiny-cuda-nn, as arrays"
     ),
@@ -73,7 +82,7 @@ def main(values: flags.Flags) -> None:
     if path.suffix.lower() not in chosen.suffixes:
         raise InputError(f"--out={path}: --format={values.format} is written as {' or '.join(chosen.suffixes)}")
     said = chosen.write(run, path, options)
-    size = path.stat().st_size
+    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
     print(f"{path}: {said}, {f'{size / 1e6:.1f} MB' if size > 1e5 else f'{size / 1e3:.1f} kB'}")
 
 

@@ -225,6 +225,7 @@ def _define_fields(
 
 # What each command takes.
 
+REFINED = ("poses", "focal", "lens", "exposure")
 RENDER_LAYERS = ("colour", "rgba", "depth", "depth16", "normals")
 _SCENE_FLAGS = ("downscale", "image_size", "hold_out_every", "scale", "up")
 _LOOP_FLAGS = ("seed", "max_steps", "max_seconds", "log_every", "deterministic")
@@ -258,6 +259,11 @@ def define_train_flags(values: Flags) -> None:
     )
     define_evaluation_flags(values)
     define_process_flags(values)
+    text = (
+        "What of the cameras is learned with the scene: poses, focal (and the principal point), lens, exposure (and "
+        "white balance), separated by commas. Cameras are taken as they are by default."
+    )
+    flags.DEFINE_list("refine", [], text, flag_values=values)
     flags.DEFINE_bool(
         "view", False, "Serve a viewer for the browser while training, and afterwards.", flag_values=values
     )
@@ -314,6 +320,24 @@ def define_evaluation_flags(values: Flags) -> None:
         "eval_views", 0, "Evaluate this many evenly spaced views; 0 is all.", lower_bound=0, flag_values=values
     )
     flags.DEFINE_enum("background", "white", ["white", "black"], "Background colour in evaluation.", flag_values=values)
+    text = (
+        "Find pose, exposure or both of every view on the left half of its image, and score the right half: "
+        "pose,exposure. By default views are taken as they are, and scored whole."
+    )
+    flags.DEFINE_list("fit_views", [], text, flag_values=values)
+
+
+def fitted_parts(values: Flags) -> tuple[str, ...]:
+    """What --fit_views names."""
+    return _named(values, "fit_views", ("pose", "exposure"))
+
+
+def _named(values: Flags, flag: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The names that a flag lists, in the order of `known`. Raises InputError for another one."""
+    given: list[str] = values[flag].value or []
+    if unknown := [name for name in given if name not in known]:
+        raise InputError(f"--{flag}={','.join(given)}: {unknown[0]!r} is none of {', '.join(known)}")
+    return tuple(name for name in known if name in given)
 
 
 def define_report_flags(values: Flags) -> None:
@@ -415,7 +439,8 @@ def train_config(values: Flags, training: Split | None = None) -> NerfConfig:
     config = preset
     if training and training.placement.num_cascades > 1:
         config = for_surroundings(preset, training.placement.num_cascades, has_alpha=training.has_alpha)
-    config = replace(config, scene=scene, train=loop_config(config.train, values))
+    refine = replace(config.refine, **dict.fromkeys(_named(values, "refine", REFINED), True))
+    config = replace(config, scene=scene, train=loop_config(config.train, values), refine=refine)
     return apply_overrides(config, values.override)
 
 

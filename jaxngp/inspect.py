@@ -22,7 +22,7 @@ from jaxngp.data.checks import Agreement, Evidence, Finding, check, examine, exp
 from jaxngp.data.checks.agreement import FINE, GOOD
 from jaxngp.data.checks.evidence import view_directions
 from jaxngp.data.checks.geometry import seen_cells
-from jaxngp.diagram import RED, Colour, Drawing, Group, draw
+from jaxngp.diagram import RED, Colour, Drawing, Group, draw, frusta
 from jaxngp.lenses import COEFFICIENTS
 from jaxngp.pictures import write_png
 from jaxngp.presets import SCENES
@@ -285,7 +285,7 @@ def _training(evidence: Evidence, scene: SceneConfig) -> str:
 
 def _drawing(evidence: Evidence, agreement: Agreement | None, capture: Capture, found: Sequence[Finding]) -> Drawing:
     c2w = np.asarray(evidence.cameras.c2w, np.float64)
-    corners = _frusta(evidence.cameras)
+    corners = frusta(evidence.cameras)
     suspect = sorted({view for finding in found for view in finding.views})
     groups = []
     for split, (label, colour) in {**_SPLITS, "": _SUSPECT}.items():
@@ -298,17 +298,6 @@ def _drawing(evidence: Evidence, agreement: Agreement | None, capture: Capture, 
         f"{Path(capture.path).name}: {len(c2w)} views, {capture.format}", ", ".join(finding.code for finding in found),
         {evidence.names[view]: corners[view, 0] for view in suspect[:MAX_LABELS]},
     )  # fmt: skip
-
-
-def _frusta(cameras: Cameras) -> np.ndarray:
-    """(V, 5, 3): each camera's position, and the directions of its corners in order."""
-    c2w = np.asarray(cameras.c2w, np.float64)
-    shares = np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
-    xy = shares * np.asarray(cameras.size)[:, None]
-    u, v = np.moveaxis((xy - np.asarray(cameras.centre_xy)[:, None]) / np.asarray(cameras.focal_xy)[:, None], -1, 0)
-    own = np.stack([u, -v, -np.ones_like(u)], axis=-1)
-    direction = np.einsum("vij,vcj->vci", c2w[:, :, :3], own / np.linalg.norm(own, axis=-1, keepdims=True))
-    return np.concatenate([c2w[:, None, :, 3], direction], axis=1)
 
 
 def _points(evidence: Evidence, agreement: Agreement | None) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ from jaxngp import flags, runs
 from jaxngp.config import ImageConfig, InputError, NerfConfig
 from jaxngp.console import bar_interval
 from jaxngp.data import load_evaluation
-from jaxngp.evaluation import Evaluation, evaluate_views, summarise, training_summary
+from jaxngp.evaluation import Evaluation, evaluate_views, prepare, summarise, training_summary
 from jaxngp.pictures import Image8, read_picture
 from jaxngp.records import read_log, write_text
 from jaxngp.reporting import Shown, choose_views, page, write_tensorboard
@@ -78,6 +78,7 @@ def evaluated(run: runs.Run, values: flags.Flags) -> tuple[Evaluation, Shown]:
     if values.data_dir:
         scene = replace(scene, data_dir=os.path.realpath(values.data_dir))
     split = load_evaluation(scene, values.eval_split, values.eval_views)
+    split = prepare(split, run.given_cameras, run.progress, fit=flags.fitted_parts(values))
     views = evaluate_views(run.field, run.occupancy, split, sampler=run.config.sampler, background=values.background)
     bar = tqdm(views, desc="evaluating", total=split.num_views, unit="view", mininterval=bar_interval())
     scores, shown = choose_views(bar, split.num_views)

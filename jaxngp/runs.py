@@ -50,6 +50,7 @@ from jaxngp.lenses import MODELS, Lens
 from jaxngp.occupancy import OccupancyGrid
 from jaxngp.processes import any_of, gather, is_first, wait_for_all
 from jaxngp.records import append_jsonl, keep_lines, write_json
+from jaxngp.refinement import refined_cameras
 from jaxngp.rendering import render_view
 from jaxngp.training.loop import Progress
 
@@ -256,7 +257,8 @@ def remove_pictures(workdir: Path) -> None:
 def clear(workdir: Path) -> None:
     """Remove what a run writes, and nothing else that may lie there."""
     remove_pictures(workdir)
-    for name in ("config.json", "scene.json", "metrics.jsonl", "curve.jsonl", "summary.json", "report.html"):
+    written = ("config.json", "scene.json", "metrics.jsonl", "cameras.json", "cameras.png", "curve.jsonl")
+    for name in (*written, "summary.json", "report.html"):
         (workdir / name).unlink(missing_ok=True)
     for name in ("checkpoints", "exports", "novel_views", "renders", "tensorboard"):
         shutil.rmtree(workdir / name, ignore_errors=True)
@@ -309,13 +311,21 @@ class Run:
     config: Any  # NerfConfig, ImageConfig or SdfConfig
     progress: Progress  # where training stands
     trained_on: dict[str, Any]  # device, versions and memory
-    cameras: Cameras | None  # of the training views, scene units; None where the run has none
+    given_cameras: Cameras | None  # of the training views, scene units; None where the run has none
     transform: SceneTransform = SceneTransform()  # from the units of the scene's files to scene units
 
     @functools.cached_property
     def field(self) -> Any:
         """What was learned: a `RadianceField`, an `ImageField` or a `DistanceField`."""
         return self.progress.field
+
+    @functools.cached_property
+    def cameras(self) -> Cameras | None:
+        """Of the training views, scene units, refined where they were; None where the run has none."""
+        learned = self.progress.state.refinement
+        if learned is None or self.given_cameras is None:
+            return self.given_cameras
+        return refined_cameras(self.given_cameras, learned, refine=self.config.refine)
 
     @property
     def occupancy(self) -> OccupancyGrid | None:

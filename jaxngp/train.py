@@ -11,15 +11,15 @@ import contextlib
 from dataclasses import replace
 from pathlib import Path
 
-from jaxngp import flags, processes, runs
+from jaxngp import camera_report, flags, processes, runs
 from jaxngp.cameras import PosedImages
 from jaxngp.config import InputError, NerfConfig, to_json
 from jaxngp.console import warn
 from jaxngp.data import RayTable, Split, load_evaluation, load_training
 from jaxngp.data.checks import dataset_warnings
-from jaxngp.evaluation import evaluate_into, write_summary
+from jaxngp.evaluation import evaluate_into, prepare, write_summary
 from jaxngp.presets import SCENES
-from jaxngp.training.loop import train
+from jaxngp.training.loop import Progress, train
 from jaxngp.viewing.panel import check_host
 from jaxngp.viewing.source import Source, history_of
 from jaxngp.viewing.viewer import NoViewer, Viewer, open_viewer
@@ -62,7 +62,10 @@ def main(values: flags.Flags) -> None:
                 processes.wait_for_all("the views are evaluated")
                 return
             print(f"trained for {progress.step} steps in {progress.seconds:.1f} s")
+            report_cameras(workdir, training, progress)
             if (evaluation := reading.result()) is not None:
+                given = training.images.cameras if isinstance(training.images, PosedImages) else None
+                evaluation = prepare(evaluation, given, progress, fit=flags.fitted_parts(values))
                 result = evaluate_into(
                     workdir,
                     progress.field,
@@ -75,6 +78,15 @@ def main(values: flags.Flags) -> None:
                 print(f"novel views: {workdir / 'novel_views'}   next: python -m jaxngp.render --workdir={workdir}")
             viewer.stay(progress)
             processes.wait_for_all("the views are evaluated")
+
+
+def report_cameras(workdir: Path, training: Split, progress: Progress) -> None:
+    """Say how cameras and exposures were refined, if they were."""
+    if progress.state.refinement is None:
+        return
+    report = camera_report.write(workdir, training, progress)
+    print(report)
+    warn(*report.warnings)
 
 
 def check_viewer(values: flags.Flags) -> None:

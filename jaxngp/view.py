@@ -14,6 +14,7 @@ from jaxngp import flags, runs
 from jaxngp.config import InputError, NerfConfig
 from jaxngp.console import interruption
 from jaxngp.data import load_training
+from jaxngp.evaluation import prepare
 from jaxngp.runs import Run
 from jaxngp.viewing.source import Source, history_of
 from jaxngp.viewing.viewer import open_viewer
@@ -34,7 +35,7 @@ def main(values: flags.Flags) -> None:
             workdir=run.workdir,
             cameras=run.cameras,
             transform=run.transform,
-            read=lambda: load_training(config.scene),
+            read=lambda: prepare(load_training(config.scene), run.given_cameras, run.progress),
             history=lambda: history_of(run.workdir),
             stop=stop,
         )
@@ -62,7 +63,7 @@ def newer_checkpoints(run: Run, stop: Callable[[], bool]) -> Iterator[Run]:
             continue
         if newer.config.field != run.config.field or newer.config.sampler != run.config.sampler:
             raise InputError(f"{run.workdir}: holds another run now; start the viewer again")
-        run = replace(newer, cameras=run.cameras)
+        run = replace(newer, given_cameras=run.given_cameras)
         yield run
 
 

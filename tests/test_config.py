@@ -174,7 +174,7 @@ def test_the_last_override_wins_whatever_its_spaces() -> None:
     ("override", "message"),
     [
         ("train.sed=1", "no field 'sed'; its fields are background, .*seed, steps_per_dispatch"),
-        ("tran.seed=1", "no field 'tran'; its fields are field, optimizer, sampler, scene, train"),
+        ("tran.seed=1", "no field 'tran'; its fields are field, optimizer, refine, sampler, scene, train"),
         ("train=1", "names a group; its fields are background, "),
         ("train.seed.low=1", "'seed' is a value and has no fields"),
         ("train.seed", "expected dotted.path=value"),

@@ -101,7 +101,7 @@ def make_run(config: NerfConfig, params: Any = None) -> Run:
         last[:, 0] *= np.sign(found.mean()) * 4 / np.std(found)  # some of it opaque, so that rays end
     grid = init_occupancy(jnp.asarray(inside.reshape(cells.num_cascades, -1)))
     progress: Any = SimpleNamespace(
-        field=RadianceField.of(params, config=config.field), state=SimpleNamespace(occupancy=grid)
+        field=RadianceField.of(params, config=config.field), state=SimpleNamespace(occupancy=grid, refinement=None)
     )
     return Run(Path(), config, progress, {}, make_camera(60, 40, 55.0, poses_around(4, 1.3)))
 

@@ -31,6 +31,8 @@ class Split:
     placement: Placement = Placement(SceneTransform())
     notes: tuple[str, ...] = ()  # a sentence about each thing that the user may not expect
     capture: Capture | None = None  # that the views are of, with the files that they come from
+    cameras_from: str = ""  # where cameras or exposures come from, if not from the files alone; for people
+    log_gain: np.ndarray | None = None  # (V, 3) exposures of the views, by which predictions are scaled
 
     @property
     def num_views(self) -> int:

@@ -17,6 +17,8 @@ import numpy as np
 from jaxngp.config import ImageConfig, InputError, NerfConfig, RunConfig, SdfConfig, program_config
 from jaxngp.device import default_placement, slow_scatter_warning
 from jaxngp.processes import of_first
+from jaxngp.refinement import Rates, weighted
+from jaxngp.refinement import rates as camera_rates
 from jaxngp.training import image, nerf, sdf
 from jaxngp.training.optimizer import learning_rate
 from jaxngp.training.state import TrainState
@@ -64,7 +66,8 @@ class Progress:
 
         Its arrays are those of `state`, so the next iteration takes them.
         """
-        return task_of(self.config).Field.of(self.state.eval_params, config=self.config.field)
+        params = weighted(self.state.eval_params, self.state.refinement, grid=self.config.field.encoding)
+        return task_of(self.config).Field.of(params, config=self.config.field)
 
 
 def init_state(seed: int, *, config: RunConfig) -> TrainState:
@@ -181,8 +184,11 @@ def _mean(parts: Sequence[tuple[int, StepMetrics]]) -> StepMetrics:
     return jax.tree.map(lambda *means: np.average(np.asarray(means), weights=numbers), *metrics)
 
 
-def learning_rates(step: int, fraction: float, size: int, config: RunConfig) -> np.ndarray:
+def learning_rates(step: int, fraction: float, size: int, config: RunConfig) -> np.ndarray | Rates:
     """(size,) f32 from a step on: by step where the budget is one of steps, else as of the fraction spent."""
     steps = step + np.arange(size)
     fractions = np.maximum(steps / config.train.max_steps, fraction)
-    return learning_rate(steps, fractions, config=config.optimizer)
+    found = learning_rate(steps, fractions, config=config.optimizer)
+    if isinstance(config, NerfConfig) and config.refine.any:
+        return camera_rates(found, fractions, config=config)
+    return found

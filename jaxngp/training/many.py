@@ -60,7 +60,7 @@ class ManyProgress:
 
 def group_key(config: NerfConfig, images: Any) -> Any:
     """Scenes with equal keys can be trained together; None where a scene has to be trained alone."""
-    if not isinstance(images, PosedImages) or config.train.max_seconds:
+    if not isinstance(images, PosedImages) or config.train.max_seconds or config.refine.any:
         return None
     leaves, structure = jax.tree.flatten(images)
     budget = (config.train.max_steps, config.train.log_every, nerf_refresh_every(config))
@@ -83,7 +83,7 @@ def train_many(
     if keys[0] is None or any(key != keys[0] for key in keys):
         raise InputError(
             "the scenes cannot be trained together: they need views of equal shapes, configs that differ in data, "
-            "seeds and learning rates alone, and a budget in steps: set train.max_seconds = 0"
+            "seeds and learning rates alone, a budget in steps (set train.max_seconds = 0), and cameras as they are"
         )
     scenes = _Scenes(len(configs))
     static, train = program_config(configs[0]), configs[0].train

@@ -15,11 +15,12 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from jaxngp.cameras import PosedImages, Rays
+from jaxngp import refinement
+from jaxngp.cameras import Cameras, PosedImages, Rays
 from jaxngp.config import Background, InputError, MarchConfig, NerfConfig, program_config
 from jaxngp.data.rays import RayTable
 from jaxngp.device import compiled, compiler_options, default_placement, fusion_barrier, over_shares
-from jaxngp.fields import RadianceField
+from jaxngp.fields import Params, RadianceField
 from jaxngp.losses import colour_loss
 from jaxngp.marching import jitter_shape
 from jaxngp.metrics import psnr
@@ -34,6 +35,7 @@ from jaxngp.training.pixels import (
     TrainingData,
     num_pixels_of_all,
     on_host,
+    widened,
 )
 from jaxngp.training.state import TrainState, fresh_state
 from jaxngp.training.step import (
@@ -175,6 +177,7 @@ def nerf_loss(
     batch: PixelBatch,
     noise: StepNoise,
     grid: OccupancyGrid | None,
+    log_gain: jax.Array | None = None,
     *,
     config: NerfConfig,
 ) -> tuple[jax.Array, NerfMetrics]:
@@ -182,6 +185,7 @@ def nerf_loss(
 
     Devices that share a program each return their part of the loss, and the metrics of the whole.
     Differentiable in the field's parameters, and in the poses and intrinsics of `source` where it is `Cameras`.
+    log_gain (R, 3): of the exposure of each ray's photograph, see `refinement.exposed`.
     """
     # Behind the barrier a ray is cast once, and not once per sample.
     rays = fusion_barrier(lambda source, view, xy: source.cast(view, xy), source, batch.view, batch.xy)
@@ -189,6 +193,8 @@ def nerf_loss(
     out, samples = render_rays(field, rays, grid, noise.jitter, noise.background, depth, sampler=config.sampler)
     alpha = batch.rgba[:, 3:]
     target = batch.rgba[:, :3] * alpha + noise.background * (1 - alpha)
+    if log_gain is not None:
+        out = out.replace(rgb=refinement.exposed(out.rgb, out.opacity, noise.background, log_gain))  # type: ignore[attr-defined]
     # Of each ray, whether it is used, its loss and its squared error: summed over rays together, in one pass.
     losses = jnp.sum(colour_loss(out.rgb, target, loss=config.train.loss), axis=-1)
     if depth is not None and out.depth_error is not None:  # unknown where it is 0
@@ -219,6 +225,17 @@ def occupied_fraction(grid: OccupancyGrid | None) -> jax.Array:
     return occupied.astype(jnp.float32) / jnp.float32(grid.density.size)
 
 
+def _refined(
+    params: Params, learned: refinement.Refinement, data: TrainingData, batch: PixelBatch, config: NerfConfig
+) -> tuple[RadianceField, RaySource, jax.Array | None]:
+    """Field, cameras and log gains (R, 3) of a step that refines cameras."""
+    params = refinement.weighted(params, learned, grid=config.field.encoding)
+    assert isinstance(data.source, Cameras)
+    cameras = refinement.corrected(data.source, learned, refine=config.refine)
+    gain = refinement.log_gain(learned)
+    return RadianceField.of(params, config=config.field), cameras, None if gain is None else gain[batch.view]
+
+
 # The programs.
 
 
@@ -227,27 +244,40 @@ def nerf_steps(
     state: TrainState,
     data: TrainingData,
     pixels: PixelSet | None,
-    learning_rates: jax.Array,
+    learning_rates: jax.Array | refinement.Rates,
     num_steps: jax.Array,
     *,
     config: NerfConfig,
 ) -> tuple[TrainState, NerfMetrics]:
     """Up to num_steps () i32 steps at the learning_rates (K,), and their mean metrics."""
+    rates = learning_rates
+    if isinstance(rates, refinement.Rates):
+        learning_rates, state = rates.field, replace(state, refinement=rates.weigh(state.refinement))
+    assert isinstance(learning_rates, jax.Array)
     max_steps = len(learning_rates)
     draw = functools.partial(draw_batches, num_steps=max_steps, config=config)
     batches = fusion_barrier(draw, state.step, state.key, data, pixels)
 
     def one(i: jax.Array, carry: Carry) -> Carry:
         batch, noise = jax.tree.map(lambda a: a[i], batches)
+        learned = carry.state.refinement
 
-        def loss(params: Any) -> tuple[jax.Array, NerfMetrics]:
-            field = RadianceField(params, carry.half_table, config.field)
-            return nerf_loss(field, data.source, batch, noise, state.occupancy, config=config)
+        def loss(params: Params, free: refinement.Free | None) -> tuple[jax.Array, NerfMetrics]:
+            if learned is None:
+                field = RadianceField(params, carry.half_table, config.field)
+                return nerf_loss(field, data.source, batch, noise, state.occupancy, config=config)
+            field, source, gain = _refined(params, replace(learned, free=free), data, batch, config)  # type: ignore[arg-type]
+            return nerf_loss(field, source, batch, noise, state.occupancy, gain, config=config)
 
-        gradient, metrics = jax.grad(loss, has_aux=True)(carry.params)
+        free = learned.free if learned else None
+        (gradient, camera_gradient), metrics = jax.grad(loss, (0, 1), has_aux=True)(carry.params, free)
         # Not summed over steps, in none of which it changes: to count the bits of the grid takes a kernel.
         metrics = replace(metrics, occupied_fraction=jnp.float32(0))
-        return apply_gradient(carry, gradient, metrics, learning_rates[i], config=config)
+        carry = apply_gradient(carry, gradient, metrics, learning_rates[i], config=config)
+        if not isinstance(rates, refinement.Rates):
+            return carry
+        learned = refinement.update(learned, camera_gradient, rates.cameras[i], rates.exposure[i])
+        return replace(carry, state=replace(carry.state, refinement=learned))
 
     carry = begin_steps(state, NerfMetrics, config=config)
     carry = repeat_steps(one, carry, num_steps, max_steps=max_steps)
@@ -261,7 +291,8 @@ def refresh_occupancy(state: TrainState, *, config: NerfConfig) -> TrainState:
     assert isinstance(config.sampler, MarchConfig)
     assert state.occupancy is not None
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2**31)
-    density = RadianceField(state.params, None, config.field).density
+    params = refinement.weighted(state.params, state.refinement, grid=config.field.encoding)
+    density = RadianceField(params, None, config.field).density
     warmup = state.step < config.sampler.occupancy.warmup_steps
     return replace(state, occupancy=update_occupancy(state.occupancy, key, density, warmup, config=config.sampler))
 
@@ -298,6 +329,11 @@ def compile_programs(state: TrainState, data: PosedImages | RayTable, config: Ne
     hull: Callable[[], tuple[Any, Any]] = lambda: (None, None)  # noqa: E731
     refresh: Any = None
     pixels = jax.eval_shape(pixel_set, jax.ShapeDtypeStruct((num_pixels,), bool)) if chosen else None
+    if config.refine.any and default_placement().mesh is not None:
+        raise InputError("--refine trains on a single device: leave --mesh away")
+    if config.refine.any and state.refinement is None:
+        state = replace(state, refinement=init_refinement(data, config))
+    learned = state.refinement
     store = _make_store(state, data, pixels, config)
     # A thread starts without the context of its caller, in which `device.formulation` may have been chosen.
     contexts = [contextvars.copy_context() for _ in range(2)]
@@ -305,7 +341,9 @@ def compile_programs(state: TrainState, data: PosedImages | RayTable, config: Ne
         if chosen:
 
             def find_hull() -> tuple[OccupancyGrid | None, PixelSet]:
-                views = store.views()
+                views: Any = store.views()
+                if config.refine.cameras and isinstance(data, PosedImages):
+                    views = widened(data, config.refine.margin)
                 return compiled(hull_of_views, views, options=options, config=static)(views)
 
             hull = threads.submit(contexts[0].run, find_hull).result
@@ -313,12 +351,16 @@ def compile_programs(state: TrainState, data: PosedImages | RayTable, config: Ne
             refresh = threads.submit(
                 contexts[1].run, compiled, refresh_occupancy, state, options=options, donate=True, config=static
             )
-        arguments = (state, store.data, pixels, zero_rates(config), NO_STEPS)
+        zero = zero_rates(config)
+        some_rates = refinement.rates(np.asarray(zero), np.zeros(len(zero)), config=config) if learned else zero
+        arguments = (state, store.data, pixels, some_rates, NO_STEPS)
         steps = compiled(nerf_steps, *arguments, options=step_options(config), donate=True, config=static)
         grid, pixels = hull()
 
     def with_hull(state: TrainState) -> TrainState:
         jax.block_until_ready((grid, pixels))
+        if learned is not None:
+            state = replace(state, refinement=default_placement().put(learned))
         if grid is None:
             return state
         _check_candidates(grid)
@@ -333,6 +375,13 @@ def compile_programs(state: TrainState, data: PosedImages | RayTable, config: Ne
         refresh=refresh.result() if refresh else lambda state: state,
         refresh_every=every,
     )
+
+
+def init_refinement(data: PosedImages | RayTable, config: NerfConfig) -> refinement.Refinement:
+    """No corrections yet. Raises InputError for rays that come from no cameras."""
+    if not isinstance(data, PosedImages):
+        raise InputError("--refine corrects cameras, and a table of rays has none: train on it without")
+    return refinement.init_refinement(data.cameras, config=config)
 
 
 def _make_store(

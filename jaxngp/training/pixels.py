@@ -66,6 +66,29 @@ class Silhouettes:
     num_pixels: int = struct.field(pytree_node=False)
 
 
+def widened(images: PosedImages, share: float) -> Silhouettes:
+    """What the visual hull reads of views whose cameras may be off: silhouettes wider by a share of an image's width.
+
+    A pixel counts as empty only where all within so many pixels to either side, and up and down, are.
+    """
+    solid, sizes = np.asarray(images.alpha) > 0, np.asarray(images.cameras.size)
+    parts = np.split(solid, np.asarray(images.offset)[1:])
+    if not solid.all():
+        parts = [_spread(a.reshape(h, w), round(share * w)).ravel() for a, (w, h) in zip(parts, sizes, strict=True)]
+    alpha: Any = None if solid.all() else np.concatenate(parts).astype(np.uint8)
+    cameras, offset, alpha, keep = default_placement().put((images.cameras, images.offset, alpha, images.keep))
+    return Silhouettes(cameras, offset, alpha, keep, max_size=images.max_size, num_pixels=images.num_pixels)
+
+
+def _spread(flags: np.ndarray, reach: int) -> np.ndarray:
+    """(H, W) bool: whether a flag is set within so many places along either axis."""
+    for _ in range(2):
+        flags = flags.T
+        counts = np.cumsum(np.pad(flags, ((reach + 1, reach), (0, 0))), axis=0, dtype=np.int32)
+        flags = counts[2 * reach + 1 :] > counts[: -2 * reach - 1]
+    return flags
+
+
 @struct.dataclass
 class SharedPixels:
     """The pixels of views of which each device keeps some: all n of the views that are its own, or those of them

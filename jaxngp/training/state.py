@@ -10,6 +10,7 @@ from flax import struct
 from jaxngp.config import RunConfig
 from jaxngp.fields import Params, init_params
 from jaxngp.occupancy import OccupancyGrid
+from jaxngp.refinement import Refinement
 from jaxngp.training.optimizer import make_optimizer
 
 
@@ -23,6 +24,7 @@ class TrainState:
     opt_state: optax.OptState
     occupancy: OccupancyGrid | None  # None where no rays march
     key: jax.Array  # () typed PRNG key
+    refinement: Refinement | None = None  # of the cameras; None where they stay as given
 
     @property
     def eval_params(self) -> Params:

@@ -25,6 +25,7 @@ from jaxngp.fields import Params, RadianceField
 from jaxngp.hashing import level_offsets
 from jaxngp.occupancy import OccupancyGrid
 from jaxngp.pictures import Image8, depth_image, to_uint8
+from jaxngp.refinement import weighted
 from jaxngp.rendering import Field, Sampler, render_chunk
 from jaxngp.training.loop import Progress, init_state
 from jaxngp.viewing.poses import Viewpoint
@@ -90,8 +91,9 @@ def copy_scene(progress: Progress) -> Scene:
     """The scene as it is now. The copy is made by one program, compiled before."""
     config, state = progress.config, progress.state
     assert isinstance(config, NerfConfig)
-    program = compiled(_copy, state.eval_params, state.occupancy, config=config.field)
-    field, grid = program(state.eval_params, state.occupancy)
+    params = weighted(state.eval_params, state.refinement, grid=config.field.encoding)
+    program = compiled(_copy, params, state.occupancy, config=config.field)
+    field, grid = program(params, state.occupancy)
     return Scene(field, grid, config.sampler, progress.step)
 
 
