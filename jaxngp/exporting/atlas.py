@@ -158,7 +158,8 @@ def rasterise(
     """What the pixels show of triangles (F, 3) whose corners (V,) lie at xy (V, 2) px and depths (V,).
 
     Of the pixels whose centres lie in any triangle, in increasing order: number (N,), nearest face (N,), and
-    barycentric coordinates (N, 3) on it, correct in perspective. Triangles that have a corner of no positive depth are left out.
+    barycentric coordinates (N, 3) on it, correct in perspective. Triangles with a corner of no positive depth are left
+    out.
     """
     faces_at = np.flatnonzero((depth[faces] > 0).all(axis=1))
     corner, z = xy[faces[faces_at]], depth[faces[faces_at]]
