@@ -118,6 +118,13 @@ def read_picture(path: str | os.PathLike[str]) -> Image8:
         return np.asarray(image.convert("RGB"))
 
 
+def encode_png(image: Image8) -> bytes:
+    """A PNG of (H, W, 3) u8; equal images give equal bytes."""
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, format="PNG")
+    return content.getvalue()
+
+
 def encode_webp(image: Image8) -> bytes:
     """(H, W, 3) u8 as a small WebP, close enough to look at and not to measure on."""
     data = io.BytesIO()

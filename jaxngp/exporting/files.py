@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from jaxngp.data import SceneTransform
 from jaxngp.records import replacing
@@ -67,13 +66,6 @@ class Textured:
 
     uv: np.ndarray
     png: bytes
-
-
-def encode_png(image: np.ndarray) -> bytes:
-    """A PNG of (H, W, 3) u8: equal images give equal bytes."""
-    content = io.BytesIO()
-    Image.fromarray(image).save(content, format="png", compress_level=9)
-    return content.getvalue()
 
 
 def write_obj(

@@ -11,10 +11,11 @@ import numpy as np
 from jaxngp.config import Bounds, Config
 from jaxngp.exporting.atlas import make_atlas
 from jaxngp.exporting.colours import surface_colours
-from jaxngp.exporting.files import Glb, Textured, axes_of, encode_png, positions, to_byte, write_obj, write_ply
+from jaxngp.exporting.files import Glb, Textured, axes_of, positions, to_byte, write_obj, write_ply
 from jaxngp.exporting.surface import Surface, extract, opaque_density, some_views
 from jaxngp.exporting.texture import bake
 from jaxngp.exporting.volume import Share, middle_cube
+from jaxngp.pictures import encode_png
 from jaxngp.runs import Run
 
 SUFFIXES = (".glb", ".ply", ".obj")
