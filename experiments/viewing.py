@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from jaxngp.cameras import orbit_poses
+from jaxngp.cameras import PosedImages, orbit_poses
 from jaxngp.data import load_training
 from jaxngp.presets import PRESETS
 from jaxngp.training.loop import Progress, train
@@ -92,6 +92,7 @@ def main() -> None:
     config = PRESETS["small"]
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=10**6, max_seconds=0.0))
     images = load_training(config.scene).images
+    assert isinstance(images, PosedImages)
     poses = orbit_poses(np.asarray(images.cameras.c2w), 240)
     window = Window([Viewpoint(pose, 0.7, 960, 540) for pose in poses])
     compile_ahead(config)

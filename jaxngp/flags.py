@@ -201,7 +201,7 @@ def _define_fields(
                 flags.DEFINE_enum(field.name, None, choices, text, flag_values=values)
             else:
                 define[field.kind](field.name, None, text, flag_values=values)
-            values[field.name].group = title(field)
+            setattr(values[field.name], "group", title(field))  # noqa: B010, which absl does not declare
 
 
 # What each command takes.

@@ -40,9 +40,7 @@ class SplatOptions(Config):
         Bounds(0, 3),
         "how finely colours change with the direction of view, in spherical harmonics",
     ] = 2
-    steps: Annotated[int, Bounds(0, 10**6), "steps that refine them, one view each; 0: discs as they are found"] = (
-        800
-    )
+    steps: Annotated[int, Bounds(0, 10**6), "steps that refine them, one view each; 0: discs as they are found"] = 800
     side: Annotated[int, Bounds(16, 4096), "pixels along the longer side of the views they are refined on"] = 256
     seed: Annotated[int, Bounds(0, below=2**32), "seed of the random rays and of the order of the views"] = 0
 
