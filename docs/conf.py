@@ -41,7 +41,6 @@ autodoc_mock_imports = [
     "skimage",
     "trimesh",
     "viser",
-    "xatlas",
 ]
 
 myst_heading_anchors = 3
