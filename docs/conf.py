@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import jaxngp
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import places  # noqa: E402, beside this file
+
 ROOT = HERE.parent
 
 project = "jaxngp"
@@ -37,7 +41,6 @@ autodoc_mock_imports = [
     "skimage",
     "trimesh",
     "viser",
-    "xatlas",
 ]
 
 myst_heading_anchors = 3
@@ -112,11 +115,24 @@ def relink(_app: Any, _page: str, source: list[str]) -> None:
     source[0] = relinked(source[0])
 
 
-def as_text(_app: Any, _what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
+def shown(name: str) -> list[str]:
+    """Lines that say where a public function is used, for those who look for an example."""
+    pages = [f":doc:`/{page}`" for page in places.shown_in(name)]
+    callers = [f":py:obj:`{caller}`" for caller in places.called_by(name)]
+    if found := pages or callers or places.tested_in(name):
+        return ["", f"{'Example' if pages else 'Used'} in: {', '.join(found)}", ""]
+    return []
+
+
+def as_text(_app: Any, what: str, name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
     """Our docstrings are text, and not reStructuredText: what is indented stays as it is, and signs are signs."""
     result: list[str] = []
-    inside = False
+    inside = doctest = False
     for line in lines:
+        doctest = line.startswith(">>>") or (doctest and bool(line))
+        if doctest:
+            result.append(line)
+            continue
         indented = line.startswith("    ")
         if indented and not inside:
             result += ["", "::", ""]
@@ -124,7 +140,7 @@ def as_text(_app: Any, _what: str, _name: str, _obj: Any, _options: Any, lines: 
             result.append("")
         inside = indented or (inside and not line)
         result.append(line if inside else re.sub(r"(`[^`]*`)|([*|])", lambda m: m[1] or "\\" + m[2], line))
-    lines[:] = result
+    lines[:] = result + (shown(name) if what == "function" else [])
 
 
 def setup(app: Any) -> None:

@@ -145,7 +145,12 @@ def make_cameras(
     height: ArrayLike,
     lens: Lens | None = None,
 ) -> Cameras:
-    """Cameras (...) as numpy arrays, from poses (..., 3, 4) and intrinsics of each or one for all."""
+    """Cameras (...) as numpy arrays, from poses (..., 3, 4) and intrinsics of each or one for all.
+
+    >>> cameras = make_cameras(np.eye(3, 4)[None], focal_xy=100, centre_xy=(32, 24), width=64, height=48)
+    >>> len(cameras), image_size(cameras[0])
+    (1, (64, 48))
+    """
     c2w = np.asarray(c2w, np.float32)
     batch = c2w.shape[:-2]
     size = np.stack(np.broadcast_arrays(width, height), axis=-1)
@@ -154,7 +159,12 @@ def make_cameras(
 
 
 def pose_images(cameras: Cameras, images: list[np.ndarray] | np.ndarray) -> PosedImages:
-    """Views from their cameras (V,) and images (H, W, 4) u8, as numpy arrays."""
+    """Views from their cameras (V,) and images (H, W, 4) u8, as numpy arrays.
+
+    >>> cameras = make_cameras(np.eye(3, 4)[None], focal_xy=1, centre_xy=1, width=2, height=2)
+    >>> pose_images(cameras, [np.zeros((2, 2, 4), np.uint8)]).image(0).shape
+    (2, 2, 4)
+    """
     sizes = np.array([(image.shape[1], image.shape[0]) for image in images], np.int64)
     ends = np.cumsum(sizes[:, 0] * sizes[:, 1])
     uniform = isinstance(images, np.ndarray)
@@ -171,7 +181,12 @@ def image_size(camera: Cameras) -> tuple[int, int]:
 
 
 def unproject(cameras: Cameras, pixel_xy: jax.Array) -> Rays:
-    """The rays through pixel coordinates. cameras (...), pixel_xy (..., 2) -> Rays (...)."""
+    """The rays through pixel coordinates. cameras (...), pixel_xy (..., 2) -> Rays (...).
+
+    >>> camera = make_cameras(np.eye(3, 4), focal_xy=100, centre_xy=(32, 24), width=64, height=48)
+    >>> unproject(camera, jnp.array([32.0, 24.0])).direction.tolist()
+    [0.0, 0.0, -1.0]
+    """
     xy = (pixel_xy - cameras.centre_xy) * (1 / cameras.focal_xy)
     x, y, c2w = xy[..., 0], -xy[..., 1], cameras.c2w
     # Products and sums written out, not a matmul: an accelerator may round a matmul's inputs to bfloat16, and a CPU
@@ -191,6 +206,11 @@ def project(cameras: Cameras, position: jax.Array) -> tuple[jax.Array, jax.Array
 
     Only where the depth is positive does the camera show the point; elsewhere the pixel has no meaning. Of a pinhole it
     is the depth along -z; with a lens, which may look sideways, the distance, negated for a point it does not show.
+
+    >>> camera = make_cameras(np.eye(3, 4), focal_xy=100, centre_xy=(32, 24), width=64, height=48)
+    >>> xy, depth = project(camera, jnp.array([0.0, 0.0, -2.0]))
+    >>> xy.tolist(), float(depth)
+    ([32.0, 24.0], 2.0)
     """
     x, y, depth = project_axes(cameras, *(position[..., axis] for axis in range(3)))
     return jnp.stack([x, y], axis=-1), depth
@@ -219,6 +239,10 @@ def view_rays(camera: Cameras, place: ArrayLike = (0.5, 0.5)) -> Rays:
     """The rays through all pixels of a single camera whose size is concrete: Rays (H, W).
 
     place (2,): where in each pixel, in [0, 1]; the centre by default.
+
+    >>> camera = make_cameras(np.eye(3, 4), focal_xy=100, centre_xy=(32, 24), width=64, height=48)
+    >>> view_rays(camera).direction.shape
+    (48, 64, 3)
     """
     width, height = image_size(camera)
     return _view_rays(camera, jnp.asarray(place, jnp.float32), width=width, height=height)
@@ -245,7 +269,12 @@ def through_aperture(camera: Cameras, rays: Rays, place: jax.Array, focus: jax.A
 
 
 def resize_cameras(cameras: Cameras, width: int, height: int) -> Cameras:
-    """The cameras with another image size and the same vertical field of view, the principal point in proportion."""
+    """The cameras with another image size and the same vertical field of view, the principal point in proportion.
+
+    >>> camera = make_cameras(np.eye(3, 4), focal_xy=100, centre_xy=(32, 24), width=64, height=48)
+    >>> resize_cameras(camera, 32, 24).focal_xy.tolist()
+    [50.0, 50.0]
+    """
     new, old = np.array([width, height], np.int32), np.asarray(cameras.size)
     return cameras.replace(  # type: ignore[attr-defined]
         focal_xy=np.asarray(cameras.focal_xy) * (new[1] / old[..., 1:]).astype(np.float32),
@@ -255,7 +284,11 @@ def resize_cameras(cameras: Cameras, width: int, height: int) -> Cameras:
 
 
 def look_at(position: ArrayLike, target: ArrayLike, up: ArrayLike) -> np.ndarray:
-    """c2w (3, 4) f32 of a camera at `position` that looks at `target`, with `up` upwards in its picture; (3,) each."""
+    """c2w (3, 4) f32 of a camera at `position` that looks at `target`, with `up` upwards in its picture; (3,) each.
+
+    >>> look_at([0.5, -1, 0.5], [0.5, 0.5, 0.5], up=[0, 0, 1])[:, 2]  # backward
+    array([ 0., -1.,  0.], dtype=float32)
+    """
     position, up = np.asarray(position, np.float64), np.asarray(up, np.float64)
     backward = position - np.asarray(target, np.float64)
     backward /= np.linalg.norm(backward)
@@ -268,6 +301,10 @@ def orbit_poses(c2w: np.ndarray, num_poses: int) -> np.ndarray:
     """Poses (num_poses, 3, 4) on a circle about the vertical axis through the middle of the unit cube.
 
     Distance and height over the middle are the medians of those of c2w (V, 3, 4), the poses of a scene; z is up.
+
+    >>> seen_from = orbit_poses(look_at([0.5, -1, 0.5], [0.5, 0.5, 0.5], [0, 0, 1])[None], 4)
+    >>> seen_from.shape, seen_from[0, :, 3].round(3).tolist()
+    ((4, 3, 4), [2.0, 0.5, 0.5])
     """
     middle = np.full(3, 0.5)
     offset = np.asarray(c2w, np.float64)[:, :, 3] - middle

@@ -32,6 +32,10 @@ def optical_weights(density: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.A
     """One ray, the definition: w_i = T_i (1 - exp(-sigma_i dt_i)), T_i = exp(-sum_{j<i} sigma_j dt_j).
 
     density (S,), dt (S,) -> weights (S,), and the transmittance () behind the last sample.
+
+    >>> weights, behind = optical_weights(jnp.array([0.0, 1e9, 1.0]), jnp.full(3, 0.1))
+    >>> weights.tolist(), float(behind)
+    ([0.0, 1.0, 0.0], 0.0)
     """
     thickness = density * dt
     # Shifted, not cumsum - thickness: the difference of large sums would blur what lies before an opaque sample.

@@ -621,6 +621,9 @@ def apply_overrides(config: AnyConfig, overrides: Iterable[str]) -> AnyConfig:
 
     A value keeps the type of its field; powers may be written 2**19. Where a field may hold one of several configs, the
     value is the name of one: `optimizer.decay=CosineDecay`.
+
+    >>> apply_overrides(NerfConfig(), ["train.num_rays=2**10"]).train.num_rays
+    1024
     """
     plain = to_plain(config)
     for override in overrides:

@@ -34,6 +34,10 @@ def formulation(choice: Formulation) -> Iterator[None]:
     """Trace with one formulation of every stage, whatever the device: both compute the same, and a CPU runs either.
 
     It applies where a function is traced, so a function that is jitted already keeps the formulation it has.
+
+    >>> with formulation("gpu"):
+    ...     by_device(cpu=lambda: "unrolled", gpu=lambda: "broadcast")
+    'broadcast'
     """
     token = _formulation.set(choice)
     try:

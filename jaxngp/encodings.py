@@ -36,7 +36,11 @@ def init_table(key: jax.Array, *, grid: HashGridConfig) -> jax.Array:
 
 
 def multilinear_weights(fraction: jax.Array) -> jax.Array:
-    """Weights of the 2^D corners of a cell. fraction (D,) in [0, 1] -> (2^D,), in the order of `corner_offsets`."""
+    """Weights of the 2^D corners of a cell. fraction (D,) in [0, 1] -> (2^D,), in the order of `corner_offsets`.
+
+    >>> multilinear_weights(jnp.array([0.25, 0.5])).tolist()
+    [0.375, 0.125, 0.375, 0.125]
+    """
     return jnp.stack([_corner_weight(fraction, offset) for offset in corner_offsets(len(fraction))])
 
 

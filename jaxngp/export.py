@@ -2,7 +2,8 @@
 
     python -m jaxngp.export --workdir=runs/bricks --format=volume
 
-Coordinates are those of the scene's own files. Each option says which formats it is for.
+Coordinates are those of the scene's own files. Options are listed under the formats that
+they are for.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ FORMATS = {
         mesh.write,
         mesh.MeshOptions,
         ".glb",
-        "triangles with colours; --out says whether glb, ply or obj",
+        "triangles with a texture, or with colours of vertices; --out says whether glb, obj or ply",
         others=(".ply", ".obj"),
     ),
     "points": Format(points.write, points.PointOptions, "-points.ply", "a point cloud with colours and normals"),

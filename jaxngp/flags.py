@@ -128,9 +128,12 @@ def _join_processes(values: Flags) -> None:
 
 
 def _help(values: Flags) -> str:
-    """Every flag, and every field that --override can set."""
-    lines, fields = ["flags:"], []
-    for name in sorted(name for name in values if values[name].short_name != name):
+    """Every flag, by groups where there are any, and every field that --override can set."""
+    lines, fields, group = ["flags:"], [], ""
+    names = [name for name in values if values[name].short_name != name]
+    for of, name in sorted((getattr(values[name], "group", ""), name) for name in names):
+        if of != group:
+            lines, group = [*lines, "", f"{of}:"], of
         flag = values[name]
         default = "" if flag.default in (None, "", []) else f" (default: {str(flag.default_as_str).strip(chr(39))})"
         lines += _row(f"--{name}", f"{flag.help}{default}")
@@ -210,9 +213,16 @@ def chosen_preset(values: Flags, *, say: bool = True) -> str:
 
 
 def _define_fields(
-    values: Flags, group: type[Config], names: Sequence[str], note: Callable[[Declared], str] = lambda _: ""
+    values: Flags,
+    group: type[Config],
+    names: Sequence[str],
+    note: Callable[[Declared], str] = lambda _: "",
+    title: Callable[[Declared], str] = lambda _: "",
 ) -> None:
-    """Flags that set fields of a config; None where they are not given. note: what else to say of each."""
+    """Flags that set fields of a config; None where they are not given. note: what else to say of each.
+
+    title: the heading in --help that each is listed under.
+    """
     define: dict[type, Any] = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
     for field in declared(group):
         if field.name in names:
@@ -221,6 +231,7 @@ def _define_fields(
                 flags.DEFINE_enum(field.name, None, choices, text, flag_values=values)
             else:
                 define[field.kind](field.name, None, text, flag_values=values)
+            setattr(values[field.name], "group", title(field))  # noqa: B010, which absl does not declare
 
 
 # What each command takes.
@@ -399,7 +410,11 @@ def define_export_flags(values: Flags, formats: Mapping[str, str], options: Mapp
     for name, kind in options.items():
         own = [field.name for field in declared(kind) if fields[field.name][0] == name]
         _define_fields(
-            values, kind, own, note=lambda field: f"For {', '.join(fields[field.name])}; {field.default} by default."
+            values,
+            kind,
+            own,
+            note=lambda field: f"(default: {field.default})",
+            title=lambda field: f"for --format={' and '.join(fields[field.name])}",
         )
 
 

@@ -25,6 +25,9 @@ def level_resolutions(grid: HashGridConfig) -> tuple[int, ...]:
     """N_l = floor(N_min b^l) with b = (N_max / N_min)^(1 / (L - 1)), Eq. 2-3: cells per axis of each level.
 
     Computed as the integer root it is, since in floating point the finest level often comes out as N_max - 1.
+
+    >>> level_resolutions(HashGridConfig(num_levels=4, min_resolution=16, max_resolution=128))
+    (16, 32, 64, 128)
     """
     last = max(grid.num_levels - 1, 1)
     return tuple(
@@ -67,12 +70,20 @@ def level_offsets(grid: HashGridConfig) -> tuple[int, ...]:
 
 
 def corner_offsets(num_dims: int) -> np.ndarray:
-    """(2^D, D) of 0 and 1: the corners of a cell; bit d of the row number is the offset along axis d."""
+    """(2^D, D) of 0 and 1: the corners of a cell; bit d of the row number is the offset along axis d.
+
+    >>> corner_offsets(2).tolist()
+    [[0, 0], [1, 0], [0, 1], [1, 1]]
+    """
     return (np.arange(2**num_dims)[:, None] >> np.arange(num_dims)) & 1
 
 
 def spatial_hash(cell: Coordinates, *, table_size: int) -> jax.Array:
-    """Eq. 4: the XOR over axes of coordinate times prime modulo 2^32, modulo a power of two T. u32 -> u32 in [0, T)."""
+    """Eq. 4: the XOR over axes of coordinate times prime modulo 2^32, modulo a power of two T. u32 -> u32 in [0, T).
+
+    >>> int(spatial_hash(jnp.array([3, 0, 0], jnp.uint32), table_size=2**14))
+    3
+    """
     result = jnp.uint32(0)
     for coordinate, prime in zip(cell, PRIMES, strict=False):
         result = result ^ (coordinate.astype(jnp.uint32) * np.uint32(prime))

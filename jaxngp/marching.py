@@ -117,6 +117,10 @@ def box_interval(rays: Rays, low: Bound = 0.0, high: Bound = 1.0) -> tuple[jax.A
 
     t_far <= t_near if they miss it. By slabs (Kay and Kajiya 1986). A component of the direction that is nearly 0
     counts as tiny: then the two planes lie far away on either side, or, for an origin outside them, both on one side.
+
+    >>> near, far = box_interval(Rays(jnp.array([0.5, 0.5, -1.0]), jnp.array([0.0, 0.0, 1.0])))
+    >>> float(near), float(far)
+    (1.0, 2.0)
     """
     direction = rays.direction
     tiny = jnp.where(direction < 0, np.float32(-1e-12), np.float32(1e-12))

@@ -28,7 +28,11 @@ def mean_squared_error(a: Array, b: Array, keep: Array | None = None) -> jax.Arr
 
 
 def psnr(mse: Array) -> jax.Array:
-    """Peak signal-to-noise ratio in dB of a mean squared error of values whose peak is 1; infinite where it is 0."""
+    """Peak signal-to-noise ratio in dB of a mean squared error of values whose peak is 1; infinite where it is 0.
+
+    >>> float(psnr(jnp.array(0.01)))
+    20.0
+    """
     return -10.0 * jnp.log10(mse)
 
 
@@ -43,6 +47,10 @@ def ssim(a: Array, b: Array, keep: Array | None = None) -> jax.Array:
     Call it outside jit: inside, XLA:CPU fuses its two passes and repeats the first for each tap of the second (1.9 s
     instead of 0.1 s for 800 x 800 on one core). Raises ValueError if the shapes differ or an image is smaller than
     the window.
+
+    >>> image = jnp.linspace(0, 1, 16 * 16 * 3).reshape(16, 16, 3)
+    >>> round(float(ssim(image, image)), 4)
+    1.0
     """
     _check_same_shape(a, b)
     if a.ndim != 3 or min(a.shape[:2]) < SSIM_WINDOW_SIZE:

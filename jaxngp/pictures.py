@@ -34,7 +34,11 @@ _PALETTE_PIXELS = 2**14  # pixels of each of these
 
 
 def to_uint8(rgb: ArrayLike) -> NDArray[np.uint8]:
-    """Values in [0, 1] as bytes, rounded; what lies outside is clipped, and NaN is 0. Any shape."""
+    """Values in [0, 1] as bytes, rounded; what lies outside is clipped, and NaN is 0. Any shape.
+
+    >>> to_uint8([-0.5, 0.5, 1.0]).tolist()
+    [0, 128, 255]
+    """
     return np.rint(np.clip(np.nan_to_num(np.asarray(rgb, np.float32)), 0, 1) * 255).astype(np.uint8)
 
 
@@ -116,6 +120,13 @@ def read_picture(path: str | os.PathLike[str]) -> Image8:
     """A picture that was written here, (H, W, 3) u8."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def encode_png(image: Image8) -> bytes:
+    """A PNG of (H, W, 3) u8; equal images give equal bytes."""
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, format="PNG")
+    return content.getvalue()
 
 
 def encode_webp(image: Image8) -> bytes:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,9 @@ from jaxngp.presets import PRESETS
 from jaxngp.training.loop import train
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "docs"))
+import places  # noqa: E402
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TINY = apply_overrides(
     PRESETS["small"],
@@ -93,3 +99,28 @@ def test_documented_commands_are_accepted(command: str) -> None:
 def test_links_of_the_documentation_exist(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8"))
     assert not [link for link in links if "://" not in link and not (page.parent / link).exists()]
+
+
+def test_every_public_function_has_an_example_or_a_place() -> None:
+    """What the site links each with: an example of its own, a page, a caller, or a test that shows how it is called."""
+    without = [
+        name
+        for name, node in places.public_functions().items()
+        if not (places.has_example(node) or places.shown_in(name) or places.called_by(name))
+        and not (places.command_of(name) or places.tested_in(name))
+    ]
+    assert not without
+    assert "notebooks/fit_an_image" in {page for name in places.public_functions() for page in places.shown_in(name)}
+    assert "jaxngp.capture.main" not in places.called_by("jaxngp.cameras.project")
+
+
+EXAMPLES = sorted(
+    {name.rpartition(".")[0] for name, node in places.public_functions().items() if places.has_example(node)}
+)
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_examples_give_what_they_say(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.attempted > 0
+    assert result.failed == 0

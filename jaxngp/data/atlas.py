@@ -518,7 +518,7 @@ def _draw_together(width: int, height: int, cores: int) -> Generator[np.ndarray,
     with contextlib.ExitStack() as stack:
         pipes = []
         for first in range(cores):
-            program = f"from jaxngp.data import atlas; atlas.send_bands({width}, {height}, {cores}, {first})"
+            program = f"from jaxngp.data import atlas; atlas._send_bands({width}, {height}, {cores}, {first})"
             command = [sys.executable, "-c", program]
             worker = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": search})
             stack.enter_context(worker)  # closes its pipe, and waits for it ...
@@ -534,7 +534,7 @@ def _draw_together(width: int, height: int, cores: int) -> Generator[np.ndarray,
             yield np.frombuffer(content, np.uint8).reshape(shape)
 
 
-def send_bands(width: int, height: int, cores: int, first: int) -> None:
+def _send_bands(width: int, height: int, cores: int, first: int) -> None:
     """Writes every band that is the turn of the process `first` of `cores` to the standard output."""
     for band in _draw_alone(width, height, cores, first):
         sys.stdout.buffer.write(band.data)

@@ -10,11 +10,20 @@ import numpy as np
 
 from jaxngp.cameras import Cameras
 from jaxngp.compositing import optical_weights
-from jaxngp.exporting.surface import Field, in_calls
+from jaxngp.exporting.surface import Field, Surface, in_calls, some_views, visibility
+from jaxngp.runs import Run
 
 NUM_VIEWS = 8  # that a point's colour is taken from
 REACH = 2.5  # lattice spacings before and behind a point in which the field is looked at
 SAMPLES = 8  # in there
+
+
+def surface_colours(run: Run, surface: Surface, points: np.ndarray, normals: np.ndarray) -> np.ndarray:
+    """sRGB (N, 3) f32 of points (N, 3) on a surface, with unit normals (N, 3): `colour_points` by what views see."""
+    views, seen = some_views(run.cameras), np.zeros((0, len(points)), bool)
+    if views is not None:
+        seen = visibility(views, surface.vertices, points, surface.spacing)
+    return colour_points(run.field, views, seen, points, normals, surface.spacing)
 
 
 def colour_points(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ _TYPES = {"f4": "float", "f8": "double", "u1": "uchar", "i4": "int"}
 _COMPONENTS = {"i1": 5120, "u1": 5121, "i2": 5122, "u2": 5123, "u4": 5125, "f4": 5126}  # glTF's names of dtypes
 _SHAPES = {0: "SCALAR", 2: "VEC2", 3: "VEC3", 4: "VEC4"}
 ARRAY, ELEMENT = 34962, 34963  # what a buffer view holds: vertices, or their numbers
+LINEAR, CLAMP = 9729, 33071  # how a texture is read
 UP = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]])  # glTF's y is up, a scene's is z
 
 
@@ -58,14 +60,39 @@ def axes_of(names: str, values: np.ndarray) -> dict[str, np.ndarray]:
     return dict(zip(names.split(), values.T, strict=True))
 
 
-def write_obj(path: Path, vertices: np.ndarray, normals: np.ndarray, faces: np.ndarray, colours: np.ndarray) -> None:
-    """An OBJ with vertex colours sRGB (V, 3) after the coordinates, as most programs read them."""
+@dataclass(frozen=True)
+class Textured:
+    """Colours from a texture: uv (V, 2) in [0, 1] from its upper left corner, and its PNG."""
+
+    uv: np.ndarray
+    png: bytes
+
+
+def write_obj(
+    path: Path, vertices: np.ndarray, normals: np.ndarray, faces: np.ndarray, colours: np.ndarray | Textured
+) -> None:
+    """An OBJ: with vertex colours sRGB (V, 3) after the coordinates, as most programs read them, or with a texture.
+
+    A texture lies beside it, with the material that names it: `x.obj`, `x.mtl`, `x.png`.
+    """
     text = io.StringIO()
-    np.savetxt(text, np.concatenate([vertices, colours], axis=1), "v %.9g %.9g %.9g %.4f %.4f %.4f")
+    if isinstance(colours, Textured):
+        names = {suffix: path.with_suffix(suffix).name for suffix in (".mtl", ".png")}
+        material = f"newmtl scene\nKd 1 1 1\nillum 0\nmap_Kd {names['.png']}\n"
+        for suffix, content in ((".mtl", material.encode("utf-8")), (".png", colours.png)):
+            with replacing(path.with_suffix(suffix)) as unfinished:
+                unfinished.write_bytes(content)
+        text.write(f"mtllib {names['.mtl']}\nusemtl scene\n")
+        np.savetxt(text, vertices, "v %.9g %.9g %.9g")
+        np.savetxt(text, colours.uv * [1, -1] + [0, 1], "vt %.6f %.6f")  # its origin is the lower left corner
+        corner = "%d/%d/%d"
+    else:
+        np.savetxt(text, np.concatenate([vertices, colours], axis=1), "v %.9g %.9g %.9g %.4f %.4f %.4f")
+        corner = "%d//%d"
     np.savetxt(text, normals, "vn %.4f %.4f %.4f")
-    np.savetxt(text, np.repeat(faces + 1, 2, axis=1), "f %d//%d %d//%d %d//%d")
+    np.savetxt(text, np.repeat(faces + 1, corner.count("d"), axis=1), f"f {corner} {corner} {corner}")
     with replacing(path) as unfinished:
-        unfinished.write_text(text.getvalue(), encoding="ascii")
+        unfinished.write_text(text.getvalue(), encoding="utf-8")
 
 
 class Glb:
@@ -127,6 +154,14 @@ class Glb:
         """The accessor of vertex colours (N, 3), which glTF has in linear light; with opacities (N,) where given."""
         rgba = np.concatenate([linear(srgb), (np.ones(len(srgb)) if alpha is None else alpha)[:, None]], axis=1)
         return self.array(np.round(rgba.clip(0, 1) * 65535).astype(np.uint16), normalised=True)
+
+    def texture(self, png: bytes) -> int:
+        """The number of a new texture; smoothed, but without mipmaps, which would mix the charts of an atlas."""
+        images: list[Any] = self.json.setdefault("images", [])
+        images.append({"bufferView": self.view(png), "mimeType": "image/png"})
+        self.json["samplers"] = [{"magFilter": LINEAR, "minFilter": LINEAR, "wrapS": CLAMP, "wrapT": CLAMP}]
+        self.json.setdefault("textures", []).append({"sampler": 0, "source": len(images) - 1})
+        return len(self.json["textures"]) - 1
 
     def faces(self, faces: np.ndarray) -> int:
         """The accessor of the corners of triangles (F, 3)."""

@@ -33,7 +33,7 @@ FRUITLESS = 50  # calls in a row that find no point
 class PointOptions(Config):
     """How many points."""
 
-    count: Annotated[int, Bounds(1, 2**26), "points of the cloud"] = 500_000
+    count: Annotated[int, Bounds(1, 2**26), "number of points"] = 500_000
     seed: Annotated[int, Bounds(0, below=2**32), "seed of the random rays"] = 0
 
 

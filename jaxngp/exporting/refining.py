@@ -39,7 +39,7 @@ def refine(run: Run, gaussians: Gaussians, spacing: np.ndarray, *, steps: int, s
     assert cameras is not None  # by them the Gaussians were found
     views = [pinhole(cameras[number], side) for number in range(len(cameras))]
     shown = functools.partial(tqdm, mininterval=bar_interval(), delay=1.0, leave=False)
-    pictures = [_picture(run, view) for view in shown(views, desc="pictures", unit="view")]
+    pictures = [picture_on_black(run, view) for view in shown(views, desc="pictures", unit="view")]
     width, height = np.max([image_size(view) for view in views], axis=0).tolist()
     rates = RATES.replace(position=RATES.position * spacing.astype(np.float32))  # type: ignore[attr-defined]
     state, rows, draws = OPTIMIZER.init(gaussians), 0, np.random.default_rng(seed)
@@ -70,7 +70,7 @@ def pinhole(camera: Cameras, side: int) -> Cameras:
     return resize_cameras(plain, max(1, round(width * shrink)), max(1, round(height * shrink)))
 
 
-def _picture(run: Run, view: Cameras) -> np.ndarray:
+def picture_on_black(run: Run, view: Cameras) -> np.ndarray:
     """Colours on black and transmittances (H, W, 4) f32 of the field."""
     seen = render_view(run.field, view, run.occupancy, jnp.zeros(3), sampler=run.config.sampler)
     return np.concatenate([seen.rgb, 1 - np.asarray(seen.opacity)[..., None]], axis=-1)

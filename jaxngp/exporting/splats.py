@@ -35,10 +35,14 @@ class SplatOptions(Config):
     """How many splats, and how they are refined."""
 
     splats: Annotated[int, Bounds(16, 2**24), "number of splats"] = 25_000
-    degree: Annotated[int, Bounds(0, 3), "of the spherical harmonics of their colours"] = 2
-    steps: Annotated[int, Bounds(0, 10**6), "of their refinement, each on one view; 0: discs as they are found"] = 800
+    degree: Annotated[
+        int,
+        Bounds(0, 3),
+        "how finely colours change with the direction of view, in spherical harmonics",
+    ] = 2
+    steps: Annotated[int, Bounds(0, 10**6), "steps that refine them, one view each; 0: discs as they are found"] = 800
     side: Annotated[int, Bounds(16, 4096), "pixels along the longer side of the views they are refined on"] = 256
-    seed: Annotated[int, Bounds(0, below=2**32), "of the rays and the views that are drawn"] = 0
+    seed: Annotated[int, Bounds(0, below=2**32), "seed of the random rays and of the order of the views"] = 0
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from jaxngp.viewing.poses import Viewpoint
 
-FRAME_SECONDS = 0.07
-"""For drawing a picture while one moves; with what encoding and sending it takes, 10 in a second are left."""
+FRAME_SECONDS = 0.045
+"""For drawing a picture while one moves: one asked for while another is drawn is there within twice that, and 10 ms to
+encode and send it."""
 
 STILL_SECONDS = 0.15
 """After the last move, before a picture is refined."""

@@ -28,7 +28,7 @@ from jaxngp.viewing.worker import Picture, Task, Worker
 MAX_CAMERAS = 250  # drawn in the scene; more would be a thicket
 MAX_POINTS = 400  # of a plot
 COMPARISON = 520  # px, the least width of a comparison
-ACCENT, GREY, ORANGE = (37, 99, 235), (100, 110, 125), (220, 90, 30)
+ACCENT, GREY, ORANGE = (37, 99, 235), (150, 165, 190), (220, 90, 30)
 
 
 def viewpoint_of(camera: Any) -> Viewpoint:
@@ -442,6 +442,7 @@ class TrainingTab:
             self._history = self._history[:: len(self._history) // MAX_POINTS]
         if ended:
             self._pause.disabled = self._save.disabled = True
+            self._pause.label = "The training has ended"
         now = time.monotonic()
         if not ended and now < self._told + 1.0:
             return False
