@@ -1,85 +1,61 @@
-"""Several scenes trained in one program by `jax.vmap`, beside one scene alone.
+"""Several scenes trained in one program, beside one after the other.
 
-    python -m experiments.many_scenes [--num_scenes=2] [--image_size=200]
+    python -m experiments.many_scenes [--num_scenes=2] [--image_size=200] [--mesh=auto]
 
-All scenes have the same shapes: the built-in one, each with a seed of its own. Prints milliseconds a step, the median
-of calls that take turns, and how many times as long as one scene the program for all takes.
+All scenes have the same shapes: the built-in one, each with a seed of its own. Prints milliseconds a step of all,
+compilation excluded, the median over calls of train.steps_per_dispatch steps, after as many calls to warm up.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags as absl_flags
 
-from experiments.timing import median_ms
 from jaxngp import flags
-from jaxngp.config import NerfConfig, SceneConfig, program_config
+from jaxngp.config import SceneConfig, apply_overrides
 from jaxngp.data import load_training
 from jaxngp.presets import PRESETS
 from jaxngp.records import device_name
-from jaxngp.training import nerf
-from jaxngp.training.loop import init_state
-
-WARMUP_CALLS = 20  # so that the grid is that of a run: a call takes train.steps_per_dispatch steps
+from jaxngp.training.loop import train
+from jaxngp.training.many import train_many
 
 
-def trainer(config: NerfConfig, images: Any, seeds: list[int], *, stacked: bool) -> Callable[[], jax.Array]:
-    """A call of so many steps for each seed, and a refresh of the grids where one is due; returns the losses."""
-    batched: Callable[..., Any] = jax.vmap if stacked else lambda function: function
-    static = program_config(config)
-    steps = jax.jit(batched(functools.partial(nerf.nerf_steps, config=static)), donate_argnums=0)
-    refresh = jax.jit(batched(functools.partial(nerf.refresh_occupancy, config=static)), donate_argnums=0)
-    states = []
-    for seed in seeds:
-        grid, pixels = nerf.hull_of_views(images, config=static)
-        states.append(replace(init_state(seed, config=config), occupancy=grid))
-    num_steps = config.train.steps_per_dispatch
-    rates, number = np.full(num_steps, 1e-2, np.float32), np.int32(num_steps)
-    if not stacked:
-        arguments = [images, pixels, jnp.asarray(rates), jnp.asarray(number)]
-        state = states[0]
-    else:
-        stack: Callable[..., Any] = lambda *trees: jax.tree.map(lambda *a: jnp.stack(a), *trees)  # noqa: E731
-        repeated = [(images, pixels, rates, number)] * len(seeds)
-        arguments, state = list(stack(*repeated)), stack(*states)
-
-    def call() -> jax.Array:
-        nonlocal state
-        new, metrics = steps(state, *arguments)
-        state = refresh(new)
-        return metrics.loss
-
-    return call
+def median_ms(progresses: Iterator[Any]) -> tuple[float, Any]:
+    """Milliseconds a step, the median over the second half of the calls; and where training ends."""
+    steps, seconds = [], []
+    for progress in progresses:
+        steps.append(progress.step)
+        seconds.append(progress.seconds)
+    each = np.diff(seconds) / np.diff(steps)
+    return float(np.median(each[len(each) // 2 :])) * 1e3, progress
 
 
 def define_flags(values: absl_flags.FlagValues) -> None:
-    absl_flags.DEFINE_integer("num_scenes", 2, "Scenes in one program.", 2, flag_values=values)
+    absl_flags.DEFINE_integer("num_scenes", 2, "Scenes in one program.", 1, flag_values=values)
     absl_flags.DEFINE_integer("image_size", 200, "Pixels per side of the built-in scene.", 16, flag_values=values)
-    absl_flags.DEFINE_integer("runs", 15, "Timed calls of each.", 1, flag_values=values)
+    absl_flags.DEFINE_integer("calls", 40, "Calls of the program, half of them timed.", 4, flag_values=values)
+    absl_flags.DEFINE_multi_string("override", [], "A field of the config: path=value.", flag_values=values)
+    flags.define_mesh_flag(values)
 
 
 def main(values: absl_flags.FlagValues) -> None:
-    config = PRESETS["small"]
-    images = jax.tree.map(jnp.asarray, load_training(SceneConfig(image_size=values.image_size)).images)
-    seeds = list(range(values.num_scenes))
-    calls = {
-        "one": trainer(config, images, seeds[:1], stacked=False),
-        "all": trainer(config, images, seeds, stacked=True),
-    }
-    for call in calls.values():
-        for _ in range(WARMUP_CALLS):
-            losses = call()
-    milliseconds = median_ms(calls, runs=values.runs)
-    one, every = (milliseconds[name] / config.train.steps_per_dispatch for name in ("one", "all"))
-    print(f"one scene {one:.2f} ms a step, {len(seeds)} scenes in one program {every:.2f} ms: {every / one:.2f} times")
-    print(f"losses {np.asarray(losses).round(4).tolist()}; {device_name()}")
+    config = apply_overrides(PRESETS["small"], values.override)
+    loop = replace(config.train, max_steps=values.calls * config.train.steps_per_dispatch, max_seconds=0.0)
+    config = replace(config, train=loop)
+    images: Any = load_training(SceneConfig(image_size=values.image_size, box_side=3.0)).images
+    seeds = range(values.num_scenes)
+    configs = [replace(config, train=replace(loop, seed=seed)) for seed in seeds]
+    one, _ = median_ms(train(config, images))
+    every, ended = median_ms(train_many(configs, [images] * len(seeds)))
+    print(
+        f"{len(seeds)} scenes: {one * len(seeds):.2f} ms a step one after the other, {every:.2f} ms in one program, "
+        f"{one * len(seeds) / every:.2f} times as fast; losses {np.asarray(ended.metrics.loss).round(4).tolist()}; "
+        f"{device_name()}"
+    )
 
 
 if __name__ == "__main__":

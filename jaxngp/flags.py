@@ -6,6 +6,7 @@ code 2, never in a traceback.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -103,8 +104,9 @@ def _run_on_devices(body: Callable[[Flags], None], values: Flags) -> None:
     """body(values) on the devices that --mesh names, together with the processes that the flags name."""
     if "num_processes" in values:
         _join_processes(values)
-    mesh = (values.mesh if "mesh" in values else None) or ("one" if processes.count() == 1 else "auto")
-    with placed_on(mesh):
+    given = next((values[name].value for name in values if isinstance(values[name], _MeshFlag)), None)
+    mesh = given or ("one" if processes.count() == 1 else "auto")
+    with contextlib.nullcontext() if mesh == "one" else placed_on(mesh):
         try:
             body(values)
         except Exception as error:
@@ -181,6 +183,10 @@ class _OverrideFlag(flags.MultiFlag):
         self.config = config
 
 
+class _MeshFlag(flags.Flag):
+    """--mesh."""
+
+
 class _PresetFlag(flags.EnumFlag):
     """--preset. `presets` says in a line what each is; `gpu` is the one for a GPU."""
 
@@ -242,13 +248,13 @@ _SCENE_FLAGS = ("downscale", "image_size", "hold_out_every", "scale", "up")
 _LOOP_FLAGS = ("seed", "max_steps", "max_seconds", "log_every", "deterministic")
 
 
-def define_mesh_flag(values: Flags) -> None:
-    """--mesh, of everything that several devices can share; `run` reads it."""
+def define_mesh_flag(values: Flags, name: str = "mesh") -> None:
+    """--mesh, of everything that several devices can share; `run` reads it, whatever its name."""
     text = (
         "Devices that share the work: one, the default; auto, all that jax has, the default of several processes; or "
         "rays:4, four of them."
     )
-    flags.DEFINE_string("mesh", None, text, flag_values=values)
+    flags.DEFINE_flag(_MeshFlag(flags.ArgumentParser(), flags.ArgumentSerializer(), name, None, text), values)
 
 
 def define_process_flags(values: Flags) -> None:
@@ -291,13 +297,14 @@ def define_scene_flags(values: Flags) -> None:
     flags.DEFINE_list("aabb", None, text, flag_values=values)
 
 
-def define_loop_flags(values: Flags, *, workdir: str, config: Callable[[Flags], Config]) -> None:
+def define_loop_flags(values: Flags, *, workdir: str, config: Callable[[Flags], Config], mesh: str = "mesh") -> None:
     """The flags of everything that trains; `loop_config` reads them.
 
     workdir: the default, in words. config: gives the config before any flag but --preset, whose fields --help lists.
+    mesh: the name of the flag of `define_mesh_flag`.
     """
     define_path(values, "workdir", None, f"Folder of the run; {workdir} by default.")
-    define_mesh_flag(values)
+    define_mesh_flag(values, mesh)
     _define_fields(values, LoopConfig, _LOOP_FLAGS)
     flags.DEFINE_flag(_OverrideFlag(config), values)
     flags.DEFINE_bool("restart", False, "Delete the run in the workdir and train from scratch.", flag_values=values)

@@ -272,6 +272,7 @@ def define_flags(values: flags.Flags) -> None:
         values,
         workdir="runs/<solid>",
         config=lambda values: PRESETS.get(values.preset, PRESETS["small"]),
+        mesh="devices",  # here --mesh is a file
     )
 
 

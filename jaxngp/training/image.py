@@ -147,7 +147,7 @@ def image_steps(
         def loss(params: Any) -> tuple[jax.Array, ImageMetrics]:
             return image_loss(ImageField(params, carry.half_table, config.field), batch)
 
-        gradient, metrics = jax.grad(loss, has_aux=True)(carry.state.params)
+        gradient, metrics = jax.grad(loss, has_aux=True)(carry.params)
         return apply_gradient(carry, gradient, metrics, learning_rates[i], config=config)
 
     carry = begin_steps(state, ImageMetrics, config=config)

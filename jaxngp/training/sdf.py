@@ -103,7 +103,7 @@ def sdf_steps(
         def loss(params: Any) -> tuple[jax.Array, SdfMetrics]:
             return sdf_loss(DistanceField(params, carry.half_table, config.field), batch)
 
-        gradient, metrics = jax.grad(loss, has_aux=True)(carry.state.params)
+        gradient, metrics = jax.grad(loss, has_aux=True)(carry.params)
         return apply_gradient(carry, gradient, metrics, learning_rates[i], config=config)
 
     carry = begin_steps(state, SdfMetrics, config=config)

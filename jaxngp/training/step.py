@@ -151,8 +151,8 @@ def finish_steps(
     state = carry.state
     if carry.table is not None:
         whole = lambda array: all_shares(array)[: len(carry.table)]  # noqa: E731
-        params, opt_state = _of_tables(whole, (state.params, state.opt_state))
-        state = replace(state, params=params, opt_state=opt_state)
+        params = carry.params if carry.half_table is None else _of_tables(whole, state.params)
+        state = replace(state, params=params, opt_state=_of_tables(whole, state.opt_state))
     if config.optimizer.ema_decay:
         keep = config.optimizer.ema_decay ** num_steps.astype(jnp.float32)
         ema = jax.tree.map(lambda e, p: keep * e + (1 - keep) * p, state.ema_params, state.params)
