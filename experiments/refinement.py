@@ -124,7 +124,7 @@ def exposures_off(images: PosedImages, rng: np.random.Generator) -> PosedImages:
     gain = 2 ** stops(len(images.cameras), rng)
     width, height = images.max_size
     gain = np.repeat(gain, width * height)[:, None]
-    rgb = np.asarray(encode_srgb(decode_srgb(np.asarray(images.rgba[:, :3], np.float64) / 255) * gain))
+    rgb = np.asarray(encode_srgb(decode_srgb(jnp.asarray(images.rgba[:, :3], jnp.float32) / 255) * gain))
     rgba = np.concatenate([np.round(np.clip(rgb, 0, 1) * 255).astype(np.uint8), images.rgba[:, 3:]], axis=1)
     return images.replace(rgba=rgba)  # type: ignore[attr-defined]
 

@@ -121,7 +121,9 @@ def init_refinement(cameras: Cameras, *, config: NerfConfig) -> Refinement:
     refine = config.refine
     cameras = jax.tree.map(np.asarray, cameras)
     if refine.lens and not coefficient_numbers(cameras, refine).size:
-        raise InputError(f"--refine=lens: a lens of the model {cameras.lens and cameras.lens.model} has no coefficients to refine")
+        raise InputError(
+            f"--refine=lens: a lens of the model {cameras.lens and cameras.lens.model} has no coefficients to refine"
+        )
     _, number = np.unique(_rows(cameras), axis=0, return_inverse=True)
     number = number.reshape(-1).astype(np.int32)
     num_cameras = int(number.max()) + 1

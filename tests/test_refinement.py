@@ -37,7 +37,7 @@ from jaxngp.encodings import hash_encode
 from jaxngp.fields import RadianceField
 from jaxngp.hashing import level_offsets
 from jaxngp.presets import PRESETS
-from jaxngp.refinement import Refinement, Similarity, align, exposed, init_refinement, moved, pose_errors, se3_exp
+from jaxngp.refinement import Refinement, Similarity, align, init_refinement, pose_errors, se3_exp
 from jaxngp.training.loop import init_state, train
 from jaxngp.training.nerf import PixelBatch, StepNoise, nerf_loss
 from jaxngp.training.pixels import widened
@@ -50,6 +50,7 @@ CONFIG = NerfConfig(
     refine=EVERYTHING,
 )
 VIEWS = 5
+exposed, moved = jax.jit(refinement.exposed), jax.jit(refinement.moved)
 
 
 def cameras(count: int = VIEWS) -> Cameras:
@@ -88,11 +89,11 @@ def test_se3_exp_is_the_matrix_exponential(twist: np.ndarray) -> None:
 
 
 def test_se3_exp_has_its_generators_as_slope() -> None:
-    slope = jax.jacfwd(se3_exp)(jnp.zeros(6))
+    slope = jax.jit(jax.jacfwd(se3_exp))(jnp.zeros(6))
     np.testing.assert_array_equal(slope[:, 3, :3], np.eye(3))
     x, y, z = np.moveaxis(np.asarray(slope[:, :3, 3:]), -1, 0)
     np.testing.assert_array_equal([x[2, 1], y[0, 2], z[1, 0]], [1, 1, 1])
-    assert np.isfinite(jax.jacrev(se3_exp)(jnp.zeros(6))).all()
+    assert np.isfinite(jax.jit(jax.jacrev(se3_exp))(jnp.zeros(6))).all()
 
 
 def test_a_twist_and_its_negative_cancel() -> None:
@@ -217,7 +218,7 @@ def test_a_gain_is_on_linear_light(rgb: np.ndarray, gain: float) -> None:
 
 def test_exposed_has_finite_derivatives() -> None:
     args = (jnp.zeros((2, 3)), jnp.array([0.0, 1.0]), jnp.zeros(3), jnp.zeros((2, 3)))
-    slopes = jax.jacrev(exposed, (0, 1, 3))(*args)
+    slopes = jax.jit(jax.jacrev(refinement.exposed, (0, 1, 3)))(*args)
     assert all(np.isfinite(slope).all() for slope in slopes)
 
 
