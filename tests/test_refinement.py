@@ -212,7 +212,7 @@ def test_a_gain_is_on_linear_light(rgb: np.ndarray, gain: float) -> None:
     seen = opacity[:, None] * rgb + (1 - opacity[:, None]) * background
     found = exposed(seen, opacity, background, np.full(3, gain, np.float32))
     light = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb.astype(np.float64) + 0.055) / 1.055) ** 2.4) * np.exp(gain)
-    srgb = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    srgb = np.minimum(np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055), 1)
     np.testing.assert_allclose(found, opacity[:, None] * srgb + (1 - opacity[:, None]) * background, atol=1e-5)
 
 
