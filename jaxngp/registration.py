@@ -11,7 +11,7 @@ into. The exposure may be found as well.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
@@ -31,7 +31,7 @@ FINE_PIXELS = 2**12  # of the photograph itself, that are compared at the end
 STARTS, KEPT = 96, 4  # guesses that are looked at, and followed
 ROUNDS = 12  # at most, on each level
 NOISE = 0.1  # sRGB; a larger difference counts less than its square
-RAYS = 2**13  # in one call of the one program that all levels share
+RAYS = 2**14  # in one call of the one program that all levels share
 DAMPINGS = (1e-3, 1e-1, 1e1)
 
 
@@ -164,7 +164,8 @@ def _levels(rgb: NDArray[np.float32], keep: NDArray[np.bool_], camera: Cameras) 
 @functools.lru_cache(maxsize=8)
 def _program(sampler: Sampler) -> Any:
     """Colours (RAYS, 3) of rays from poses (RAYS, 3, 4) through pixels (RAYS, 2) at log gains (RAYS, 3)."""
-    batching = default_batching()
+    # So few lanes that most of them are busy to the end.
+    batching = replace(default_batching(), lanes=RAYS // 8)
 
     def colours(field: Field, grid: OccupancyGrid | None, camera: Cameras, *rows: jax.Array) -> jax.Array:
         c2w, xy, gain = rows

@@ -132,7 +132,7 @@ def test_a_step_in_the_basis_moves_the_image_by_one(seed: int) -> None:
     direction /= np.linalg.norm(direction)
     step = 1e-4
     with jax.enable_x64(True):
-        twist = np.asarray(learned.pose_basis[0], np.float64) @ direction * step
+        twist = np.asarray(learned.pose_basis, np.float64)[0] @ direction * step
         camera = jax.tree.map(lambda a: jnp.asarray(a[0], np.float64), cameras(1))
         after = camera.replace(c2w=moved(camera.c2w, jnp.asarray(twist)))
         many = lambda c: jax.tree.map(lambda a: jnp.broadcast_to(a, (512, *a.shape)), c)  # noqa: E731
@@ -178,8 +178,8 @@ def test_gradient_in_corrections_is_the_difference() -> None:
         def loss(free: refinement.Free) -> jax.Array:
             learned = replace(start, free=free)
             source = refinement.corrected(own, learned, refine=config.refine)
-            gain = refinement.log_gain(learned)[batch.view]
-            return nerf_loss(field, source, batch, noise, None, gain, config=config)[0]
+            gain: Any = refinement.log_gain(learned)
+            return nerf_loss(field, source, batch, noise, None, gain[batch.view], config=config)[0]
 
         gradient, step = jax.grad(loss)(start.free), 1e-7
         for name in ("pose", "camera", "log_gain"):
@@ -208,7 +208,7 @@ def test_exposures_have_zero_mean(seed: int) -> None:
 @given(hnp.arrays(np.float32, (4, 3), elements=floats32(0, 1)), floats32(-1, 1))
 def test_a_gain_is_on_linear_light(rgb: np.ndarray, gain: float) -> None:
     """The scene's light is multiplied; the background is as it was, through what is half transparent too."""
-    opacity, background = np.float32([0, 0.25, 0.5, 1]), np.float32([0.2, 0.5, 0.9])
+    opacity, background = np.array([0, 0.25, 0.5, 1], np.float32), np.array([0.2, 0.5, 0.9], np.float32)
     seen = opacity[:, None] * rgb + (1 - opacity[:, None]) * background
     found = exposed(seen, opacity, background, np.full(3, gain, np.float32))
     light = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb.astype(np.float64) + 0.055) / 1.055) ** 2.4) * np.exp(gain)
