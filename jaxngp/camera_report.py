@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from jaxngp.cameras import Cameras, PosedImages, focus, unproject
 from jaxngp.config import NerfConfig
 from jaxngp.data import Split
 from jaxngp.diagram import Colour, Drawing, Group, draw, frusta
+from jaxngp.lenses import make_lens
 from jaxngp.pictures import write_png
 from jaxngp.records import write_json
 from jaxngp.refinement import DIVERGED, align, exposed, log_gain, pose_errors, refined_cameras
@@ -26,6 +27,7 @@ PIXELS = 2**9  # of each view, whose colours are compared
 FAR = (DIVERGED, 0.25)  # degrees, and distances to the middle of the scene
 ODD_DB = 6.0  # below the median PSNR: a view that the scene does not explain
 ODD_MOVE = 6.0  # times the median move: a view that went where no other did
+FOLD = 0.05  # px by which a refined lens may miss, as of a lens that is read
 SHOWN = 5
 _GIVEN: Colour = (150, 156, 166)
 _REFINED: Colour = (43, 98, 201)
@@ -43,6 +45,7 @@ class CameraReport:
     psnr: np.ndarray  # (V,) dB, of some pixels of each view
     stops: np.ndarray | None  # (V, 3) exposure of red, green and blue; None where it is not refined
     gauge: dict[str, float]  # by what all cameras together moved
+    folds: bool = False  # whether a refined lens is not invertible over its image
 
     @property
     def warnings(self) -> list[str]:
@@ -53,6 +56,11 @@ class CameraReport:
                 f"refinement has probably diverged: half of the cameras moved by more than "
                 f"{np.median(self.degrees):.1f} degrees or {np.median(self.share):.0%} of their distance. Train from "
                 "scratch without --refine, or with a lower refine.learning_rate or fewer refine.coarse_levels"
+            )
+        if self.folds:
+            found.append(
+                "a refined lens folds over inside its image, and other programs will refuse it: train from scratch "
+                "with a lower refine.learning_rate, or without --refine=lens"
             )
         if odd := self._odd():
             more = f" and {len(odd) - SHOWN} more" if len(odd) > SHOWN else ""
@@ -113,6 +121,10 @@ def write(workdir: Path, training: Split, progress: Progress) -> CameraReport:
             "distance": float(np.linalg.norm(gauge.poses(np.full((3, 4), 0.5))[:, 3] - 0.5)) * training.transform.side,
         },
     )
+    if (lens := refined.lens) is not None:
+        shape = {"focal_xy": refined.focal_xy, "centre_xy": refined.centre_xy, "size": refined.size}
+        misses = make_lens(lens.model, lens.coefficients, **shape)[1]  # px
+        report = replace(report, folds=bool(np.max(misses) > FOLD))
     write_json(workdir / "cameras.json", _plain(report, refined))
     name = Path(config.scene.name).stem
     write_png(workdir / "cameras.png", picture(given, aligned, report, training, name))

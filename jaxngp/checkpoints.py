@@ -61,7 +61,7 @@ class Checkpoints:
             raise InputError(f"step {progress.step} is not saved: its parameters are non-finite")
         noted = {name: getattr(progress, name) for name in _NOTED}
         note = {"schema": SCHEMA, "environment": environment(), **noted}
-        items = {"state": _without_refinement(progress.state)}
+        items: dict[str, Any] = {"state": _without_refinement(progress.state)}
         if (learned := progress.state.refinement) is not None:
             note["refined"], items["refinement"] = list(size_of(learned)), learned
         args = self._ocp.args.Composite(

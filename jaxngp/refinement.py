@@ -287,14 +287,15 @@ def log_gain(refinement: Refinement) -> jax.Array | None:
 def exposed(rgb: ArrayLike, opacity: ArrayLike, background: ArrayLike, gain: ArrayLike) -> jax.Array:
     """Colours (..., 3) sRGB over a background, as a photograph shows them whose log gain is (..., 3). opacity (...).
 
-    The gain is on linear light of the scene; the background, which no camera saw, keeps its colour.
+    The gain is on linear light of the scene, and what is brighter than white is white. The background, which no camera
+    saw, keeps its colour.
     """
     rgb, opacity, background, gain = map(jnp.asarray, (rgb, opacity, background, gain))
     opacity = opacity[..., None]
     behind = (1 - opacity) * background
     cover = jnp.maximum(opacity, 1e-3)
     colour = jnp.maximum((rgb - behind) / cover, 0)
-    return encode_srgb(decode_srgb(colour) * jnp.exp(gain)) * cover + behind
+    return jnp.minimum(encode_srgb(decode_srgb(colour) * jnp.exp(gain)), 1) * cover + behind
 
 
 def decode_srgb(value: jax.Array) -> jax.Array:

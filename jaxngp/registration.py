@@ -10,7 +10,8 @@ into. The exposure may be found as well.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
@@ -20,15 +21,17 @@ from numpy.typing import NDArray
 
 from jaxngp.cameras import Cameras, image_size, unproject
 from jaxngp.config import InputError
+from jaxngp.device import compiler_options, default_batching
 from jaxngp.occupancy import OccupancyGrid
 from jaxngp.refinement import exposed, moved, pose_basis
-from jaxngp.rendering import Field, Sampler, render_ray_grid
+from jaxngp.rendering import Field, Sampler, render_chunk
 
 SIDES = (16, 32, 64)  # px, of the shorter side of the coarse images
 FINE_PIXELS = 2**12  # of the photograph itself, that are compared at the end
 STARTS, KEPT = 96, 4  # guesses that are looked at, and followed
 ROUNDS = 12  # at most, on each level
 NOISE = 0.1  # sRGB; a larger difference counts less than its square
+RAYS = 2**14  # in one call of the one program that all levels share
 DAMPINGS = (1e-3, 1e-1, 1e1)
 
 
@@ -95,7 +98,7 @@ def localise(
     away *= (rng.uniform(size=(STARTS, 2, 1)) ** (1 / 3)) / np.linalg.norm(away, axis=-1, keepdims=True)
     twists = np.concatenate([away[:, 0] * distance, away[:, 1] * np.radians(degrees)], axis=1)
     twists[0] = 0
-    starts = np.asarray(moved(jnp.asarray(guess.c2w), jnp.asarray(twists, jnp.float32)))
+    starts = np.asarray(_moved(jnp.asarray(guess.c2w), jnp.asarray(twists, jnp.float32)))
     cost = rendering.costs(guess, starts, np.zeros(3), levels[0])
     found = [
         fit(rendering, guess.replace(c2w=starts[i]), levels[:1], pose=True, exposure=exposure)  # type: ignore[attr-defined]
@@ -158,6 +161,25 @@ def _levels(rgb: NDArray[np.float32], keep: NDArray[np.bool_], camera: Cameras) 
     return [*levels, _Level(xy, rgb[y[some], x[some]], 0.5 / focal)]
 
 
+@functools.lru_cache(maxsize=8)
+def _program(sampler: Sampler) -> Any:
+    """Colours (RAYS, 3) of rays from poses (RAYS, 3, 4) through pixels (RAYS, 2) at log gains (RAYS, 3)."""
+    # So few lanes that most of them are busy to the end.
+    batching = replace(default_batching(), lanes=RAYS // 8)
+
+    def colours(field: Field, grid: OccupancyGrid | None, camera: Cameras, *rows: jax.Array) -> jax.Array:
+        c2w, xy, gain = rows
+        many = jax.tree.map(lambda a: jnp.broadcast_to(a, (RAYS, *np.shape(a))), camera)
+        rays, white = unproject(many.replace(c2w=c2w), xy), jnp.ones(3, jnp.float32)
+        out, _ = render_chunk(field, rays, grid, white, sampler=sampler, batching=batching)
+        return jnp.clip(exposed(out.rgb, out.opacity, white, gain), 0, 1)
+
+    return jax.jit(colours, compiler_options=compiler_options())
+
+
+_moved = jax.jit(moved)
+
+
 @dataclass(frozen=True, eq=False)
 class _Rendering:
     field: Field
@@ -167,16 +189,16 @@ class _Rendering:
     def differences(self, camera: Cameras, c2w: np.ndarray, log_gain: np.ndarray, level: _Level) -> np.ndarray:
         """(B, N, 3): rendered minus photographed colours, from poses (B, 3, 4) at gains (B, 3) or (3,)."""
         shape = (len(c2w), len(level.xy))
-        spread = lambda a: np.broadcast_to(np.asarray(a), (*shape, *np.shape(a)))  # noqa: E731
-        many = jax.tree.map(spread, camera)
-        many = many.replace(c2w=np.broadcast_to(c2w[:, None], (*shape, 3, 4)))
-        rays = unproject(many, np.broadcast_to(level.xy, (*shape, 2)))  # type: ignore[arg-type]
-        out = render_ray_grid(self.field, rays, self.grid, jnp.ones(3), sampler=self.sampler)
-        rgb = np.asarray(out.rgb)
-        if np.any(log_gain):
-            gain = np.broadcast_to(np.reshape(log_gain, (-1, 1, 3)), rgb.shape).astype(np.float32)
-            rgb = np.asarray(exposed(rgb, np.asarray(out.opacity), np.ones(3, np.float32), gain))
-        return np.clip(rgb, 0, 1).astype(np.float64) - level.rgb
+        gain = np.broadcast_to(np.reshape(log_gain, (-1, 1, 3)), (*shape, 3))
+        columns = (np.broadcast_to(c2w[:, None], (*shape, 3, 4)), np.broadcast_to(level.xy, (*shape, 2)), gain)
+        rows = [np.asarray(a, np.float32).reshape(-1, *a.shape[2:]) for a in columns]
+        count, program = len(rows[0]), _program(self.sampler)
+        rows = [np.concatenate([a, np.repeat(a[-1:], -count % RAYS, axis=0)]) for a in rows]
+        parts = [
+            np.asarray(program(self.field, self.grid, camera, *(a[first : first + RAYS] for a in rows)))
+            for first in range(0, count, RAYS)
+        ]
+        return np.concatenate(parts)[:count].reshape(*shape, 3).astype(np.float64) - level.rgb
 
     def costs(self, camera: Cameras, c2w: np.ndarray, log_gain: np.ndarray, level: _Level) -> np.ndarray:
         """(B,): the mean robust loss from poses (B, 3, 4)."""
@@ -225,7 +247,7 @@ def _fit_level(
         """Poses (B, 3, 4) and gains (B, 3) of changes (B, size), as multiples of the basis."""
         twists = changes[:, :6] @ basis.T if pose else np.zeros((len(changes), 6))
         gains = gain + changes[:, 6 * pose :] if exposure else np.tile(gain, (len(changes), 1))
-        return np.asarray(moved(jnp.asarray(camera.c2w), jnp.asarray(twists, jnp.float32))), gains
+        return np.asarray(_moved(jnp.asarray(camera.c2w), jnp.asarray(twists, jnp.float32))), gains
 
     step = np.concatenate([np.full(6 * pose, level.step), np.full(3 * exposure, 0.05)])
     varied = np.concatenate([np.zeros((1, size)), np.diag(step), -np.diag(step)])

@@ -63,9 +63,10 @@ def written(run: Run, format: str) -> tuple[Capture, tuple[str, ...]]:  # noqa: 
 def test_refined_cameras_are_read_back(tmp_path: Path, format: str) -> None:  # noqa: A002
     """Poses in world units, intrinsics in the pixels of the files, of a run on images of half their size."""
     run = refined_run(tmp_path)
-    _, roles, _ = read_views(run.config.scene)
-    own = [row for row, role in enumerate(roles) if role == "train"]
+    before, roles, _ = read_views(run.config.scene)
+    names = [name for name, role in zip(before.names, roles, strict=True) if role == "train"]
     capture, _ = written(run, format)
+    own = [capture.names.index(name) for name in names]
     found = jax.tree.map(lambda a: np.asarray(a)[own], capture.cameras)
     np.testing.assert_allclose(found.c2w, run.transform.pose_to_world(np.asarray(run.cameras.c2w)), atol=2e-5)
     np.testing.assert_allclose(found.focal_xy, 2 * np.asarray(run.cameras.focal_xy), rtol=1e-5)

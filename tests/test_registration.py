@@ -18,14 +18,15 @@ from jaxngp.refinement import exposed, moved, pose_errors
 from jaxngp.registration import Registration, localise, register_view
 from jaxngp.rendering import render_ray_grid
 
-SAMPLER = StratifiedConfig(num_bins=48, near=0.6, far=2.4)
+SAMPLER = StratifiedConfig(num_bins=96, near=0.8, far=2.0)
 SIZE = 48
 
 
 def marbled(position: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A ball without any symmetry: its colours are waves of different directions."""
     offset = position - 0.5
-    density = jnp.where(jnp.sum(offset**2, axis=-1) < 0.35**2, 40.0, 0.0)
+    # Soft, so that what is seen does not jump as samples cross a surface.
+    density = 40 * jax.nn.sigmoid((0.35 - jnp.sqrt(jnp.sum(offset**2, axis=-1))) / 0.02)
     waves = jnp.array([[7.0, 3.0, 1.0], [-2.0, 6.0, 4.0], [1.0, -5.0, 8.0]])
     return density, 0.5 + 0.4 * jnp.sin(offset @ waves.T + jnp.array([0.0, 1.0, 2.0]))
 
