@@ -92,7 +92,7 @@ EQUAL = ((16, 16),) * 6
 MIXED = ((16, 12), (9, 16), (8, 8), (16, 16), (10, 10))
 
 
-@pytest.mark.parametrize("num_samples", [2**10, 1000, 64])
+@pytest.mark.parametrize("num_samples", [2**10, pytest.param(1000, marks=pytest.mark.slow), 64])
 def test_shares_hold_the_samples_of_one_device(num_samples: int) -> None:
     """Each sample once, in whole rays, of no device many more than a quarter; the same rays are left out."""
     config = replace(MARCH, num_samples=num_samples, opaque_cells=0.0)
@@ -130,7 +130,7 @@ def test_shares_hold_the_bins_of_one_device() -> None:
     np.testing.assert_array_equal(np.asarray(four.ray_complete).sum(axis=0), one.ray_complete)
 
 
-@pytest.mark.parametrize("warmup", [True, False])
+@pytest.mark.parametrize("warmup", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_refresh_has_the_bits_of_one_device(warmup: bool) -> None:
     config = replace(MARCH, occupancy=replace(MARCH.occupancy, resolution=64))  # several chunks of looks
     grid = init_occupancy(jnp.ones(64**3, bool))
@@ -143,8 +143,15 @@ def test_a_refresh_has_the_bits_of_one_device(warmup: bool) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, four), jax.tree.map(np.asarray, one))
 
 
-@pytest.mark.parametrize("sizes", [EQUAL, MIXED])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "masked"),
+    [
+        (EQUAL, False),
+        (MIXED, True),
+        pytest.param(EQUAL, True, marks=pytest.mark.slow),
+        pytest.param(MIXED, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_hull_has_the_bits_of_one_device(sizes: tuple[tuple[int, int], ...], masked: bool) -> None:
     images = views(sizes)
     if masked:

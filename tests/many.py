@@ -64,12 +64,20 @@ def start(module: str, arguments: Sequence[str], *, num_processes: int, num_devi
     return processes
 
 
+def end(processes: Sequence[subprocess.Popen]) -> None:
+    """Kill those that still run, and leave nothing open."""
+    for process in processes:
+        process.kill()
+        process.wait()
+        if process.stdout and not process.stdout.closed:
+            process.stdout.close()
+
+
 def finish(processes: Sequence[subprocess.Popen], timeout: float = 240) -> list[str]:
     """What the processes printed, all of which have to succeed."""
     try:
         printed = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
-        for process in processes:
-            process.kill()
+        end(processes)
     assert [process.returncode for process in processes] == [0] * len(processes), "\n\n".join(printed)
     return printed

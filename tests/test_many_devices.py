@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from many import ROOT, TINY, environment, finish, start
+from many import ROOT, TINY, end, environment, finish, start
 from PIL import Image
 
 from jaxngp.runs import latest_step
@@ -43,16 +43,16 @@ def test_the_others_end_when_a_process_dies(tmp_path: Path) -> None:
     arguments = [*TINY, f"--workdir={tmp_path / 'run'}", "--override=train.checkpoint_seconds=0.1"]
     processes = start("jaxngp.train", [*arguments, "--max_steps=1000000"], num_processes=2)
     deadline = time.monotonic() + 240
-    while latest_step(tmp_path / "run") is None:
-        assert all(process.poll() is None for process in processes)
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    processes[1].kill()
-    killed = time.monotonic()
     try:
+        while latest_step(tmp_path / "run") is None:
+            assert all(process.poll() is None for process in processes)
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        processes[1].kill()
+        killed = time.monotonic()
         printed = processes[0].communicate(timeout=60)[0]
     finally:
-        processes[0].kill()
+        end(processes)
     assert processes[0].returncode == 2, printed
     assert "another process of the run has ended" in printed
     assert time.monotonic() - killed < 60
@@ -71,7 +71,12 @@ def test_processes_render_what_one_renders(tmp_path: Path) -> None:
         arguments = [f"--workdir={tmp_path}", "--path=orbit", "--frames=3", "--animation=gif", "--layers=colour"]
         finish(start("jaxngp.render", arguments, num_processes=num_processes))
         folder = tmp_path / "renders" / "orbit"
-        frames.append({path.name: np.asarray(Image.open(path), np.int16) for path in sorted(folder.iterdir())})
+        frames.append({path.name: pixels(path) for path in sorted(folder.iterdir())})
     assert [*frames[0]] == ["frame_0000.png", "frame_0001.png", "frame_0002.png", "orbit.gif"]
     assert [*frames[1]] == [*frames[0]]
     assert all(np.abs(a - frames[1][name]).max() <= 1 for name, a in frames[0].items() if name.endswith("png"))
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image, np.int16)
