@@ -73,7 +73,7 @@ def end(processes: Sequence[subprocess.Popen]) -> None:
             process.stdout.close()
 
 
-def finish(processes: Sequence[subprocess.Popen], timeout: float = 240) -> list[str]:
+def finish(processes: Sequence[subprocess.Popen], timeout: float = 900) -> list[str]:
     """What the processes printed, all of which have to succeed."""
     try:
         printed = [process.communicate(timeout=timeout)[0] for process in processes]
