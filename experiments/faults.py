@@ -281,7 +281,7 @@ FAULTS = [
         "marching",
         "marching",
         last_step_dropped=rewrite("_test_steps", "t < t_leave[:, None]", "t < t_leave[:, None] - config.step_size"),
-        last_sample_dropped=rewrite("pack_steps", "slot < num_kept", "slot < num_kept - 1"),
+        last_sample_dropped=rewrite("pack_steps", "slot < last - first", "slot < last - first - 1"),
         full_buffer_refused=rewrite("pack_steps", "end <= size", "end < size"),
         jitter_ignored=wrap("march_rays", lambda call, jitter: call(jitter=jnp.full_like(jitter, 0.5))),
         opaque_bits_read_as_occupied=wrap("_test_steps", lambda call, sets: call(sets=sets[:1] * len(sets))),
@@ -528,8 +528,8 @@ FAULTS = [
     *faults(
         "training.loop",
         "loop",
-        rate_by_dispatch=rewrite("_learning_rates", "np.arange(size)", "np.zeros(size)"),
-        rate_by_step_only=wrap("_learning_rates", lambda call: call(fraction=0.0)),
+        rate_by_dispatch=rewrite("learning_rates", "np.arange(size)", "np.zeros(size)"),
+        rate_by_step_only=wrap("learning_rates", lambda call: call(fraction=0.0)),
         refresh_every_dispatch=rewrite("_dispatch", "(step + num_steps) // every > step // every", "True"),
     ),
     *faults(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ CONFIG = replace(CONFIG, train=replace(CONFIG.train, num_rays=100, max_steps=LAS
 def progress(step: int = 16, **values: float) -> Progress:
     sound = {"loss": 0.1, "psnr": 20.0, "rays": 60.0, "samples": 500.0, "dropped_samples": 0.0, "skipped": 0.0}
     metrics = NerfMetrics(**{k: np.float32(v) for k, v in {**sound, "occupied_fraction": 0.1, **values}.items()})
-    return Progress(CONFIG, None, metrics, step, 1.0, 1.0, 1.0)
+    return Progress(CONFIG, SimpleNamespace(refinement=None), metrics, step, 1.0, 1.0, 1.0)
 
 
 def test_nothing_is_said_of_a_sound_run() -> None:
