@@ -54,12 +54,12 @@ class Refinement:
     pose_basis: jax.Array | None  # (V, 6, 6)
     camera_basis: jax.Array | None  # (K, Q, Q)
     camera_of_view: jax.Array  # (V,) i32
-    level_weights: jax.Array  # (L,) in [0, 1]
+    level_weights: jax.Array  # (L + 1,) in [0, 1], and last that of the viewing direction
 
 
 @struct.dataclass
 class Rates:
-    """Learning rates of K steps, (K,) each, and the weights (L,) of the levels in all of them."""
+    """Learning rates of K steps, (K,) each, and the weights (L + 1,) of levels and direction in all of them."""
 
     field: jax.Array
     cameras: jax.Array
@@ -160,7 +160,7 @@ def blank(num_views: int, num_cameras: int, size: int, *, config: NerfConfig) ->
         pose_basis=jnp.zeros((num_views, 6, 6), f32) if refine.poses else None,
         camera_basis=jnp.zeros((num_cameras, size, size), f32) if size else None,
         camera_of_view=jnp.zeros(num_views, jnp.int32),
-        level_weights=jnp.zeros(config.field.encoding.num_levels, f32),
+        level_weights=jnp.zeros(config.field.encoding.num_levels + 1, f32),
     )
 
 
@@ -188,9 +188,9 @@ def with_lens(cameras: Cameras) -> Cameras:
     """The cameras, pinholes as lenses that do not bend."""
     if cameras.lens is not None:
         return cameras
-    shape = cameras.focal_xy.shape[:-1]
-    coefficients = jnp.zeros((*shape, len(COEFFICIENTS["perspective"])), jnp.float32)
-    lens = Lens(coefficients, jnp.full(shape, 1.5, jnp.float32), jnp.full(shape, 2.0, jnp.float32), "perspective")
+    shape, dtype = cameras.focal_xy.shape[:-1], cameras.focal_xy.dtype
+    coefficients = jnp.zeros((*shape, len(COEFFICIENTS["perspective"])), dtype)
+    lens = Lens(coefficients, jnp.full(shape, 1.5, dtype), jnp.full(shape, 2.0, dtype), "perspective")
     return cameras.replace(lens=lens)  # type: ignore[attr-defined]
 
 
@@ -215,7 +215,7 @@ def changed(cameras: Cameras, change: jax.Array, *, refine: RefineConfig) -> Cam
 def changes(refinement: Refinement) -> jax.Array:
     """(V, 6 + Q): what the corrections change of each view, as `changed` takes it."""
     free, views = refinement.free, refinement.camera_of_view
-    parts = [jnp.zeros((len(views), 6), jnp.float32)]
+    parts = [jnp.zeros((len(views), 6), jax.tree.leaves(free)[0].dtype)]
     if free.pose is not None and refinement.pose_basis is not None:
         parts = [jnp.sum(refinement.pose_basis * free.pose[:, None], axis=-1)]
     if free.camera is not None and refinement.camera_basis is not None:
@@ -312,27 +312,42 @@ def encode_srgb(light: jax.Array) -> jax.Array:
 
 
 def level_weights(fraction: float, *, config: NerfConfig) -> np.ndarray:
-    """(L,) f32: the weights of the encoding's levels when a fraction of the budget is spent; 1 from `fine_at` on."""
+    """(L + 1,) f32: what levels and direction count when a fraction of the budget is spent; 1 from `fine_at` on.
+
+    Levels open from coarse to fine while cameras move. While exposures are found the viewing direction counts only in
+    the second half of that time: a colour that depends on it explains a picture's exposure as well.
+    """
     refine, num_levels = config.refine, config.field.encoding.num_levels
-    if not refine.cameras or fraction >= refine.fine_at:
-        return np.ones(num_levels, np.float32)
-    coarse = min(refine.coarse_levels, num_levels)
-    open_ = coarse + (num_levels - coarse) * fraction / refine.fine_at
-    share = np.clip(open_ - np.arange(num_levels), 0, 1)
-    return ((1 - np.cos(np.pi * share)) / 2).astype(np.float32)
+    done = min(fraction / refine.fine_at, 1.0) if refine.fine_at else 1.0
+    share = np.ones(num_levels + 1)
+    if refine.cameras:
+        coarse = min(refine.coarse_levels, num_levels)
+        share[:-1] = coarse + (num_levels - coarse) * done - np.arange(num_levels)
+    if refine.exposure:
+        share[-1] = 2 * done - 1
+    return ((1 - np.cos(np.pi * np.clip(share, 0, 1))) / 2).astype(np.float32)
 
 
 def weighted(params: dict[str, Any], refinement: Refinement | None, *, grid: HashGridConfig) -> dict[str, Any]:
-    """Parameters of a field in which each level's features count by its weight (L,): its rows are scaled.
+    """Parameters of a field in which features of levels, and of the direction, count by their weights.
 
-    Features are linear in their rows, so this is the encoding with weighted features; with weights of 1 it is the
-    encoding as it is, exactly. Without a refinement nothing changes.
+    Features are linear in the rows of their level, and what a layer makes of the direction is linear in rows of its
+    kernel: those are scaled. With weights of 1 it is the field as it is, exactly. Without a refinement nothing changes.
     """
     if refinement is None:
         return params
     weights = refinement.level_weights
+    first = params["colour_mlp"]["Dense_0"]
+    kernel, num_geometry = first["kernel"], params["density_mlp"][_last_layer(params["density_mlp"])]["kernel"].shape[1]
+    rows_of_direction = np.arange(len(kernel)) >= num_geometry
+    first = first | {"kernel": kernel * jnp.where(rows_of_direction, weights[-1], 1)[:, None]}
     rows = jnp.concatenate([jnp.full(size, weights[level]) for level, size in enumerate(level_sizes(grid))])
-    return params | {"encoding": {"table": params["encoding"]["table"] * rows[:, None]}}
+    table = {"table": params["encoding"]["table"] * rows[:, None]}
+    return params | {"encoding": table, "colour_mlp": params["colour_mlp"] | {"Dense_0": first}}
+
+
+def _last_layer(mlp: dict[str, Any]) -> str:
+    return f"Dense_{len(mlp) - 1}"
 
 
 # Optimising.

@@ -229,7 +229,7 @@ def test_the_curriculum_changes_nothing_at_its_end() -> None:
     grid, config = CONFIG.field.encoding, CONFIG
     for fraction in (config.refine.fine_at, 1.0):
         np.testing.assert_array_equal(refinement.level_weights(fraction, config=config), 1)
-    learned = replace(init_refinement(cameras(), config=config), level_weights=jnp.ones(grid.num_levels))
+    learned = replace(init_refinement(cameras(), config=config), level_weights=jnp.ones(grid.num_levels + 1))
     params = init_state(0, config=config).params
     found = refinement.weighted(params, learned, grid=grid)
     jax.tree.map(np.testing.assert_array_equal, found, params)
@@ -237,27 +237,38 @@ def test_the_curriculum_changes_nothing_at_its_end() -> None:
 
 def test_weights_of_levels_weigh_their_features() -> None:
     grid = CONFIG.field.encoding
-    weights = jnp.float32([0.25, 0.5])
+    weights = jnp.float32([0.25, 0.5, 1])
     learned = replace(init_refinement(cameras(), config=CONFIG), level_weights=weights)
     params = init_state(0, config=CONFIG).params
     position = jnp.asarray(np.random.default_rng(0).uniform(size=(20, 3)), jnp.float32)
     scaled = refinement.weighted(params, learned, grid=grid)["encoding"]["table"]
-    expected = hash_encode(params["encoding"]["table"], position, grid=grid) * jnp.repeat(weights, grid.num_features)
+    expected = hash_encode(params["encoding"]["table"], position, grid=grid) * jnp.repeat(
+        weights[:-1], grid.num_features
+    )
     assert len(scaled) == level_offsets(grid)[-1]
     np.testing.assert_allclose(hash_encode(scaled, position, grid=grid), expected, rtol=1e-5, atol=1e-12)
 
 
 def test_levels_open_from_coarse_to_fine() -> None:
     config = apply_overrides(PRESETS["small"], ["refine.poses=true"])
-    rows = np.array([refinement.level_weights(f, config=config) for f in np.linspace(0, 1, 50)])
+    rows = np.array([refinement.level_weights(f, config=config)[:-1] for f in np.linspace(0, 1, 50)])
     assert rows[0].tolist() == [1] * config.refine.coarse_levels + [0] * (8 - config.refine.coarse_levels)
     assert (np.diff(rows, axis=0) >= 0).all()
     assert (np.diff(rows, axis=1) <= 0).all()
 
 
-def test_exposures_alone_need_no_curriculum() -> None:
+def test_exposures_alone_delay_only_the_direction() -> None:
     config = replace(CONFIG, refine=RefineConfig(exposure=True))
-    np.testing.assert_array_equal(refinement.level_weights(0.0, config=config), 1)
+    np.testing.assert_array_equal(refinement.level_weights(0.1, config=config), [1, 1, 0])
+    params = init_state(0, config=config).params
+    learned = replace(init_refinement(cameras(), config=config), level_weights=jnp.float32([1, 1, 0]))
+    field = RadianceField.of(refinement.weighted(params, learned, grid=config.field.encoding), config=config.field)
+    rng = np.random.default_rng(0)
+    position, towards = jnp.asarray(rng.uniform(size=(2, 20, 3)), jnp.float32)
+    evaluate = jax.jit(field)
+    (density, rgb), (same, seen) = (evaluate(position, direction) for direction in (towards, -towards))
+    np.testing.assert_array_equal(density, same)
+    np.testing.assert_array_equal(rgb, seen)
 
 
 def test_rates_fall_to_their_last() -> None:
