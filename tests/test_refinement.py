@@ -377,6 +377,7 @@ def test_without_refinement_its_options_do_nothing() -> None:
     jax.tree.map(np.testing.assert_array_equal, leaves(a.state), leaves(b.state))
 
 
+@pytest.mark.slow
 def test_refinement_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     whole = final(CONFIG)
     learned = whole.state.refinement

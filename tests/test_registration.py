@@ -71,6 +71,7 @@ def test_a_photograph_is_found_from_far() -> None:
     assert found.rotation_error < 0.1
 
 
+@pytest.mark.slow
 def test_a_pose_is_found_on_half_an_image() -> None:
     own = camera(2)
     image, keep = photograph(own), np.broadcast_to(np.arange(SIZE) < SIZE // 2, (SIZE, SIZE))

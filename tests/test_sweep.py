@@ -43,6 +43,7 @@ def images_of(path: Path) -> PosedImages:
     return load_training(SceneConfig(name=str(path), box_side=3.0)).images  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 def test_each_scene_learns_what_it_learns_alone(square: Path) -> None:
     """With its own seed and learning rate, and darker images; to 1 % of the loss, where rounding leads to 1e-6."""
     first = images_of(square)
