@@ -460,9 +460,9 @@ class RefineConfig(Config):
     learning_rate: Annotated[Positive, Role.RESULT, "of cameras; mean motion of the image, in focal lengths a step"] = (
         2e-3
     )
-    exposure_rate: Annotated[Positive, Role.RESULT, "learning rate of the logarithm of exposures"] = 1e-2
-    final: Annotated[float, Bounds(0, 1), Role.RESULT, "final rates as a fraction of the initial ones"] = 0.01
-    end: Annotated[float, Bounds(above=0, high=1), Role.RESULT, "fraction of the budget at which rates are final"] = 0.8
+    exposure_rate: Annotated[Positive, Role.RESULT, "learning rate of the logarithm of exposures"] = 3e-2
+    final: Annotated[float, Bounds(0, 1), Role.RESULT, "final rates as a fraction of the initial ones"] = 0.02
+    end: Annotated[float, Bounds(above=0, high=1), Role.RESULT, "fraction of the budget at which rates are final"] = 1.0
     coarse_levels: Annotated[Whole, Role.RESULT, "levels of the encoding in use at the start, while cameras move"] = 3
     fine_at: Annotated[Fraction, Role.RESULT, "fraction of the budget at which all levels are in use"] = 0.4
     margin: Annotated[Fraction, "by so much of an image's width silhouettes are widened: cameras may be off"] = 0.08

@@ -265,8 +265,8 @@ def test_exposures_alone_delay_only_the_direction() -> None:
     field = RadianceField.of(refinement.weighted(params, learned, grid=config.field.encoding), config=config.field)
     rng = np.random.default_rng(0)
     position, towards = jnp.asarray(rng.uniform(size=(2, 20, 3)), jnp.float32)
-    evaluate = jax.jit(field)
-    (density, rgb), (same, seen) = (evaluate(position, direction) for direction in (towards, -towards))
+    evaluate = jax.jit(lambda direction: field(position, direction))
+    (density, rgb), (same, seen) = evaluate(towards), evaluate(-towards)
     np.testing.assert_array_equal(density, same)
     np.testing.assert_array_equal(rgb, seen)
 
