@@ -367,6 +367,7 @@ def leaves(state: Any) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(replace(state, key=jax.random.key_data(state.key)))]
 
 
+@pytest.mark.slow
 def test_without_refinement_its_options_do_nothing() -> None:
     """Equal programs, and equal bits."""
     off = replace(CONFIG, refine=RefineConfig())

@@ -82,6 +82,7 @@ def test_a_pose_is_found_on_half_an_image() -> None:
     assert not found.log_gain.any()
 
 
+@pytest.mark.slow
 def test_an_exposure_is_found_alone() -> None:
     own = camera(3)
     keep = np.ones((SIZE, SIZE), bool)

@@ -63,6 +63,7 @@ def test_each_scene_learns_what_it_learns_alone(square: Path) -> None:
     assert abs(first_loss / second_loss - 1) > 0.05
 
 
+@pytest.mark.slow
 def test_a_scene_that_fails_leaves_the_others_alone(square: Path) -> None:
     views = images_of(square)
     broken = views.replace(cameras=views.cameras.replace(c2w=np.full_like(views.cameras.c2w, np.nan)))
