@@ -255,6 +255,7 @@ def test_the_page_opens_with_the_view_of_a_camera(tmp_path: Path, browser: Any) 
 def test_two_fingers_zoom(tmp_path: Path, browser: Any) -> None:
     webpage.write(random_run("features of 4"), tmp_path / "a.html", WebpageOptions())
     with Tab(browser, tmp_path / "a.html", has_touch=True, is_mobile=True) as tab:
+        tab.settle()  # until then "Loading…" lies over the canvas
         far = "Math.hypot(...camera.position.map((x, i) => x - camera.pivot[i]))"
         before = tab.page.evaluate(far)
         touch = tab.page.context.new_cdp_session(tab.page)
