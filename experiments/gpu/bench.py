@@ -110,6 +110,16 @@ class Bench:
     def dispatch(self) -> Dispatch:
         return Dispatch(self.config, self.trained[0].state, *self.data)
 
+    def frames(self) -> tuple[Any, list[tuple[Any, ...]]]:
+        """The program that renders a view at once, and its arguments for each pose on an orbit."""
+        progress, cameras = self.trained[0], self.images.cameras
+        grid, white = progress.state.occupancy, jnp.ones(3, jnp.float32)
+        camera, arguments = resize_cameras(cameras[0], *self.sizes.frame), []
+        for pose in orbit_poses(np.asarray(cameras.c2w), self.sizes.poses):
+            rays = jax.tree.map(lambda a: a.reshape(-1, 3), view_rays(replace(camera, c2w=pose)))
+            arguments.append((progress.field, rays, grid, white))
+        return chunk_program(self.config.sampler, default_batching()), arguments
+
 
 def run_training(config: Any, data: Any, num_steps: int) -> tuple[Progress, float]:
     """Where num_steps steps of training end, and the median milliseconds of one, with all that the loop does."""
@@ -162,17 +172,12 @@ def psnr_over_time(bench: Bench) -> Iterator[Row]:
 
 def render(bench: Bench) -> Iterator[Row]:
     """Frames on an orbit, as they stay on the device."""
-    progress, size = bench.trained[0], bench.sizes.frame
-    field, grid, white = progress.field, progress.state.occupancy, jnp.ones(3, jnp.float32)
-    camera = resize_cameras(bench.images.cameras[0], *size)
-    program = chunk_program(bench.config.sampler, default_batching())
-    calls = {}
-    for i, pose in enumerate(orbit_poses(np.asarray(bench.images.cameras.c2w), bench.sizes.poses)):
-        rays = jax.tree.map(lambda a: a.reshape(-1, 3), view_rays(replace(camera, c2w=pose)))
-        calls[str(i)] = functools.partial(program, field, rays, grid, white)
+    program, arguments = bench.frames()
+    calls = {str(i): functools.partial(program, *arguments[i]) for i in range(len(arguments))}
     ms = float(np.median([*median_ms(calls, runs=RUNS).values()]))
     samples = float(np.median([float(call()[1]) for call in calls.values()]))
-    yield {"frame": "x".join(map(str, size)), "ms": ms, "Msamples": 1e-6 * samples, "Msamples/s": 1e-3 * samples / ms}
+    size = "x".join(map(str, bench.sizes.frame))
+    yield {"frame": size, "ms": ms, "Msamples": 1e-6 * samples, "Msamples/s": 1e-3 * samples / ms}
 
 
 def correctness(bench: Bench) -> Iterator[Row]:
@@ -264,36 +269,59 @@ def stages(bench: Bench) -> Iterator[Row]:
     yield from ({"until": stage, "ms": ms / ROUNDS} for stage, ms in median_ms(programs, runs=RUNS).items())
 
 
-def kernels(bench: Bench) -> Iterator[Row]:
+def kernels_of_step(bench: Bench) -> Iterator[Row]:
     """The kernels that take longest in a step, from a trace of the profiler."""
     dispatch = bench.dispatch
-    jax.block_until_ready(dispatch())
+    yield from kernels(dispatch, dispatch.program.as_text(), dispatch.num_steps)
+
+
+def kernels_of_frame(bench: Bench) -> Iterator[Row]:
+    """Those of a frame."""
+    program, arguments = bench.frames()
+    compiled = program.lower(*arguments[0]).compile()
+    yield from kernels(lambda: compiled(*arguments[0]), compiled.as_text(), 1)
+
+
+def kernels(call: Callable[[], Any], hlo_text: str, rounds: int) -> Iterator[Row]:
+    """What ran on the device in a call of a program, per round of the call."""
+    jax.block_until_ready(call())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            jax.block_until_ready(dispatch())
+            jax.block_until_ready(call())
         (trace,) = Path(folder).rglob("*.xplane.pb")
         runs = device_events(jax.profiler.ProfileData.from_file(str(trace)).planes)
-    module = hlo.parse_module(dispatch.program.as_text())
+    module = hlo.parse_module(hlo_text)
     sources = {hlo.ptx_name(i.name): i.op_name for c in module.computations.values() for i in c.values()}
     times, counts = Counter[str](), Counter[str]()
-    for name, us in runs:
-        times[name] += us / dispatch.num_steps  # type: ignore[assignment]
-        counts[name] += 1
-    yield {"kernel": "all", "us a step": sum(times.values()), "runs a step": len(runs) / dispatch.num_steps, "from": ""}
-    for name, us in times.most_common(30):
+    for run in runs:
+        times[run.name] += run.microseconds / rounds  # type: ignore[assignment]
+        counts[run.name] += 1
+    span = max(run.end for run in runs) - min(run.end - run.microseconds for run in runs)
+    yield {"kernel": "first to last", "us": span / rounds, "runs": 1 / rounds, "from": ""}
+    yield {"kernel": "all", "us": sum(times.values()), "runs": len(runs) / rounds, "from": ""}
+    for name, us in times.most_common(60):
         source = "/".join(sources.get(hlo.ptx_name(name), "").split("/")[-3:])
-        yield {"kernel": name[:60], "us a step": us, "runs a step": counts[name] / dispatch.num_steps, "from": source}
+        yield {"kernel": name[:60], "us": us, "runs": counts[name] / rounds, "from": source}
 
 
-def device_events(planes: Any) -> list[tuple[str, float]]:
-    """Name and microseconds of what ran on a GPU's streams; without a GPU of all operations, each with its body's."""
+@dataclass(frozen=True)
+class Run:
+    """Of a kernel, in microseconds."""
+
+    name: str
+    microseconds: float
+    end: float
+
+
+def device_events(planes: Any) -> list[Run]:
+    """What ran on a GPU's streams; without a GPU all operations, each with its body's."""
     planes = list(planes)
     gpu = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     lines = [line for plane in gpu or planes for line in plane.lines if not gpu or line.name.startswith("Stream")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of the type of `stats`, under Python 3.12
         events = [e for line in lines for e in line.events if gpu or any(name == "hlo_op" for name, _ in e.stats)]
-    return [(event.name, 1e-3 * event.duration_ns) for event in events]
+    return [Run(e.name, 1e-3 * e.duration_ns, 1e-3 * e.end_ns) for e in events]
 
 
 def other_tasks(bench: Bench) -> Iterator[Row]:
@@ -354,7 +382,8 @@ SECTIONS: dict[str, Section] = {
     "render": (render, 30),
     "correctness": (correctness, 20),
     "stages": (stages, 60),
-    "kernels": (kernels, 20),
+    "kernels of a step": (kernels_of_step, 20),
+    "kernels of a frame": (kernels_of_frame, 20),
     "ceilings": (ceilings, 30),
     "image and sdf": (other_tasks, 60),
 }
