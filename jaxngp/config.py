@@ -314,6 +314,7 @@ class MarchConfig(Config):
     min_transmittance: Annotated[Fraction, "in rendering, a ray ends where less light than this gets through"] = 1e-4
     opaque_thickness: Annotated[Positive, "optical thickness of one step in a cell that is called opaque"] = 2.0
     opaque_cells: Annotated[float, Bounds(0, 1e3), "opaque cell widths after which a training ray ends; 0: never"] = 3.5
+    opaque_depth: Annotated[int, Bounds(0, 8), "cells that opaque ones lie within what is dense enough for it"] = 0
     occupancy: OccupancyConfig = OccupancyConfig()
 
     def check(self) -> None:

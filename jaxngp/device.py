@@ -73,13 +73,13 @@ def fusion_barrier(function: Callable[..., Any], *args: Any) -> Any:
     def conditional(*args: Any) -> Any:
         shapes = jax.eval_shape(function, *args)
         unreachable = lambda *_: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)  # noqa: E731
-        return lax.cond(_is_reachable(lax.stop_gradient(first)), function, unreachable, *args)
+        return lax.cond(unfolded_true(lax.stop_gradient(first)), function, unreachable, *args)
 
     return by_device(*args, cpu=conditional, gpu=function)
 
 
 @jax.custom_batching.custom_vmap
-def _is_reachable(array: jax.Array) -> jax.Array:
+def unfolded_true(array: jax.Array) -> jax.Array:
     """() bool, True but not known to be so before the program runs.
 
     It compares the first number of an array with one NaN among 2^24, of a payload that no arithmetic yields. Of a batch
@@ -90,9 +90,9 @@ def _is_reachable(array: jax.Array) -> jax.Array:
     return bits != np.uint32(0xFFF5A5A5)
 
 
-@_is_reachable.def_vmap
+@unfolded_true.def_vmap
 def _(axis_size: int, in_batched: list[bool], array: jax.Array) -> tuple[jax.Array, bool]:  # noqa: ARG001
-    return _is_reachable(array), False
+    return unfolded_true(array), False
 
 
 @jax.custom_batching.custom_vmap

@@ -207,8 +207,24 @@ def update_occupancy(
     fresh = largest_of_shares(lax.fori_loop(0, num_turns, look, fresh)).reshape(grid.density.shape)
     density = jnp.where(grid.density < 0, EMPTY, jnp.maximum(grid.density * config.occupancy.decay, fresh))
     opaque = density > _density_of(max(config.opaque_thickness, config.occupancy.threshold), config)
+    for _ in range(config.opaque_depth):
+        opaque = _inner(opaque)
     occupied = pack_bits(density > _threshold(density, config))
     return OccupancyGrid(density=density, occupied=occupied, opaque=pack_bits(opaque), bounds=occupied_bounds(occupied))
+
+
+def _inner(cells: jax.Array) -> jax.Array:
+    """Of flags (K, G^3) those whose six neighbours are set too; what lies outside of a cube counts as not set."""
+    resolution = round(cells.shape[1] ** (1 / 3))
+    cube = cells.reshape(-1, resolution, resolution, resolution)
+    inner = cube
+    for axis in (1, 2, 3):
+        edge = [(0, 0)] * 4
+        edge[axis] = (1, 1)
+        padded = jnp.pad(cube, edge)
+        for start in (0, 2):
+            inner = inner & lax.slice_in_dim(padded, start, start + resolution, axis=axis)
+    return inner.reshape(cells.shape)
 
 
 def _threshold(density: jax.Array, config: MarchConfig) -> jax.Array:

@@ -14,7 +14,7 @@ from jax import lax
 from jaxngp.bitsets import count_bits, nth_bit, pack_bits
 from jaxngp.cameras import Cameras, Pixels, project_axes
 from jaxngp.config import OccupancyConfig
-from jaxngp.device import any_share, fusion_barrier, largest, num_shares
+from jaxngp.device import any_share, fusion_barrier, largest, num_shares, unfolded_true
 from jaxngp.occupancy import Cells
 
 _FIRST_VIEWS = 8
@@ -65,7 +65,7 @@ def visual_hull(images: Silhouettes, *, config: OccupancyConfig) -> tuple[jax.Ar
     pixels are never among them.
     """
     candidates = candidate_cells(images, config=config)
-    everywhere = jnp.ones(images.num_pixels, bool) if images.keep is None else images.keep
+    everywhere = taking_part(images)
     if not config.carve:
         return candidates, set_of_all(everywhere, images)
     # Where little of the cube is excluded, few pixels would be, and looking for them takes longest. Counted in cells of
@@ -77,6 +77,12 @@ def visual_hull(images: Silhouettes, *, config: OccupancyConfig) -> tuple[jax.Ar
     any_worthwhile = largest(worthwhile.astype(jnp.int32)) > 0
     flags = lax.cond(any_worthwhile, look, lambda *_: everywhere, candidates, images) | ~worthwhile
     return candidates, set_of_all(flags if images.keep is None else flags & images.keep, images)
+
+
+def taking_part(images: Silhouettes) -> jax.Array:
+    """(P,) bool: the pixels that no mask excludes. Data also without masks: of a constant XLA would compute the sums
+    while it compiles, for half a minute."""
+    return jnp.full(images.num_pixels, unfolded_true(images.cameras.c2w)) if images.keep is None else images.keep
 
 
 def set_of_all(flags: jax.Array, images: Any) -> PixelSet:

@@ -50,7 +50,7 @@ from jaxngp.training.step import (
     step_options,
     zero_rates,
 )
-from jaxngp.visual_hull import PixelSet, Silhouettes, pixel_set, set_of_all, visual_hull
+from jaxngp.visual_hull import PixelSet, Silhouettes, pixel_set, set_of_all, taking_part, visual_hull
 
 Field = RadianceField
 
@@ -306,8 +306,7 @@ def hull_of_views(images: Silhouettes, *, config: NerfConfig) -> tuple[Occupancy
     if isinstance(images, SharedSilhouettes):
         images = images.own
     if not isinstance(config.sampler, MarchConfig):
-        keep = jnp.ones(images.num_pixels, bool) if images.keep is None else images.keep
-        return None, set_of_all(keep, images)
+        return None, set_of_all(taking_part(images), images)
     candidates, pixels = visual_hull(images, config=config.sampler.occupancy)
     return init_occupancy(candidates), pixels
 
