@@ -197,7 +197,7 @@ def step_inputs(
     batch, noise = draw_batch(jnp.int32(0), key, data, pixels, config=config)
     rays = data.source.cast(batch.view, batch.xy)
     candidates = find_visible(rays, state.occupancy, noise.jitter, config=sampler)
-    samples = pack_steps(candidates, config=sampler)
+    samples = pack_steps(candidates, size=sampler.num_samples)
     direction = rays.direction[samples.ray]
     position = rays.origin[samples.ray] + samples.t[:, None] * direction
     field, read = config.field, table_to_read(state.params, config.field)
@@ -238,7 +238,7 @@ def training_stages(
 
     def pack(jitter: jax.Array, candidates: Candidates) -> Any:
         words = candidates.words | (jitter[0] > 2).astype(jnp.uint32)
-        samples = pack_steps(replace(candidates, words=words), config=sampler)
+        samples = pack_steps(replace(candidates, words=words), size=sampler.num_samples)
         return samples.t, samples.dt, samples.ray
 
     def encode(position: jax.Array, table: jax.Array) -> jax.Array:

@@ -314,12 +314,17 @@ class MarchConfig(Config):
     min_transmittance: Annotated[Fraction, "in rendering, a ray ends where less light than this gets through"] = 1e-4
     opaque_thickness: Annotated[Positive, "optical thickness of one step in a cell that is called opaque"] = 2.0
     opaque_cells: Annotated[float, Bounds(0, 1e3), "opaque cell widths after which a training ray ends; 0: never"] = 3.5
-    opaque_depth: Annotated[int, Bounds(0, 8), "cells that opaque ones lie within what is dense enough for it"] = 0
+    num_candidates: Annotated[
+        int, Bounds(0, 2**26), "steps of a training step whose density is looked at first, for samples of those that"
+        " light reaches; 0: samples of all"
+    ] = 0
     occupancy: OccupancyConfig = OccupancyConfig()
 
     def check(self) -> None:
         expected = f"at least num_steps = {self.num_steps}, so that any one ray fits the buffer"
         _require(self.num_samples >= self.num_steps, "num_samples", self.num_samples, expected)
+        looked_at = self.num_candidates
+        _require(not looked_at or looked_at >= self.num_steps, "num_candidates", looked_at, f"0, or {expected}")
         fits = not self.growth or (self.growth * self.num_steps >= 2 and self.step_size > 1e-6)
         _require(fits, "growth", self.growth, f"0, or 2 to 15 over num_steps = {self.num_steps}")
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal
+from numpy.polynomial import Polynomial
 
 from jaxngp.config import HashGridConfig
 from jaxngp.device import by_device, fusion_barrier
@@ -318,14 +319,22 @@ def sh_encode(direction: jax.Array, *, degree: int) -> jax.Array:
     """
     if degree < 1:
         raise ValueError(f"degree = {degree}: expected at least 1")
+    return by_device(
+        direction,
+        cpu=functools.partial(sh_encode_unrolled, degree=degree),
+        gpu=functools.partial(sh_encode_broadcast, degree=degree),
+    )
+
+
+def sh_encode_unrolled(direction: jax.Array, *, degree: int) -> jax.Array:
+    """`sh_encode`, one harmonic after the other."""
     x, y, z = direction[..., 0], direction[..., 1], direction[..., 2]
     harmonics: dict[int, jax.Array] = {}
     cosine, sine = jnp.ones_like(x), jnp.zeros_like(x)  # Re, Im of (x + iy)^m
     for m in range(degree):
         before, polynomial = jnp.zeros_like(z), jnp.full_like(z, math.prod(range(1, 2 * m, 2)))
         for band in range(m, degree):
-            ratio = math.factorial(band - m) / math.factorial(band + m)
-            scale = (-1) ** m * math.sqrt((2 * band + 1) / (4 * math.pi) * ratio * (2 if m else 1))
+            scale = _sh_scale(band, m)
             harmonics[band * (band + 1) + m] = scale * polynomial * cosine
             if m:
                 harmonics[band * (band + 1) - m] = scale * polynomial * sine
@@ -333,6 +342,46 @@ def sh_encode(direction: jax.Array, *, degree: int) -> jax.Array:
             before, polynomial = polynomial, after
         cosine, sine = x * cosine - y * sine, x * sine + y * cosine
     return jnp.stack([harmonics[index] for index in range(degree**2)], axis=-1)
+
+
+def sh_encode_broadcast(direction: jax.Array, *, degree: int) -> jax.Array:
+    """`sh_encode` with the harmonics as an axis: all do the same with numbers of their own, so threads do not part."""
+    orders, polynomials = _sh_tables(degree)
+    x, y, z = (direction[..., axis, None] for axis in range(3))
+    cosine, sine = jnp.ones_like(x), jnp.zeros_like(x)
+    around = jnp.zeros_like(x)
+    for m in range(degree):
+        around = around + orders[m].astype(x.dtype) * cosine
+        if m:
+            around = around + orders[-m].astype(x.dtype) * sine
+        cosine, sine = x * cosine - y * sine, x * sine + y * cosine
+    along = jnp.zeros_like(z)
+    for coefficient in reversed(polynomials):  # by Horner's rule
+        along = along * z + coefficient.astype(z.dtype)
+    return around * along
+
+
+@functools.cache
+def _sh_tables(degree: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each harmonic k of degree^2: whether its m is that of a row, (2 degree - 1, degree^2), row -m from the end;
+    and its polynomial in z with its scale, (degree, degree^2), the constant term first."""
+    orders = np.zeros((2 * degree - 1, degree**2))
+    polynomials = np.zeros((degree, degree**2))
+    for m in range(degree):
+        before, polynomial = Polynomial([0.0]), Polynomial([float(math.prod(range(1, 2 * m, 2)))])
+        for band in range(m, degree):
+            for sign in {m, -m}:
+                index = band * (band + 1) + sign
+                orders[sign, index] = 1
+                polynomials[: len(polynomial.coef), index] = _sh_scale(band, m) * polynomial.coef
+            after = ((2 * band + 1) * Polynomial([0.0, 1.0]) * polynomial - (band + m) * before) / (band + 1 - m)
+            before, polynomial = polynomial, after
+    return orders, polynomials
+
+
+def _sh_scale(band: int, m: int) -> float:
+    ratio = math.factorial(band - m) / math.factorial(band + m)
+    return (-1) ** m * math.sqrt((2 * band + 1) / (4 * math.pi) * ratio * (2 if m else 1))
 
 
 def frequency_encode(direction: jax.Array, *, num_frequencies: int) -> jax.Array:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +16,14 @@ from jax import lax
 
 from jaxngp.bitsets import count_bits, even_bits, interleave, nth_bit_of_row, until_nth
 from jaxngp.cameras import Rays
+from jaxngp.compositing import OPAQUE, optical_depth_before
 from jaxngp.config import MarchConfig, StratifiedConfig
 from jaxngp.device import all_shares, by_device, fusion_barrier, largest, num_shares, own_share, share_index
 from jaxngp.occupancy import OccupancyGrid
+
+Field = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+"""position (N, 3), direction (N, 3) -> density (N,) per scene unit, rgb (N, 3); a pytree where it crosses a jit, as a
+`fields.RadianceField` or a `jax.tree_util.Partial` is."""
 
 Bound = float | jax.Array
 """A corner of a box: one number for all axes, or (3,)."""
@@ -106,10 +115,12 @@ class Candidates:
     """The steps of R rays that fall into occupied cells.
 
     words (R, S / 32) u32: bit i % 32 of word i // 32 stands for step i. There are none before step 0.
+    left_out (R,) i32: how many steps a ray had that are not among them for want of room; None where there was room.
     """
 
     words: jax.Array
     steps: Steps  # (R,)
+    left_out: jax.Array | None = None
 
 
 def box_interval(rays: Rays, low: Bound = 0.0, high: Bound = 1.0) -> tuple[jax.Array, jax.Array]:
@@ -167,19 +178,27 @@ def _test_steps(
     fixed = lax.stop_gradient(steps)
     cells = sets[0] if len(sets) == 1 else interleave(*sets)
 
+    width, per_word = len(sets), 32 // len(sets)
+    # Two sets in one pass: one read and two bits a step, 16 steps a word, taken apart afterwards.
+
+    def read(step: jax.Array) -> jax.Array:
+        """The bits (R, n) u32 of steps (n,) i32."""
+        t = fixed[:, None].t_at(step)
+        x, y, z = (rays.origin[:, axis, None] + t * rays.direction[:, axis, None] for axis in range(3))
+        return jnp.where(t < t_leave[:, None], grid.cells.read(cells, x, y, z, width=width), 0)
+
+    def apart(words: jax.Array) -> list[jax.Array]:
+        """(R, W / width) u32 for each set of words (R, W) of bits of all."""
+        if width == 1:
+            return [words]
+        halves = [even_bits(words >> i).reshape(len(words), -1, 2) for i in range(2)]
+        return [half[..., 0] | (half[..., 1] << 16) for half in halves]
+
     def words(first: jax.Array, count: int) -> list[jax.Array]:
         """(R, count) u32 for each set: the words from the given one on. No (R, S, 3) array of positions is stored."""
-        t = fixed[:, None].t_at(first * 32 + jnp.arange(count * 32, dtype=jnp.int32))
-        x, y, z = (rays.origin[:, axis, None] + t * rays.direction[:, axis, None] for axis in range(3))
-        found = jnp.where(t < t_leave[:, None], grid.cells.read(cells, x, y, z, width=len(sets)), 0)
-        if len(sets) == 1:
-            places = np.arange(32, dtype=np.uint32)
-            return [jnp.sum(found.reshape(-1, count, 32) << places, axis=-1, dtype=jnp.uint32)]
-        # Two sets in one pass: one read and two bits a step, 16 steps a word, taken apart afterwards.
-        places = 2 * np.arange(16, dtype=np.uint32)
-        halves = jnp.sum(found.reshape(-1, count, 2, 16) << places, axis=-1, dtype=jnp.uint32)
-        apart = [even_bits(halves >> i) for i in range(2)]
-        return [half[..., 0] | (half[..., 1] << 16) for half in apart]
+        found = read(first * 32 + jnp.arange(count * 32, dtype=jnp.int32)).reshape(-1, count * width, per_word)
+        places = width * np.arange(per_word, dtype=np.uint32)
+        return apart(jnp.sum(found << places, axis=-1, dtype=jnp.uint32))
 
     num_words = config.num_steps // 32
 
@@ -196,46 +215,87 @@ def _test_steps(
         empty = jnp.zeros((num_words, len(jitter)), jnp.uint32)
         return [f.T for f in lax.fori_loop(0, needed, one, [empty] * len(sets))]
 
-    return steps, by_device(cpu=as_loop, gpu=lambda: words(jnp.int32(0), num_words))
+    def unrolled() -> list[jax.Array]:
+        """16 steps by a thread, one after the other: a sum over an axis would spend most of its time on adding up."""
+        start = 16 * np.arange(2 * num_words, dtype=np.int32)
+        bits = (read(start + i) << np.uint32(width * i) for i in range(16))
+        found = functools.reduce(operator.or_, bits)
+        return apart(found if width == 2 else found[:, 0::2] | (found[:, 1::2] << 16))
+
+    return steps, by_device(cpu=as_loop, gpu=unrolled)
 
 
-def march_rays(rays: Rays, grid: OccupancyGrid, jitter: jax.Array, *, config: MarchConfig) -> Samples:
+def cut_hidden(candidates: Candidates, rays: Rays, field: Field, *, config: MarchConfig, size: int) -> Candidates:
+    """Candidates without the steps that less light than min_transmittance reaches, by the density of a field.
+
+    What is left is the beginning of each ray, on which its colour depends, and seldom more than a tenth: the field has
+    to be evaluated in full, and differentiated, nowhere else. Rays are looked at in order while all of their steps fit
+    into a buffer of `size`; those of the others are left out.
+    """
+    rays, field = lax.stop_gradient((rays, field))
+    found = pack_steps(candidates, size=size)
+    origin, direction = rays.origin[found.ray], rays.direction[found.ray]
+    density, _ = field(origin + found.t[:, None] * direction, direction)
+    num_rays = len(candidates.words)
+    depth = optical_depth_before(density * found.dt, found.ray, num_rays)
+    reached = found.valid & (depth < -math.log(max(config.min_transmittance, math.exp(-OPAQUE))))
+    count = jnp.zeros(num_rays, jnp.int32).at[found.ray].add(reached.astype(jnp.int32), indices_are_sorted=True)
+    # Light only ever gets less along a ray, so these are its first ones.
+    words = candidates.words & until_nth(candidates.words, count[:, None])
+    all_steps = jnp.sum(lax.population_count(candidates.words).astype(jnp.int32), axis=1, dtype=jnp.int32)
+    return candidates.replace(words=words, left_out=jnp.where(found.ray_complete, 0, all_steps))  # type: ignore[attr-defined]
+
+
+def march_rays(
+    rays: Rays, grid: OccupancyGrid, jitter: jax.Array, field: Field | None = None, *, config: MarchConfig
+) -> Samples:
     """The samples of R rays in occupied cells that no opaque ones hide, packed into a buffer of config.num_samples.
 
+    field: where config.num_candidates is set, that whose density then says which of them light reaches.
     One jitter a ray keeps its samples a fixed distance apart, so that their intervals tile the way through the box.
     Devices that share a program each march through their part of the rays, and then take equal parts of the samples.
     """
     rays, jitter = own_share((rays, jitter))
-    return pack_steps(all_shares(find_visible(rays, grid, jitter, config=config)), config=config)
+    candidates = find_visible(rays, grid, jitter, config=config)
+    if config.num_candidates and field is not None:
+        size = max(config.num_candidates // num_shares(), config.num_steps)
+        candidates = cut_hidden(candidates, rays, field, config=config, size=size)
+    return pack_steps(all_shares(candidates), size=config.num_samples, num_parts=num_shares())
 
 
-def pack_steps(candidates: Candidates, *, config: MarchConfig) -> Samples:
-    """The steps of R rays as samples, one after the other in a buffer of config.num_samples.
+def pack_steps(candidates: Candidates, *, size: int, num_parts: int = 1) -> Samples:
+    """The steps of R rays as samples, one after the other in a buffer of `size`.
 
-    Rays are taken in order while all of their samples fit; the samples of the others are counted as dropped. Devices
-    that share a program take the same rays as one alone would, each those whose samples begin in its part of the
-    buffer. What a share holds is counted there and nowhere else.
+    Rays are taken in order while all of their samples fit; the samples of the others are counted as dropped. num_parts:
+    of devices that share a program, which take the same rays as one alone would, each those whose samples begin in its
+    part of the buffer. What a share holds is counted there and nowhere else.
     """
-    size, num_rays = config.num_samples, len(candidates.words)
+    num_rays, num_words = candidates.words.shape
     ends = count_bits(candidates.words)
     counts = ends[:, -1]
     end = jnp.cumsum(counts, dtype=jnp.int32)
-    own = complete = end <= size
+    complete = end <= size
     num_kept = last = jnp.max(jnp.where(complete, end, 0))
+    if candidates.left_out is not None:
+        complete = complete & (candidates.left_out == 0)
+    own = complete
     first: int | jax.Array = 0  # of the slots of the whole buffer those that this share has; `last` is behind them
-    if num_shares() > 1:
-        part, begin = -(-size // num_shares()), end - counts
-        own = complete & (jnp.minimum(begin // part, num_shares() - 1) == share_index())
+    if num_parts > 1:
+        part, begin = -(-size // num_parts), end - counts
+        own = complete & (jnp.minimum(begin // part, num_parts - 1) == share_index())
         bounds = [(share_index() + i) * part for i in range(2)]
         first, last = (jnp.minimum(jnp.min(begin, where=begin >= bound, initial=size), num_kept) for bound in bounds)
-        size = part + config.num_steps  # its last ray may reach into the next part
+        size = part + 32 * num_words  # its last ray may reach into the next part
 
     slot = jnp.arange(size, dtype=jnp.int32)
-    place = jnp.maximum(end - first, 0) if num_shares() > 1 else end
+    place = jnp.maximum(end - first, 0) if num_parts > 1 else end
     ended = jnp.zeros(size, jnp.int32).at[place].add(1, mode="drop", indices_are_sorted=True)
     ray = jnp.minimum(jnp.cumsum(ended, dtype=jnp.int32), num_rays - 1)
     step = nth_bit_of_row(candidates.words, ends, ray, slot + first - (end - counts)[ray])
     steps, valid = candidates.steps[ray], slot < last - first
+    dropped = end[-1] - num_kept
+    if candidates.left_out is not None:
+        dropped = dropped + jnp.sum(candidates.left_out, dtype=jnp.int32)
     return Samples(
         t=steps.t_at(step),
         dt=jnp.where(valid, steps.dt_at(step), 0),
@@ -243,7 +303,7 @@ def pack_steps(candidates: Candidates, *, config: MarchConfig) -> Samples:
         valid=valid,
         ray_complete=own,
         num_samples=last - first,
-        num_dropped=jnp.where(share_index() == 0, end[-1] - num_kept, 0),
+        num_dropped=dropped if num_parts == 1 else jnp.where(share_index() == 0, dropped, 0),
     )
 
 
@@ -276,11 +336,16 @@ def jitter_shape(num_rays: int, *, sampler: MarchConfig | StratifiedConfig) -> t
 
 
 def sample_rays(
-    rays: Rays, grid: OccupancyGrid | None, jitter: jax.Array, *, sampler: MarchConfig | StratifiedConfig
+    rays: Rays,
+    grid: OccupancyGrid | None,
+    jitter: jax.Array,
+    field: Field | None = None,
+    *,
+    sampler: MarchConfig | StratifiedConfig,
 ) -> Samples:
-    """Samples of R rays as `sampler` says; only marching needs the grid."""
+    """Samples of R rays as `sampler` says; only marching needs the grid, and the field: see `march_rays`."""
     if isinstance(sampler, StratifiedConfig):
         return stratified_samples(rays.origin.shape[0], jitter, config=sampler)
     if grid is None:
         raise ValueError("grid = None: marching needs an OccupancyGrid")
-    return march_rays(rays, grid, jitter, config=sampler)
+    return march_rays(rays, grid, jitter, field, config=sampler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from jax import lax
 
 from jaxngp.bitsets import count_bits, nth_bit, pack_bits
 from jaxngp.config import MarchConfig
-from jaxngp.device import fusion_barrier, largest, largest_of_shares, num_shares, share_index
+from jaxngp.device import by_device, fusion_barrier, largest, largest_of_shares, num_shares, share_index
 
 DensityFn = Callable[[jax.Array], jax.Array]
 """position (N, 3) in scene units -> density (N,) per scene unit."""
@@ -22,6 +23,7 @@ EMPTY = -1.0
 """The stored density of a cell that stays empty: no camera sees it, a silhouette excludes it, or no point is in it."""
 
 _CHUNK = 2**15  # cells whose density is evaluated at once: the network's activations stay in a CPU's cache
+_CHUNKS_AT_ONCE = 8  # on a GPU, which waits for the host before each turn
 
 
 @dataclass(frozen=True)
@@ -193,38 +195,26 @@ def update_occupancy(
         offset = offset / cells.resolution * cells.side(cell)[:, None]
         return cell, jnp.stack(cells.centre(cell), axis=-1) + offset
 
-    def look(turn: jax.Array, fresh: jax.Array) -> jax.Array:
-        chunk = turn * num_shares() + share_index()
-        rank = chunk * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)
-        bits = jax.random.bits(jax.random.fold_in(key, chunk), (_CHUNK, 4), jnp.uint32)
+    def look(turn: jax.Array, fresh: jax.Array, *, at_once: int) -> jax.Array:
+        chunk = (turn * at_once + jnp.arange(at_once, dtype=jnp.int32)) * num_shares() + share_index()
+        rank = (chunk[:, None] * _CHUNK + jnp.arange(_CHUNK, dtype=jnp.int32)).reshape(-1)
+        bits = jax.vmap(lambda i: jax.random.bits(jax.random.fold_in(key, i), (_CHUNK, 4), jnp.uint32))(chunk)
         # Chosen once, and not once per axis and level of whatever encodes it.
-        cell, position = fusion_barrier(choose, bits, rank)
+        cell, position = fusion_barrier(choose, bits.reshape(-1, 4), rank)
         return fresh.at[cell].max(jnp.where(rank < num_looks, density_fn(position), EMPTY))
 
-    at_once = _CHUNK * num_shares()
-    num_turns = largest((num_looks + at_once - 1) // at_once)
-    fresh = jnp.full(cells.num_cells, EMPTY, jnp.float32)
-    fresh = largest_of_shares(lax.fori_loop(0, num_turns, look, fresh)).reshape(grid.density.shape)
+    def look_around(at_once: int) -> jax.Array:
+        size = _CHUNK * at_once * num_shares()
+        num_turns = largest((num_looks + size - 1) // size)
+        fresh = jnp.full(cells.num_cells, EMPTY, jnp.float32)
+        return lax.fori_loop(0, num_turns, functools.partial(look, at_once=at_once), fresh)
+
+    fresh = by_device(cpu=lambda: look_around(1), gpu=lambda: look_around(_CHUNKS_AT_ONCE))
+    fresh = largest_of_shares(fresh).reshape(grid.density.shape)
     density = jnp.where(grid.density < 0, EMPTY, jnp.maximum(grid.density * config.occupancy.decay, fresh))
     opaque = density > _density_of(max(config.opaque_thickness, config.occupancy.threshold), config)
-    for _ in range(config.opaque_depth):
-        opaque = _inner(opaque)
     occupied = pack_bits(density > _threshold(density, config))
     return OccupancyGrid(density=density, occupied=occupied, opaque=pack_bits(opaque), bounds=occupied_bounds(occupied))
-
-
-def _inner(cells: jax.Array) -> jax.Array:
-    """Of flags (K, G^3) those whose six neighbours are set too; what lies outside of a cube counts as not set."""
-    resolution = round(cells.shape[1] ** (1 / 3))
-    cube = cells.reshape(-1, resolution, resolution, resolution)
-    inner = cube
-    for axis in (1, 2, 3):
-        edge = [(0, 0)] * 4
-        edge[axis] = (1, 1)
-        padded = jnp.pad(cube, edge)
-        for start in (0, 2):
-            inner = inner & lax.slice_in_dim(padded, start, start + resolution, axis=axis)
-    return inner.reshape(cells.shape)
 
 
 def _threshold(density: jax.Array, config: MarchConfig) -> jax.Array:

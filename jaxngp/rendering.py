@@ -29,16 +29,13 @@ from jaxngp.device import (
 )
 from jaxngp.marching import (
     Candidates,
+    Field,
     Samples,
     find_candidates,
     jitter_shape,
     sample_rays,
 )
 from jaxngp.occupancy import OccupancyGrid
-
-Field = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-"""position (N, 3), direction (N, 3) -> density (N,) per scene unit, rgb (N, 3); a pytree where it crosses a jit, as a
-`fields.RadianceField` or a `jax.tree_util.Partial` is."""
 
 Sampler = MarchConfig | StratifiedConfig
 
@@ -60,7 +57,7 @@ def render_rays(
     has no meaningful colour.
     """
     rays = jax.tree.map(jnp.asarray, rays)
-    samples = fusion_barrier(functools.partial(sample_rays, sampler=sampler), rays, grid, jitter)
+    samples = fusion_barrier(functools.partial(sample_rays, field=field, sampler=sampler), rays, grid, jitter)
     origin, direction = rays.origin[samples.ray], rays.direction[samples.ray]
     density, rgb = field(origin + samples.t[:, None] * direction, direction)
     return composite(density, rgb, samples.t, samples.dt, samples.ray, background, known_depth), samples
