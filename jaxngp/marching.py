@@ -233,17 +233,19 @@ def cut_hidden(candidates: Candidates, rays: Rays, field: Field, *, config: Marc
     into a buffer of `size`; those of the others are left out.
     """
     rays, field = lax.stop_gradient((rays, field))
-    found = pack_steps(candidates, size=size)
+    found, num_rays = pack_steps(candidates, size=size), len(candidates.words)
     origin, direction = rays.origin[found.ray], rays.direction[found.ray]
     density, _ = field(origin + found.t[:, None] * direction, direction)
-    num_rays = len(candidates.words)
     depth = optical_depth_before(density * found.dt, found.ray, num_rays)
     reached = found.valid & (depth < -math.log(max(config.min_transmittance, math.exp(-OPAQUE))))
-    count = jnp.zeros(num_rays, jnp.int32).at[found.ray].add(reached.astype(jnp.int32), indices_are_sorted=True)
-    # Light only ever gets less along a ray, so these are its first ones.
-    words = candidates.words & until_nth(candidates.words, count[:, None])
-    all_steps = jnp.sum(lax.population_count(candidates.words).astype(jnp.int32), axis=1, dtype=jnp.int32)
-    return candidates.replace(words=words, left_out=jnp.where(found.ray_complete, 0, all_steps))  # type: ignore[attr-defined]
+    # Light only gets less along a ray, so what it reaches are the first steps, up to where the next is not reached.
+    last = reached & ~(jnp.roll(reached, -1) & (jnp.roll(found.ray, -1) == found.ray)).at[-1].set(False)
+    slot = jnp.arange(size, dtype=jnp.int32)
+    end = jnp.zeros(num_rays, jnp.int32).at[jnp.where(last, found.ray, num_rays)].set(slot + 1, mode="drop")
+    counts = jnp.sum(lax.population_count(candidates.words).astype(jnp.int32), axis=1, dtype=jnp.int32)
+    kept = end - (jnp.cumsum(counts, dtype=jnp.int32) - counts)
+    words = candidates.words & until_nth(candidates.words, jnp.maximum(kept, 0)[:, None])
+    return candidates.replace(words=words, left_out=jnp.where(found.ray_complete, 0, counts))  # type: ignore[attr-defined]
 
 
 def march_rays(

@@ -22,12 +22,13 @@ from jaxngp.config import (
 )
 
 _PAPER = NerfConfig(
-    sampler=MarchConfig(opaque_cells=0.0, occupancy=OccupancyConfig(carve=False)),
+    sampler=MarchConfig(opaque_cells=0.0, num_candidates=2**20, occupancy=OccupancyConfig(carve=False)),
     optimizer=OptimizerConfig(ema_decay=0.0),
     train=TrainConfig(loss="l2", max_steps=50_000),
 )
 _BASE = NerfConfig(
     field=FieldConfig(encoding=HashGridConfig(num_levels=8, num_features=4), precision="bfloat16"),
+    sampler=MarchConfig(opaque_cells=8.0, num_candidates=2**19, num_samples=2**17),
     optimizer=OptimizerConfig(decay=CosineDecay()),
     train=TrainConfig(num_rays=2**14, loss="l2", calls_in_flight=4),
 )
