@@ -115,7 +115,8 @@ class Candidates:
     """The steps of R rays that fall into occupied cells.
 
     words (R, S / 32) u32: bit i % 32 of word i // 32 stands for step i. There are none before step 0.
-    left_out (R,) i32: how many steps a ray had that are not among them for want of room; None where there was room.
+    left_out (R,) i32: how many steps a ray had that are not among them for want of room, -1 where there was room; None
+    where that is so of all.
     """
 
     words: jax.Array
@@ -245,7 +246,7 @@ def cut_hidden(candidates: Candidates, rays: Rays, field: Field, *, config: Marc
     counts = jnp.sum(lax.population_count(candidates.words).astype(jnp.int32), axis=1, dtype=jnp.int32)
     kept = end - (jnp.cumsum(counts, dtype=jnp.int32) - counts)
     words = candidates.words & until_nth(candidates.words, jnp.maximum(kept, 0)[:, None])
-    return candidates.replace(words=words, left_out=jnp.where(found.ray_complete, 0, counts))  # type: ignore[attr-defined]
+    return candidates.replace(words=words, left_out=jnp.where(found.ray_complete, -1, counts))  # type: ignore[attr-defined]
 
 
 def march_rays(
@@ -279,7 +280,7 @@ def pack_steps(candidates: Candidates, *, size: int, num_parts: int = 1) -> Samp
     complete = end <= size
     num_kept = last = jnp.max(jnp.where(complete, end, 0))
     if candidates.left_out is not None:
-        complete = complete & (candidates.left_out == 0)
+        complete = complete & (candidates.left_out < 0)
     own = complete
     first: int | jax.Array = 0  # of the slots of the whole buffer those that this share has; `last` is behind them
     if num_parts > 1:
@@ -297,7 +298,7 @@ def pack_steps(candidates: Candidates, *, size: int, num_parts: int = 1) -> Samp
     steps, valid = candidates.steps[ray], slot < last - first
     dropped = end[-1] - num_kept
     if candidates.left_out is not None:
-        dropped = dropped + jnp.sum(candidates.left_out, dtype=jnp.int32)
+        dropped = dropped + jnp.sum(jnp.maximum(candidates.left_out, 0), dtype=jnp.int32)
     return Samples(
         t=steps.t_at(step),
         dt=jnp.where(valid, steps.dt_at(step), 0),

@@ -95,14 +95,27 @@ MIXED = ((16, 12), (9, 16), (8, 8), (16, 16), (10, 10))
 @pytest.mark.parametrize("num_samples", [2**10, pytest.param(1000, marks=pytest.mark.slow), 64])
 def test_shares_hold_the_samples_of_one_device(num_samples: int) -> None:
     """Each sample once, in whole rays, of no device many more than a quarter; the same rays are left out."""
-    config = replace(MARCH, num_samples=num_samples, opaque_cells=0.0)
+    check_shares(replace(MARCH, num_samples=num_samples, opaque_cells=0.0))
+
+
+def test_shares_hold_the_samples_that_light_reaches() -> None:
+    check_shares(replace(MARCH, num_samples=2**9, opaque_cells=0.0, num_candidates=2**12))
+
+
+def fog(position: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return 100 * position[:, 0], direction
+
+
+def check_shares(config: MarchConfig) -> None:
+    num_samples, field = config.num_samples, jax.tree_util.Partial(fog)
     grid = init_occupancy(jax.random.bernoulli(jax.random.key(0), 0.3, (32**3,)))
     rays, jitter = random_rays(64)
-    one = jax.jit(lambda *args: march_rays(*args, config=config))(rays, grid, jitter)
+    one = jax.jit(lambda *args: march_rays(*args, field, config=config))(rays, grid, jitter)
+    assert one.ray_complete.any()
     spread = Samples(*[PartitionSpec("rays")] * 7)
 
     def march(*args: Any) -> Samples:
-        samples = march_rays(*args, config=config)
+        samples = march_rays(*args, field, config=config)
         return jax.tree.map(lambda a: a[None], samples)
 
     four = on_mesh(march, rays, grid, jitter, out=spread)

@@ -467,6 +467,62 @@ def test_a_buffer_that_is_exactly_full_drops_nothing() -> None:
     assert samples.num_dropped == 0
 
 
+# What light reaches.
+
+
+def thick(position: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A field that lets light through here and not there, by a steep wave; its steps have a thickness of 0 to 20.
+
+    Rounding moves a point by 2e-7, and so the thickness before it by less than 0.02.
+    """
+    wave = 0.5 + 0.5 * jnp.sin(position @ jnp.array([31.0, 17.0, 23.0]))
+    return 20 / DT * wave**8, 0 * direction
+
+
+THICK = jax.tree_util.Partial(thick)
+
+
+@pytest.mark.parametrize("num_candidates", [CONFIG.num_steps, ROOMY.num_samples], ids=["overflows", "fits"])
+@pytest.mark.parametrize("min_transmittance", [1e-4, 0.2])
+@given(rays(), grids() | half_opaque_grids(), jitters)
+def test_samples_are_the_steps_that_light_reaches(
+    num_candidates: int, min_transmittance: float, rays: Rays, grid: OccupancyGrid, jitter: np.ndarray
+) -> None:
+    """Of each ray that fits the first ones, up to where too little light gets through; the others are left out."""
+    config = replace(ROOMY, num_candidates=num_candidates, min_transmittance=min_transmittance)
+    samples = march_rays(rays, grid, jitter, THICK, config=config)
+    full = march_rays(rays, grid, jitter, config=ROOMY)
+    ray, t, valid = np.asarray(full.ray), np.asarray(full.t, np.float64), np.asarray(full.valid)
+    position = np.asarray(rays.origin)[ray] + t[:, None] * np.asarray(rays.direction)[ray]
+    thickness = np.asarray(thick(jnp.asarray(position, jnp.float32), jnp.zeros(3))[0], np.float64) * DT
+    limit, counts = -np.log(min_transmittance), np.bincount(ray[valid], minlength=R)
+    fits = np.cumsum(counts) <= num_candidates
+    np.testing.assert_array_equal(samples.ray_complete, fits)
+    assert samples.num_dropped == counts[~fits].sum()
+    for number in range(R):
+        own = t[valid & (ray == number)]
+        kept = np.asarray(samples.t)[np.asarray(samples.valid) & (np.asarray(samples.ray) == number)]
+        if not fits[number]:
+            assert len(kept) == 0
+            continue
+        np.testing.assert_array_equal(kept, own[: len(kept)].astype(np.float32))
+        before = np.concatenate([[0.0], np.cumsum(thickness[valid & (ray == number)])])
+        assert len(kept) == 0 or before[len(kept) - 1] < limit + 0.02
+        assert len(kept) == len(own) or before[len(kept)] > limit - 0.02
+
+
+def test_the_light_that_reaches_a_step_has_no_gradient() -> None:
+    """Which steps are samples is a choice; how they look follows from them alone."""
+    rays = Rays(origin=jnp.full((1, 3), -1.0), direction=jnp.full((1, 3), 3**-0.5))
+    config = replace(CONFIG, num_candidates=CONFIG.num_steps)
+
+    def total(scale: jax.Array) -> jax.Array:
+        field = jax.tree_util.Partial(lambda scale, p, d: (scale * thick(p, d)[0], d), scale)
+        return jnp.sum(marching.march_rays(rays, FULL, jnp.array([0.5]), field, config=config).t)
+
+    assert jax.grad(total)(1.0) == 0
+
+
 # Bins.
 
 BINS = StratifiedConfig(num_bins=6, near=0.5, far=2.0, last_interval=100.0)

@@ -17,6 +17,7 @@ from strategies import TINY_MARCH, arrays32, points, seeds
 
 from jaxngp import bitsets, occupancy
 from jaxngp.config import MarchConfig, OccupancyConfig
+from jaxngp.device import formulation
 from jaxngp.occupancy import EMPTY, Cells, OccupancyGrid
 
 G = 32
@@ -328,6 +329,21 @@ def test_warmup_looks_into_every_candidate(resolution: int, num_cascades: int) -
         assert (place[flags] < 1 + 1e-3).all()
         np.testing.assert_allclose(place[flags].mean(), 0.5, atol=0.01)
         np.testing.assert_allclose(place[flags].std(), 12**-0.5, atol=0.01)
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_both_formulations_look_into_the_same_cells(warmup: bool) -> None:
+    """At the same points, where a CPU takes several turns and a GPU one."""
+    config = replace(MARCH, occupancy=OccupancyConfig(resolution=64))
+    grid = init_occupancy(random_flags(0, 0.9, 64, 1).reshape(1, -1))
+    found = []
+    for choice in ("cpu", "gpu"):
+        with formulation(choice):
+            refresh = lambda grid: occupancy.update_occupancy(  # noqa: E731
+                grid, jax.random.key(0), lambda p: 1 + p[:, 0], jnp.bool_(warmup), config=config
+            )
+            found.append(jax.jit(refresh)(grid))
+    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.map(np.asarray, new) for new in found))
 
 
 def test_after_warmup_some_cells_are_drawn() -> None:

@@ -302,6 +302,25 @@ def test_stacked_fields_render_as_each_alone() -> None:
         assert_close(both, alone, atol=3e-5)
 
 
+@given(seeds)
+@settings(max_examples=20)
+def test_samples_that_light_does_not_reach_change_nothing(seed: int) -> None:
+    """Left out, they change a colour, which is in [0, 1], by no more than the light that gets to them."""
+    field, grid = tiny_field(seed), patchy_grid(seed % 3)
+    field = field.replace(params={**field.params, "density_mlp": jax.tree.map(lambda a: 4 * a, field.params["density_mlp"])})
+    jitter, background = jnp.full(R, 0.5, jnp.float32), jnp.zeros((R, 3), jnp.float32)
+    (all_of_them, full), (cut, few) = (
+        render_either(field, some_rays(), grid, jitter, background, sampler=sampler)
+        for sampler in (TINY, replace(TINY, num_candidates=TINY.num_samples, min_transmittance=0.01))
+    )
+    assert few.num_samples <= full.num_samples
+    np.testing.assert_allclose(cut.rgb, all_of_them.rgb, atol=0.01 + 1e-5)
+    np.testing.assert_allclose(cut.opacity, all_of_them.opacity, atol=0.01 + 1e-5)
+
+
+render_either = jax.jit(rendering.render_rays, static_argnames="sampler")
+
+
 @pytest.mark.parametrize("render", ["batch", "chunk"])
 def test_both_formulations_render_the_same(render: str) -> None:
     """Light to 3e-8 of each sample's optical depth, which the fixed point of a GPU rounds, and to float32's sums."""
