@@ -256,7 +256,8 @@ FAULTS = [
         weight_of_the_opposite_corner=wrap("_corner_weight", lambda call, offset: call(offset=1 - offset)),
         far_face_beyond_the_last_cell=wrap("_cell_along", lambda call, last_cell: call(last_cell=last_cell + 1)),
         levels_of_a_gpu_shifted_by_one=wrap("_levels", lambda call: replace(call(), start=np.roll(call().start, -1))),
-        harmonics_without_their_sign=rewrite("sh_encode", "(-1) ** m", "1"),
+        harmonics_without_their_sign=rewrite("_sh_scale", "(-1) ** m", "1"),
+        harmonics_of_the_next_order=wrap("_sh_tables", lambda call: (np.roll(call()[0], 1, axis=0), call()[1])),
         half_table_not_read=wrap("_encode", lambda call: call(half_table=None)),
     ),
     *faults(
@@ -283,6 +284,11 @@ FAULTS = [
         last_step_dropped=rewrite("_test_steps", "t < t_leave[:, None]", "t < t_leave[:, None] - config.step_size"),
         last_sample_dropped=rewrite("pack_steps", "slot < last - first", "slot < last - first - 1"),
         full_buffer_refused=rewrite("pack_steps", "end <= size", "end < size"),
+        last_lit_step_dropped=rewrite("cut_hidden", "slot + 1", "slot"),
+        hidden_steps_kept=rewrite("cut_hidden", "depth < -math.log(...)", "depth >= 0"),
+        rays_left_out_unnoticed=rewrite(
+            "cut_hidden", "jnp.where(found.ray_complete, -1, counts)", "-jnp.ones_like(counts)"
+        ),
         jitter_ignored=wrap("march_rays", lambda call, jitter: call(jitter=jnp.full_like(jitter, 0.5))),
         opaque_bits_read_as_occupied=wrap("_test_steps", lambda call, sets: call(sets=sets[:1] * len(sets))),
         bins_of_equal_length=rewrite("stratified_samples", "jnp.diff(t, axis=1)", "jnp.diff(lower) + 0 * t[:, 1:]"),
@@ -299,6 +305,7 @@ FAULTS = [
         density_never_decays=rewrite("update_occupancy", "config.occupancy.decay", "1.0"),
         larger_threshold=rewrite("_threshold", "jnp.minimum", "jnp.maximum"),
         mean_over_empty_cells=rewrite("_threshold", "jnp.maximum(cascade, 0)", "cascade"),
+        every_turn_looks_alike=rewrite("update_occupancy", "turn * at_once", "0 * turn"),
         looks_at_centres_only=rewrite("update_occupancy", "... * 2.0**-24 - 0.5", "jnp.zeros((len(rank), 3))"),
         cells_in_z_order=wrap("Cells.at", lambda call: (lambda x, y, z, cascade: (z, y, x, cascade))(*call())),
     ),
@@ -402,7 +409,7 @@ FAULTS = [
     *faults(
         "data.flights",
         "flights",
-        key_frames_the_long_way=rewrite("_spline", "near[:, :4] @ near[1, :4] < 0", "near[:, :4] @ near[1, :4] > 0"),
+        key_frames_the_long_way=rewrite("_spline", "near[:, :4] @ near[1, :4] < 0", "near[:, 0] > 2"),
         field_of_view_is_horizontal=rewrite("_read_nerfstudio", "0.5 * height / ...", "0.5 * width"),
     ),
     *faults(

@@ -64,8 +64,11 @@ def nth_bit_of_row(words: jax.Array, end: jax.Array, row: jax.Array, n: jax.Arra
     return word * 32 + nth_set_bit(words[row, word], jnp.clip(n - before, 0, 31)).astype(jnp.int32)
 
 
-def until_nth(words: jax.Array, n: int) -> jax.Array:
-    """All bits up to the n-th (counted from 1) that is set in each row of words (R, W), or all if there is none."""
+def until_nth(words: jax.Array, n: int | jax.Array) -> jax.Array:
+    """All bits up to the n-th (counted from 1) that is set in each row of words (R, W), or all if there is none.
+
+    n: a number for all rows, or (R, 1) i32; up to the 0-th there is no bit.
+    """
     count, end = lax.population_count(words).astype(jnp.int32), count_bits(words)
     place = nth_set_bit(words, jnp.clip(n - 1 - (end - count), 0, 31))
     ending = (np.uint32(2) << place) - 1

@@ -315,8 +315,10 @@ class MarchConfig(Config):
     opaque_thickness: Annotated[Positive, "optical thickness of one step in a cell that is called opaque"] = 2.0
     opaque_cells: Annotated[float, Bounds(0, 1e3), "opaque cell widths after which a training ray ends; 0: never"] = 3.5
     num_candidates: Annotated[
-        int, Bounds(0, 2**26), "steps of a training step whose density is looked at first, for samples of those that"
-        " light reaches; 0: samples of all"
+        int,
+        Bounds(0, 2**26),
+        "steps of a training step whose density is looked at first, for samples of those that"
+        " light reaches; 0: samples of all",
     ] = 0
     occupancy: OccupancyConfig = OccupancyConfig()
 

@@ -364,7 +364,8 @@ def sh_encode_broadcast(direction: jax.Array, *, degree: int) -> jax.Array:
 @functools.cache
 def _sh_tables(degree: int) -> tuple[np.ndarray, np.ndarray]:
     """Of each harmonic k of degree^2: whether its m is that of a row, (2 degree - 1, degree^2), row -m from the end;
-    and its polynomial in z with its scale, (degree, degree^2), the constant term first."""
+    and its polynomial in z with its scale, (degree, degree^2), the constant term first.
+    """
     orders = np.zeros((2 * degree - 1, degree**2))
     polynomials = np.zeros((degree, degree**2))
     for m in range(degree):
@@ -373,7 +374,7 @@ def _sh_tables(degree: int) -> tuple[np.ndarray, np.ndarray]:
             for sign in {m, -m}:
                 index = band * (band + 1) + sign
                 orders[sign, index] = 1
-                polynomials[: len(polynomial.coef), index] = _sh_scale(band, m) * polynomial.coef
+                polynomials[: len(polynomial), index] = (_sh_scale(band, m) * polynomial).coef
             after = ((2 * band + 1) * Polynomial([0.0, 1.0]) * polynomial - (band + m) * before) / (band + 1 - m)
             before, polynomial = polynomial, after
     return orders, polynomials

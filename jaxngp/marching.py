@@ -182,7 +182,7 @@ def _test_steps(
     width, per_word = len(sets), 32 // len(sets)
     # Two sets in one pass: one read and two bits a step, 16 steps a word, taken apart afterwards.
 
-    def read(step: jax.Array) -> jax.Array:
+    def read(step: Any) -> jax.Array:
         """The bits (R, n) u32 of steps (n,) i32."""
         t = fixed[:, None].t_at(step)
         x, y, z = (rays.origin[:, axis, None] + t * rays.direction[:, axis, None] for axis in range(3))

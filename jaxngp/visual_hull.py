@@ -81,7 +81,8 @@ def visual_hull(images: Silhouettes, *, config: OccupancyConfig) -> tuple[jax.Ar
 
 def taking_part(images: Silhouettes) -> jax.Array:
     """(P,) bool: the pixels that no mask excludes. Data also without masks: of a constant XLA would compute the sums
-    while it compiles, for half a minute."""
+    while it compiles, for half a minute.
+    """
     return jnp.full(images.num_pixels, unfolded_true(images.cameras.c2w)) if images.keep is None else images.keep
 
 

@@ -181,7 +181,8 @@ def _colmap_records(scene: Scene) -> list[tuple[int, list[float], int, str, list
     for view, name in enumerate(scene.names):
         quaternion, translation = _world_to_camera(scene.c2w[view])
         parameters = [*scene.focal[view], *scene.centre[view], *scene.lens.values()]
-        pose = [float(value) for value in (*quaternion, *translation)]
+        length = 1 + view % 2  # readers bring it to 1
+        pose = [float(value) for value in (*(length * quaternion), *translation)]
         records.append((7 * view + 3, pose, 2 * view + 5, f"{name}.png", [float(value) for value in parameters]))
     return records[::-1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -110,12 +111,12 @@ def check_shares(config: MarchConfig) -> None:
     num_samples, field = config.num_samples, jax.tree_util.Partial(fog)
     grid = init_occupancy(jax.random.bernoulli(jax.random.key(0), 0.3, (32**3,)))
     rays, jitter = random_rays(64)
-    one = jax.jit(lambda *args: march_rays(*args, field, config=config))(rays, grid, jitter)
+    one = jax.jit(functools.partial(march_rays, field=field, config=config))(rays, grid, jitter)
     assert one.ray_complete.any()
     spread = Samples(*[PartitionSpec("rays")] * 7)
 
-    def march(*args: Any) -> Samples:
-        samples = march_rays(*args, field, config=config)
+    def march(rays: Rays, grid: Any, jitter: jax.Array) -> Samples:
+        samples = march_rays(rays, grid, jitter, field, config=config)
         return jax.tree.map(lambda a: a[None], samples)
 
     four = on_mesh(march, rays, grid, jitter, out=spread)

@@ -417,8 +417,9 @@ def test_a_higher_degree_appends_harmonics(degree: int) -> None:
 @given(directions(8))
 def test_both_formulations_are_the_same_harmonics(degree: int, direction: np.ndarray) -> None:
     """A harmonic of a band l is at most sqrt((2 l + 1) / 4 pi); Legendre's coefficients of degree 7 reach 400."""
-    wide = encodings.sh_encode_broadcast(direction, degree=degree)
-    np.testing.assert_allclose(wide, encodings.sh_encode_unrolled(direction, degree=degree), atol=2e-4 if degree == 8 else 2e-6)
+    found = encodings.sh_encode_broadcast(direction, degree=degree)
+    expected = encodings.sh_encode_unrolled(direction, degree=degree)
+    np.testing.assert_allclose(found, expected, atol=2e-4 if degree == 8 else 2e-6)
 
 
 def test_harmonics_have_at_least_one_band() -> None:

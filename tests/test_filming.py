@@ -114,3 +114,14 @@ def test_normals_of_a_ball_are_its_radii() -> None:
     assert facing.mean() > 0.3
     assert np.min(np.sum(normal * radius, axis=-1)[facing]) > np.cos(np.radians(8))
     assert not normal[t1 <= t0].any()
+
+
+def test_an_edge_has_the_normals_of_both_its_sides() -> None:
+    """Of two planes across the axis, one before the other, all pixels look back along it, up to the edge and behind."""
+    camera = make_camera(16, 12, 30.0, np.column_stack([np.eye(3), [0.5, 0.5, 0.9]]))
+    rays = view_rays(camera)
+    along = -np.asarray(rays.direction, np.float64)[..., 2]
+    plane = np.where((np.arange(16) < 7) ^ (np.arange(12)[:, None] < 5), 0.3, 0.6)
+    out = RenderOutput(rgb=np.zeros((12, 16, 3)), opacity=np.ones((12, 16)), depth=plane / along)
+    normal = filming.surface_normals(rays, out)
+    np.testing.assert_allclose(normal, np.broadcast_to([0, 0, 1], normal.shape), atol=1e-5)

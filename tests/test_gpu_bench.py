@@ -56,9 +56,10 @@ def test_ceilings_are_measured() -> None:
 
 def test_a_gpu_runs_what_its_streams_show() -> None:
     def line(name: str, *names: str) -> SimpleNamespace:
-        return SimpleNamespace(name=name, events=[SimpleNamespace(name=n, duration_ns=5e3, stats=[]) for n in names])
+        events = [SimpleNamespace(name=n, duration_ns=5e3, end_ns=1e4 * (i + 1), stats=[]) for i, n in enumerate(names)]
+        return SimpleNamespace(name=name, events=events)
 
     host = SimpleNamespace(name="/host:CPU", lines=[line("python", "call")])
     device = SimpleNamespace(name="/device:GPU:0", lines=[line("Stream #1", "fusion_1", "copy"), line("Ops", "x")])
-    assert bench.device_events([host, device]) == [("fusion_1", 5.0), ("copy", 5.0)]
+    assert bench.device_events([host, device]) == [bench.Run("fusion_1", 5.0, 10.0), bench.Run("copy", 5.0, 20.0)]
     assert bench.device_events([host]) == []

@@ -307,7 +307,8 @@ def test_stacked_fields_render_as_each_alone() -> None:
 def test_samples_that_light_does_not_reach_change_nothing(seed: int) -> None:
     """Left out, they change a colour, which is in [0, 1], by no more than the light that gets to them."""
     field, grid = tiny_field(seed), patchy_grid(seed % 3)
-    field = field.replace(params={**field.params, "density_mlp": jax.tree.map(lambda a: 4 * a, field.params["density_mlp"])})
+    denser = jax.tree.map(lambda a: 4 * a, field.params["density_mlp"])
+    field = field.replace(params={**field.params, "density_mlp": denser})
     jitter, background = jnp.full(R, 0.5, jnp.float32), jnp.zeros((R, 3), jnp.float32)
     (all_of_them, full), (cut, few) = (
         render_either(field, some_rays(), grid, jitter, background, sampler=sampler)
