@@ -179,29 +179,27 @@ def _test_steps(
     fixed = lax.stop_gradient(steps)
     cells = sets[0] if len(sets) == 1 else interleave(*sets)
 
-    width, per_word = len(sets), 32 // len(sets)
+    width, num_words = len(sets), config.num_steps // 32
     # Two sets in one pass: one read and two bits a step, 16 steps a word, taken apart afterwards.
 
     def read(step: Any) -> jax.Array:
-        """The bits (R, n) u32 of steps (n,) i32."""
+        """The bits (R, n) u32 of steps (n,) i32. No (R, n, 3) array of positions is stored."""
         t = fixed[:, None].t_at(step)
         x, y, z = (rays.origin[:, axis, None] + t * rays.direction[:, axis, None] for axis in range(3))
         return jnp.where(t < t_leave[:, None], grid.cells.read(cells, x, y, z, width=width), 0)
 
     def apart(words: jax.Array) -> list[jax.Array]:
-        """(R, W / width) u32 for each set of words (R, W) of bits of all."""
+        """(R, n) u32 for each set, of words (R, n width) that hold the bits of all sets."""
         if width == 1:
             return [words]
         halves = [even_bits(words >> i).reshape(len(words), -1, 2) for i in range(2)]
         return [half[..., 0] | (half[..., 1] << 16) for half in halves]
 
-    def words(first: jax.Array, count: int) -> list[jax.Array]:
-        """(R, count) u32 for each set: the words from the given one on. No (R, S, 3) array of positions is stored."""
-        found = read(first * 32 + jnp.arange(count * 32, dtype=jnp.int32)).reshape(-1, count * width, per_word)
-        places = width * np.arange(per_word, dtype=np.uint32)
+    def word(i: jax.Array) -> list[jax.Array]:
+        """(R, 1) u32 for each set: its i-th word."""
+        found = read(i * 32 + jnp.arange(32, dtype=jnp.int32)).reshape(-1, width, 32 // width)
+        places = width * np.arange(32 // width, dtype=np.uint32)
         return apart(jnp.sum(found << places, axis=-1, dtype=jnp.uint32))
-
-    num_words = config.num_steps // 32
 
     def as_loop() -> list[jax.Array]:
         """Word by word, and none beyond the last that any ray needs."""
@@ -210,7 +208,7 @@ def _test_steps(
 
         def one(i: jax.Array, found: list[jax.Array]) -> list[jax.Array]:
             # Fused into what follows, it would keep one core busy.
-            new = fusion_barrier(lambda _: words(i, 1), fixed.t_start)
+            new = fusion_barrier(lambda _: word(i), fixed.t_start)
             return [lax.dynamic_update_slice(f, w.T, (i, jnp.int32(0))) for f, w in zip(found, new, strict=True)]
 
         empty = jnp.zeros((num_words, len(jitter)), jnp.uint32)
@@ -229,9 +227,9 @@ def _test_steps(
 def cut_hidden(candidates: Candidates, rays: Rays, field: Field, *, config: MarchConfig, size: int) -> Candidates:
     """Candidates without the steps that less light than min_transmittance reaches, by the density of a field.
 
-    What is left is the beginning of each ray, on which its colour depends, and seldom more than a tenth: the field has
-    to be evaluated in full, and differentiated, nowhere else. Rays are looked at in order while all of their steps fit
-    into a buffer of `size`; those of the others are left out.
+    What is left is the beginning of each ray, all that its colour depends on, and less than a quarter of the steps:
+    nowhere else must the field be evaluated in full and differentiated. Rays are looked at in order while all of their
+    steps fit into a buffer of `size`; those of the others are left out.
     """
     rays, field = lax.stop_gradient((rays, field))
     found, num_rays = pack_steps(candidates, size=size), len(candidates.words)
