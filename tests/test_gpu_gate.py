@@ -17,7 +17,7 @@ from jaxngp.device import FAST_SCATTER_JAXLIB, jaxlib_version
 # For an H100, by preset and program: most kernels in one round of the loop and outside, MB of temporaries, MB that a
 # round streams; and the trip counts of the loops, None where rays alone decide.
 BOUNDS = {
-    "base": {"train": (150, 40, 175, 1500, [16]), "render": (36, 32, 725, 750, [None])},
+    "base": {"train": (150, 40, 200, 1500, [16]), "render": (36, 32, 725, 750, [None])},
     "image": {"train": (36, 12, 600, 2100, [16])},
     "sdf": {"train": (36, 14, 420, 1700, [16]), "trace": (100, 8, 180, 520, [None] * 3)},
 }
