@@ -159,12 +159,15 @@ def make_cameras(
 
 
 def pose_images(cameras: Cameras, images: list[np.ndarray] | np.ndarray) -> PosedImages:
-    """Views from their cameras (V,) and images (H, W, 4) u8, as numpy arrays.
+    """Views from their cameras (V,) and images (H, W, 4) u8, as numpy arrays. Raises ValueError for other shapes.
 
     >>> cameras = make_cameras(np.eye(3, 4)[None], focal_xy=1, centre_xy=1, width=2, height=2)
     >>> pose_images(cameras, [np.zeros((2, 2, 4), np.uint8)]).image(0).shape
     (2, 2, 4)
     """
+    for shape in {image.shape for image in images}:
+        if len(shape) != 3 or shape[2] != 4:
+            raise ValueError(f"an image has shape {shape}: expected (H, W, 4), red, green, blue and alpha")
     sizes = np.array([(image.shape[1], image.shape[0]) for image in images], np.int64)
     ends = np.cumsum(sizes[:, 0] * sizes[:, 1])
     uniform = isinstance(images, np.ndarray)

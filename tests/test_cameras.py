@@ -321,3 +321,10 @@ def test_surrounded_means_from_all_sides() -> None:
     assert cameras.surrounded(around)
     assert not cameras.surrounded(around[:7])
     assert not cameras.surrounded(around[:1])
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 3), (8, 8), (8, 8, 4, 1)])
+def test_images_have_four_channels(shape: tuple[int, ...]) -> None:
+    camera = make_cameras(np.eye(3, 4)[None], focal_xy=8, centre_xy=4, width=8, height=8)
+    with pytest.raises(ValueError, match=r"expected \(H, W, 4\)"):
+        pose_images(camera, [np.zeros(shape, np.uint8)])

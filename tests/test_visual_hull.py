@@ -479,7 +479,7 @@ def test_the_set_of_all_pixels_is_computed_at_run_time() -> None:
     """XLA would compute a constant one while it compiles, which took a minute for 100 million pixels."""
     camera = np.tile(np.eye(3, 4), (2, 1, 1))
     cameras = make_cameras(camera, focal_xy=[100, 100], centre_xy=[128, 128], width=256, height=256)
-    images = pose_images(cameras, [np.zeros((256, 256, 3), np.uint8)] * 2)
+    images = pose_images(cameras, [np.zeros((256, 256, 4), np.uint8)] * 2)
     config = OccupancyConfig(resolution=32, carve=False)
     program = jax.jit(lambda images: visual_hull.visual_hull(images, config=config)[1]).lower(images).compile()
     np.testing.assert_array_equal(program(images).end, 32 * np.arange(1, 2 * 256**2 // 32 + 1))
