@@ -1,4 +1,4 @@
-"""What a GPU does with this package, in ten minutes: steps, PSNR over time, frames, correctness, stages, kernels.
+"""What a GPU does with this package, in three minutes: steps, PSNR over time, frames, correctness, stages, kernels.
 
     python -m experiments.gpu.bench --scene=lego --data_dir=DIR
     python -m experiments.gpu.bench --toy --downscale=8    # all of it in small, on a CPU too
