@@ -311,7 +311,9 @@ class MarchConfig(Config):
     growth: Annotated[float, Bounds(0, 0.1), "a step is at least this share of its distance; 0: all are equal"] = 0.0
     near: Annotated[Fraction, "distance at which rays start, scene units"] = 0.0
     num_samples: Annotated[Count, "size of a training step's packed sample buffer, at least num_steps"] = 2**18
-    min_transmittance: Annotated[Fraction, "in rendering, a ray ends where less light than this gets through"] = 1e-4
+    min_transmittance: Annotated[
+        Fraction, "a ray ends where less light than this gets through, in rendering and with num_candidates"
+    ] = 1e-4
     opaque_thickness: Annotated[Positive, "optical thickness of one step in a cell that is called opaque"] = 2.0
     opaque_cells: Annotated[float, Bounds(0, 1e3), "opaque cell widths after which a training ray ends; 0: never"] = 3.5
     num_candidates: Annotated[

@@ -80,8 +80,8 @@ def visual_hull(images: Silhouettes, *, config: OccupancyConfig) -> tuple[jax.Ar
 
 
 def taking_part(images: Silhouettes) -> jax.Array:
-    """(P,) bool: the pixels that no mask excludes. Data also without masks: of a constant XLA would compute the sums
-    while it compiles, for half a minute.
+    """(P,) bool: the pixels that no mask excludes; data also without masks, for XLA computes the sums of a constant
+    while it compiles, which takes it a minute.
     """
     return jnp.full(images.num_pixels, unfolded_true(images.cameras.c2w)) if images.keep is None else images.keep
 

@@ -253,7 +253,8 @@ def stages(bench: Bench) -> Iterator[Row]:
             return batch, noise
         if stage == "samples":
             rays = views.source.cast(batch.view, batch.xy)
-            return sample_rays(rays, state.occupancy, noise.jitter, sampler=config.sampler)
+            field = RadianceField.of(state.params, config=config.field)
+            return sample_rays(rays, state.occupancy, noise.jitter, field, sampler=config.sampler)
 
         def loss(params: Any) -> jax.Array:
             field = RadianceField.of(params, config=config.field)
