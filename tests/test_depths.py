@@ -28,7 +28,7 @@ def save(path: Path, values: np.ndarray) -> Path:
     if path.suffix == ".npy":
         np.save(path, values)
     elif path.suffix == ".exr":
-        openexr = pytest.importorskip("OpenEXR")
+        openexr = pytest.importorskip("OpenEXR", reason="the extra image is not installed")
         header = {"compression": openexr.ZIP_COMPRESSION, "type": openexr.scanlineimage}
         with openexr.File(header, {"Z": values}) as file:
             file.write(str(path))

@@ -275,7 +275,7 @@ def test_an_array_of_another_kind_is_refused(tmp_path: Path, pixels: np.ndarray)
 
 
 def save_exr(path: Path, channels: dict[str, np.ndarray]) -> Path:
-    exr = pytest.importorskip("OpenEXR")
+    exr = pytest.importorskip("OpenEXR", reason="the extra image is not installed")
     with exr.File({"compression": exr.ZIP_COMPRESSION, "type": exr.scanlineimage}, channels) as file:
         file.write(str(path))
     return path
@@ -335,7 +335,7 @@ def test_srgb_is_continuous_and_finite() -> None:
 
 
 def test_albert(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("OpenEXR")
+    pytest.importorskip("OpenEXR", reason="the extra image is not installed")
     path = Path(os.environ.get("JAXNGP_DATA", "/nowhere"), "image", "albert.exr")
     if not path.exists():
         pytest.skip("needs image/albert.exr in $JAXNGP_DATA")

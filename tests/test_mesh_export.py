@@ -193,7 +193,7 @@ def test_triangles_are_rasterised_as_the_judge_does():
 
 
 def test_the_fit_is_that_of_least_squares():
-    scipy = pytest.importorskip("scipy.sparse")
+    scipy = pytest.importorskip("scipy.sparse", reason="the extra mesh is not installed")
     rng = np.random.default_rng(0)
     rows, wanted = rng.normal(size=(40, 6)), rng.normal(size=(40, 3))
     found = texture._least_squares(scipy.csr_array(rows), wanted)

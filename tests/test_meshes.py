@@ -31,8 +31,8 @@ SIDE = 1 / (1 + 2 * solids.INFLATION)  # of the largest side of a mesh in the cu
 DATA = os.environ.get("JAXNGP_DATA", "")
 ARMADILLO = Path(DATA) / "sdf" / "armadillo.obj"
 
-trimesh = pytest.importorskip("trimesh")
-pytest.importorskip("igl")
+trimesh = pytest.importorskip("trimesh", reason="the extra mesh is not installed")
+pytest.importorskip("igl", reason="the extra mesh is not installed")
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -32,7 +32,7 @@ def sample(scene: Bodies, resolution: int, flat: bool = False) -> tuple[np.ndarr
 
 @functools.cache
 def extract(scene: Bodies, resolution: int, flat: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    pytest.importorskip("skimage")
+    pytest.importorskip("skimage", reason="the extra mesh is not installed")
     box = FLAT if flat else UNIT
     return meshing.extract_surface(scene.field, box, resolution)
 
@@ -215,7 +215,7 @@ def test_the_box_need_not_be_a_cube_nor_hold_the_solid() -> None:
     ids=["outside", "no number"],
 )
 def test_where_there_is_no_surface_that_is_said(scene: Bodies, message: str) -> None:
-    pytest.importorskip("skimage")
+    pytest.importorskip("skimage", reason="the extra mesh is not installed")
     with pytest.raises(InputError, match=message):
         meshing.extract_surface(scene.field, UNIT, 20)
 
