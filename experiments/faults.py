@@ -280,14 +280,17 @@ FAULTS = [
     ),
     *faults(
         "marching",
-        "marching",
+        "marching roulette",
         last_step_dropped=rewrite("_test_steps", "t < t_leave[:, None]", "t < t_leave[:, None] - config.step_size"),
-        last_sample_dropped=rewrite("pack_steps", "slot < last - first", "slot < last - first - 1"),
+        last_sample_dropped=rewrite("_Slots.samples", "self.number < self.last", "self.number < self.last - 1"),
         full_buffer_refused=rewrite("pack_steps", "end <= size", "end < size"),
-        last_lit_step_dropped=rewrite("cut_hidden", "slot + 1", "slot"),
-        hidden_steps_kept=rewrite("cut_hidden", "depth < -math.log(...)", "depth >= 0"),
-        rays_left_out_unnoticed=rewrite(
-            "cut_hidden", "jnp.where(found.ray_complete, -1, counts)", "-jnp.ones_like(counts)"
+        hidden_steps_kept=rewrite("_roulette_units", "depth < -math.log(...)", "depth >= 0"),
+        rays_left_out_unnoticed=rewrite("draw_samples", "complete & (end <= size)", "end <= size"),
+        full_draw_refused=rewrite("draw_samples", "end <= size", "end < size"),
+        rare_steps_not_longer=rewrite("draw_samples", "looked_at.dt * (...)", "looked_at.dt"),
+        roulette_without_an_offset=wrap("draw_samples", lambda call, offset: call(offset=0 * offset)),
+        faint_steps_never_drawn=rewrite(
+            "_roulette_units", "jnp.clip(...)", "weight * (ROULETTE_UNITS / config.roulette)"
         ),
         jitter_ignored=wrap("march_rays", lambda call, jitter: call(jitter=jnp.full_like(jitter, 0.5))),
         opaque_bits_read_as_occupied=wrap("_test_steps", lambda call, sets: call(sets=sets[:1] * len(sets))),

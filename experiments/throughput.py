@@ -37,7 +37,7 @@ from jaxngp.config import FieldConfig, InputError, MarchConfig, NerfConfig, appl
 from jaxngp.data import load_training
 from jaxngp.encodings import all_corners, hash_encode
 from jaxngp.fields import NerfNetwork, Params, RadianceField, compute_dtype, make_half_table
-from jaxngp.marching import Candidates, Samples, box_interval, find_visible, pack_steps
+from jaxngp.marching import Candidates, Samples, box_interval, draw_samples, find_visible, pack_steps
 from jaxngp.presets import PRESETS, scene_config
 from jaxngp.records import environment, write_json
 from jaxngp.rendering import render_view
@@ -164,6 +164,7 @@ class StepInputs:
     noise: StepNoise
     rays: Rays
     candidates: Candidates
+    looked_at: Samples  # M packed steps, the samples themselves where none is looked at first
     samples: Samples
     direction: jax.Array  # (N, 3)
     position: jax.Array  # (N, 3) scene units
@@ -197,13 +198,16 @@ def step_inputs(
     batch, noise = draw_batch(jnp.int32(0), key, data, pixels, config=config)
     rays = data.source.cast(batch.view, batch.xy)
     candidates = find_visible(rays, state.occupancy, noise.jitter, config=sampler)
-    samples = pack_steps(candidates, size=sampler.num_samples)
+    looked_at = samples = pack_steps(candidates, size=sampler.num_candidates or sampler.num_samples)
+    field, read = config.field, table_to_read(state.params, config.field)
+    if sampler.num_candidates:
+        held = RadianceField.of(state.params, config=field)
+        samples = draw_samples(looked_at, rays, held, jnp.int32(0), config=sampler)
     direction = rays.direction[samples.ray]
     position = rays.origin[samples.ray] + samples.t[:, None] * direction
-    field, read = config.field, table_to_read(state.params, config.field)
     features = hash_encode(read, position, grid=field.encoding, dtype=compute_dtype(field))
     density, rgb = run_networks(features, direction, state.params, field=field)
-    return StepInputs(batch, noise, rays, candidates, samples, direction, position, features, density, rgb)
+    return StepInputs(batch, noise, rays, candidates, looked_at, samples, direction, position, features, density, rgb)
 
 
 def training_stages(
@@ -220,6 +224,7 @@ def training_stages(
     features, density, rgb = inputs.features, inputs.density, inputs.rgb
     table = state.params["encoding"]["table"]
     count, corners = sampler.num_samples, 2**grid.num_dims * grid.num_levels
+    num_steps = sampler.num_candidates or count  # that are packed
     networks = {name: value for name, value in state.params.items() if name != "encoding"}
     # The steps within the grid's bounds have to be tested, in one set of cells or two.
     t_enter, t_leave = box_interval(rays, occupancy.bounds[0], occupancy.bounds[1])
@@ -238,7 +243,12 @@ def training_stages(
 
     def pack(jitter: jax.Array, candidates: Candidates) -> Any:
         words = candidates.words | (jitter[0] > 2).astype(jnp.uint32)
-        samples = pack_steps(replace(candidates, words=words), size=sampler.num_samples)
+        samples = pack_steps(replace(candidates, words=words), size=num_steps)
+        return samples.t, samples.dt, samples.ray
+
+    def look(t: jax.Array, looked_at: Samples, rays: Any, params: Params) -> Any:
+        held = RadianceField.of(params, config=field)
+        samples = draw_samples(replace(looked_at, t=t), rays, held, jnp.int32(0), config=sampler)
         return samples.t, samples.dt, samples.ray
 
     def encode(position: jax.Array, table: jax.Array) -> jax.Array:
@@ -268,6 +278,16 @@ def training_stages(
     weights = (jnp.ones_like(density), jnp.ones_like(rgb))
     pixel_bytes = 4 * 4 * len(noise.jitter)
     forward = network_flops(networks, count)
+    looking = Stage(
+        look,
+        (inputs.looked_at.t, inputs.looked_at, rays, state.params),
+        Work(
+            flops=network_flops({"density_mlp": networks["density_mlp"]}, num_steps),
+            reads=corners * num_steps,
+            num_bytes=num_bytes(inputs.looked_at, samples),
+        ),
+        num_steps,
+    )
     return {
         "draw": Stage(
             draw,
@@ -275,8 +295,11 @@ def training_stages(
             Work(num_bytes=pixel_bytes + num_bytes(batch, noise, rays)),
             count,
         ),
-        "march": Stage(march, (noise.jitter, rays, occupancy), Work(word_reads=tests), count),
-        "pack": Stage(pack, (noise.jitter, candidates), Work(num_bytes=num_bytes(candidates.words, samples)), count),
+        "march": Stage(march, (noise.jitter, rays, occupancy), Work(word_reads=tests), num_steps),
+        "pack": Stage(
+            pack, (noise.jitter, candidates), Work(num_bytes=num_bytes(candidates.words, inputs.looked_at)), num_steps
+        ),
+        **({"look": looking} if sampler.num_candidates else {}),
         "encode, forward": Stage(
             encode,
             (position, table_to_read(state.params, field)),

@@ -318,10 +318,15 @@ class MarchConfig(Config):
     opaque_cells: Annotated[float, Bounds(0, 1e3), "opaque cell widths after which a training ray ends; 0: never"] = 3.5
     num_candidates: Annotated[
         int,
-        Bounds(0, 2**26),
-        "steps of a training step whose density is looked at first, for samples of those that"
-        " light reaches; 0: samples of all",
+        Bounds(0, 2**22),
+        "steps of a training step whose density is looked at first, for samples of those that matter to a ray's"
+        " colour; 0: samples of all",
     ] = 0
+    roulette: Annotated[
+        Fraction,
+        "with num_candidates: a step of less weight is a sample with the probability weight / roulette, and then as"
+        " many times as long; 0: every step that light reaches is one",
+    ] = 0.0
     occupancy: OccupancyConfig = OccupancyConfig()
 
     def check(self) -> None:

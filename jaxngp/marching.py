@@ -6,6 +6,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,7 +19,17 @@ from jaxngp.bitsets import count_bits, even_bits, interleave, nth_bit_of_row, un
 from jaxngp.cameras import Rays
 from jaxngp.compositing import OPAQUE, optical_depth_before
 from jaxngp.config import MarchConfig, StratifiedConfig
-from jaxngp.device import all_shares, by_device, fusion_barrier, largest, num_shares, own_share, share_index
+from jaxngp.device import (
+    all_shares,
+    any_share,
+    by_device,
+    fusion_barrier,
+    largest,
+    num_shares,
+    over_shares,
+    own_share,
+    share_index,
+)
 from jaxngp.occupancy import OccupancyGrid
 
 Field = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -115,13 +126,10 @@ class Candidates:
     """The steps of R rays that fall into occupied cells.
 
     words (R, S / 32) u32: bit i % 32 of word i // 32 stands for step i. There are none before step 0.
-    left_out (R,) i32: how many steps a ray had that are not among them for want of room, -1 where there was room; None
-    where that is so of all.
     """
 
     words: jax.Array
     steps: Steps  # (R,)
-    left_out: jax.Array | None = None
 
 
 def box_interval(rays: Rays, low: Bound = 0.0, high: Bound = 1.0) -> tuple[jax.Array, jax.Array]:
@@ -224,44 +232,23 @@ def _test_steps(
     return steps, by_device(cpu=as_loop, gpu=unrolled)
 
 
-def cut_hidden(candidates: Candidates, rays: Rays, field: Field, *, config: MarchConfig, size: int) -> Candidates:
-    """Candidates without the steps that less light than min_transmittance reaches, by the density of a field.
-
-    What is left is the beginning of each ray, all that its colour depends on, and less than a quarter of the steps:
-    nowhere else must the field be evaluated in full and differentiated. Rays are looked at in order while all of their
-    steps fit into a buffer of `size`; those of the others are left out.
-    """
-    rays, field = lax.stop_gradient((rays, field))
-    found, num_rays = pack_steps(candidates, size=size), len(candidates.words)
-    origin, direction = rays.origin[found.ray], rays.direction[found.ray]
-    density, _ = field(origin + found.t[:, None] * direction, direction)
-    depth = optical_depth_before(density * found.dt, found.ray, num_rays)
-    reached = found.valid & (depth < -math.log(max(config.min_transmittance, math.exp(-OPAQUE))))
-    # Light only gets less along a ray, so what it reaches are the first steps, up to where the next is not reached.
-    last = reached & ~(jnp.roll(reached, -1) & (jnp.roll(found.ray, -1) == found.ray)).at[-1].set(False)
-    slot = jnp.arange(size, dtype=jnp.int32)
-    end = jnp.zeros(num_rays, jnp.int32).at[jnp.where(last, found.ray, num_rays)].set(slot + 1, mode="drop")
-    counts = jnp.sum(lax.population_count(candidates.words).astype(jnp.int32), axis=1, dtype=jnp.int32)
-    kept = end - (jnp.cumsum(counts, dtype=jnp.int32) - counts)
-    words = candidates.words & until_nth(candidates.words, jnp.maximum(kept, 0)[:, None])
-    return candidates.replace(words=words, left_out=jnp.where(found.ray_complete, -1, counts))  # type: ignore[attr-defined]
-
-
 def march_rays(
     rays: Rays, grid: OccupancyGrid, jitter: jax.Array, field: Field | None = None, *, config: MarchConfig
 ) -> Samples:
     """The samples of R rays in occupied cells that no opaque ones hide, packed into a buffer of config.num_samples.
 
-    field: where config.num_candidates is set, that whose density then says which of them light reaches.
-    One jitter a ray keeps its samples a fixed distance apart, so that their intervals tile the way through the box.
+    field: where config.num_candidates is set, that whose density then says which of so many steps are samples.
+    One jitter a ray keeps its steps a fixed distance apart, so that their intervals tile the way through the box.
     Devices that share a program each march through their part of the rays, and then take equal parts of the samples.
     """
-    rays, jitter = own_share((rays, jitter))
-    candidates = find_visible(rays, grid, jitter, config=config)
-    if config.num_candidates and field is not None:
-        size = max(config.num_candidates // num_shares(), config.num_steps)
-        candidates = cut_hidden(candidates, rays, field, config=config, size=size)
-    return pack_steps(all_shares(candidates), size=config.num_samples, num_parts=num_shares())
+    own_rays, own_jitter = own_share((rays, jitter))
+    candidates = all_shares(find_visible(own_rays, grid, own_jitter, config=config))
+    if not config.num_candidates or field is None:
+        return pack_steps(candidates, size=config.num_samples, num_parts=num_shares())
+    looked_at = pack_steps(candidates, size=config.num_candidates, num_parts=num_shares())
+    # The last 8 of the 24 bits of a jitter: where in its step a sample lies says nothing about them.
+    offset = (jitter[0] * 2**24).astype(jnp.int32) % ROULETTE_UNITS
+    return draw_samples(looked_at, rays, field, offset, config=config)
 
 
 def pack_steps(candidates: Candidates, *, size: int, num_parts: int = 1) -> Samples:
@@ -275,37 +262,114 @@ def pack_steps(candidates: Candidates, *, size: int, num_parts: int = 1) -> Samp
     ends = count_bits(candidates.words)
     counts = ends[:, -1]
     end = jnp.cumsum(counts, dtype=jnp.int32)
-    complete = end <= size
-    num_kept = last = jnp.max(jnp.where(complete, end, 0))
-    if candidates.left_out is not None:
-        complete = complete & (candidates.left_out < 0)
-    own = complete
-    first: int | jax.Array = 0  # of the slots of the whole buffer those that this share has; `last` is behind them
-    if num_parts > 1:
-        part, begin = -(-size // num_parts), end - counts
-        own = complete & (jnp.minimum(begin // part, num_parts - 1) == share_index())
-        bounds = [(share_index() + i) * part for i in range(2)]
-        first, last = (jnp.minimum(jnp.min(begin, where=begin >= bound, initial=size), num_kept) for bound in bounds)
-        size = part + 32 * num_words  # its last ray may reach into the next part
-
-    slot = jnp.arange(size, dtype=jnp.int32)
-    place = jnp.maximum(end - first, 0) if num_parts > 1 else end
-    ended = jnp.zeros(size, jnp.int32).at[place].add(1, mode="drop", indices_are_sorted=True)
+    own, slots = _own_slots(counts, end, end <= size, size=size, longest=32 * num_words, num_parts=num_parts)
+    place = jnp.maximum(end - slots.first, 0) if num_parts > 1 else end
+    ended = jnp.zeros(slots.size, jnp.int32).at[place].add(1, mode="drop", indices_are_sorted=True)
     ray = jnp.minimum(jnp.cumsum(ended, dtype=jnp.int32), num_rays - 1)
-    step = nth_bit_of_row(candidates.words, ends, ray, slot + first - (end - counts)[ray])
-    steps, valid = candidates.steps[ray], slot < last - first
-    dropped = end[-1] - num_kept
-    if candidates.left_out is not None:
-        dropped = dropped + jnp.sum(jnp.maximum(candidates.left_out, 0), dtype=jnp.int32)
-    return Samples(
-        t=steps.t_at(step),
-        dt=jnp.where(valid, steps.dt_at(step), 0),
-        ray=ray,
-        valid=valid,
-        ray_complete=own,
-        num_samples=last - first,
-        num_dropped=dropped if num_parts == 1 else jnp.where(share_index() == 0, dropped, 0),
-    )
+    step = nth_bit_of_row(candidates.words, ends, ray, slots.number - (end - counts)[ray])
+    steps = candidates.steps[ray]
+    return slots.samples(steps.t_at(step), steps.dt_at(step), ray, own, dropped=end[-1] - slots.num_kept)
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Those of a buffer of samples that a device has: from `first` to before `last`, of `num_kept` that are filled."""
+
+    first: int | jax.Array
+    last: jax.Array
+    num_kept: jax.Array
+    size: int  # of the device's own buffer
+
+    @property
+    def number(self) -> jax.Array:
+        """The slots in the device's own buffer (N,) i32, counted in the whole one."""
+        return jnp.arange(self.size, dtype=jnp.int32) + self.first
+
+    def samples(self, t: jax.Array, dt: jax.Array, ray: jax.Array, own: jax.Array, *, dropped: jax.Array) -> Samples:
+        """Samples in those slots; dropped: of all devices together, which the first one counts."""
+        valid = self.number < self.last
+        return Samples(
+            t=t,
+            dt=jnp.where(valid, dt, 0),
+            ray=ray,
+            valid=valid,
+            ray_complete=own,
+            num_samples=self.last - self.first,
+            num_dropped=dropped if num_shares() == 1 else jnp.where(share_index() == 0, dropped, 0),
+        )
+
+
+def _own_slots(
+    counts: jax.Array, end: jax.Array, complete: jax.Array, *, size: int, longest: int, num_parts: int
+) -> tuple[jax.Array, _Slots]:
+    """Which complete rays (R,) are this device's, and its slots of a buffer of `size`.
+
+    counts (R,): the samples of each ray, at most `longest`; end (R,): where they end in the buffer.
+    """
+    num_kept = jnp.max(jnp.where(complete, end, 0))
+    if num_parts == 1:
+        return complete, _Slots(0, num_kept, num_kept, size)
+    part, begin = -(-size // num_parts), end - counts
+    own = complete & (jnp.minimum(begin // part, num_parts - 1) == share_index())
+    bounds = [(share_index() + i) * part for i in range(2)]
+    first, last = (jnp.minimum(jnp.min(begin, where=begin >= bound, initial=size), num_kept) for bound in bounds)
+    return own, _Slots(first, last, num_kept, part + longest)  # its last ray may reach into the next part
+
+
+ROULETTE_UNITS = 256
+"""In which probabilities are counted: sums of them over all steps that are looked at fit an i32."""
+
+
+def draw_samples(looked_at: Samples, rays: Rays, field: Field, offset: jax.Array, *, config: MarchConfig) -> Samples:
+    """Of steps that are looked at those that matter to the colours of R rays, by the density of a field.
+
+    A step that less light than min_transmittance reaches is no sample. One whose weight w is below config.roulette, and
+    so with little gradient, is one with probability w / roulette, and then as many times as long: a Russian roulette,
+    under which sums over the steps of a ray keep their mean. It is played systematically: probabilities are added up
+    along the rays, and a step is a sample where their sum passes a whole number, so that a haze of faint steps has as
+    many samples as it has probability, to one more or less. offset () i32 in [0, ROULETTE_UNITS): where the sum starts.
+
+    Nowhere else must the field be evaluated in full and differentiated. Rays are taken in order while their samples fit
+    into a buffer of config.num_samples; those whose steps were not all looked at have none.
+    """
+    num_rays, num_parts = len(looked_at.ray_complete), num_shares()
+    units = _roulette_units(*lax.stop_gradient((looked_at, rays, field)), config=config)
+    total = jnp.cumsum(units, dtype=jnp.int32)
+    total = total + offset + jnp.sum(jnp.where(np.arange(num_parts) < share_index(), all_shares(total[-1:]), 0))
+    number = total // ROULETTE_UNITS  # of samples up to a step, itself included
+    drawn = number > (total - units) // ROULETTE_UNITS
+    counts = jnp.zeros(num_rays, jnp.int32).at[looked_at.ray].add(drawn.astype(jnp.int32), indices_are_sorted=True)
+    counts, complete = over_shares(counts), any_share(looked_at.ray_complete)
+    end = jnp.cumsum(counts, dtype=jnp.int32)
+    size, longest = config.num_samples, config.num_steps
+    own, slots = _own_slots(counts, end, complete & (end <= size), size=size, longest=longest, num_parts=num_parts)
+
+    longer = looked_at.dt * (ROULETTE_UNITS / jnp.maximum(units, 1).astype(jnp.float32))
+    place = jnp.where(drawn, number - 1, size)
+    t, dt, ray, place = all_shares((looked_at.t, longer, looked_at.ray, place))
+    source = jnp.zeros(size, jnp.int32).at[place].set(jnp.arange(len(place), dtype=jnp.int32), mode="drop")
+    source = source[jnp.minimum(slots.number, size - 1)]
+    # Rays stay sorted in the unused end.
+    ray = jnp.where(slots.number < slots.last, ray[source], num_rays - 1)
+    dropped = over_shares(looked_at.num_dropped) + end[-1] - slots.num_kept
+    return slots.samples(t[source], dt[source], ray, own, dropped=dropped)
+
+
+def _roulette_units(looked_at: Samples, rays: Rays, field: Field, *, config: MarchConfig) -> jax.Array:
+    """The probabilities with which steps (N,) are samples, (N,) i32 of ROULETTE_UNITS, none of them 0 but where no
+    light reaches a step.
+    """
+    direction = rays.direction[looked_at.ray]
+    density, _ = field(rays.origin[looked_at.ray] + looked_at.t[:, None] * direction, direction)
+    thickness = density * looked_at.dt
+    depth = optical_depth_before(thickness, looked_at.ray, len(looked_at.ray_complete))
+    reached = looked_at.valid & (depth < -math.log(max(config.min_transmittance, math.exp(-OPAQUE))))
+    if not config.roulette:
+        return jnp.where(reached, ROULETTE_UNITS, 0)
+    weight = jnp.exp(-depth) * -jnp.expm1(-thickness)
+    units = jnp.clip(jnp.ceil(weight * (ROULETTE_UNITS / config.roulette)), 1, ROULETTE_UNITS).astype(jnp.int32)
+    units = jnp.where(weight < config.roulette, units, ROULETTE_UNITS)  # a NaN too is a sample, so that the loss shows it
+    return jnp.where(reached, units, 0)
 
 
 def stratified_samples(num_rays: int, jitter: jax.Array, *, config: StratifiedConfig) -> Samples:
