@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -336,7 +337,7 @@ def test_samples_that_light_does_not_reach_change_nothing(seed: int) -> None:
     field = field.replace(params={**field.params, "density_mlp": denser})
     jitter, background = np.full(R, 0.5, np.float32), np.zeros((R, 3), np.float32)
     (all_of_them, full), (cut, few) = (
-        render_either(field, some_rays(), grid, jitter, background, sampler=sampler)
+        batch_of("cpu", sampler)(field, some_rays(), grid, jitter, background)
         for sampler in (TINY, replace(TINY, num_candidates=TINY.num_samples, min_transmittance=0.01))
     )
     assert few.num_samples <= full.num_samples
@@ -344,23 +345,35 @@ def test_samples_that_light_does_not_reach_change_nothing(seed: int) -> None:
     np.testing.assert_allclose(cut.opacity, all_of_them.opacity, atol=0.01 + 1e-5)
 
 
-render_either = jit_to_numpy(rendering.render_rays, static_argnames="sampler")
+@functools.cache
+def batch_of(device: Literal["cpu", "gpu"], sampler: MarchConfig) -> Callable[..., tuple]:
+    """`render_rays` in the formulation for a device: a function of its own, for jax keeps what it has traced."""
+
+    def batch(*args: Any) -> tuple:
+        with formulation(device):
+            return rendering.render_rays(*args, sampler=sampler)
+
+    return jit_to_numpy(batch)
+
+
+def chunk_of(device: Literal["cpu", "gpu"]) -> Callable[..., tuple]:
+    """`render_chunk` likewise."""
+
+    def chunk(*args: Any) -> tuple:
+        with formulation(device):
+            return rendering.render_chunk.__wrapped__(*args, sampler=TINY, batching=batching(lanes=16))
+
+    return jit_to_numpy(chunk)
 
 
 @pytest.mark.parametrize("render", ["batch", "chunk"])
 def test_both_formulations_render_the_same(render: str) -> None:
     """Light to 3e-8 of each sample's optical depth, which the fixed point of a GPU rounds, and to float32's sums."""
-    outs = []
-    for choice in ("cpu", "gpu"):
-        with formulation(choice):
-            if render == "batch":
-                jitter, background = np.full(R, 0.5, np.float32), np.zeros((R, 3), np.float32)
-                call = functools.partial(rendering.render_rays, sampler=TINY)
-                args = (tiny_field(0), some_rays(), patchy_grid(), jitter, background)
-            else:
-                call = functools.partial(rendering.render_chunk.__wrapped__, sampler=TINY, batching=batching(lanes=16))
-                args = (tiny_field(0), some_rays(), patchy_grid(), np.zeros(3, np.float32))
-            # A function of its own, for jax keeps what it traced for one it has seen.
-            outs.append(jax.jit(lambda *args, c=call: c(*args))(*args)[0])
-    assert np.ptp(np.asarray(outs[0].opacity)) > 0.2
+    args = tiny_field(np.uint32(0)), some_rays(), patchy_grid()
+    if render == "batch":
+        args += np.full(R, 0.5, np.float32), np.zeros((R, 3), np.float32)
+        outs = [batch_of(device, TINY)(*args)[0] for device in ("cpu", "gpu")]
+    else:
+        outs = [chunk_of(device)(*args, np.zeros(3, np.float32))[0] for device in ("cpu", "gpu")]
+    assert np.ptp(outs[0].opacity) > 0.2
     assert_close(outs[0], outs[1], atol=2e-5)
