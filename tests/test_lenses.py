@@ -15,7 +15,7 @@ from jaxngp import lenses
 from jaxngp.lenses import COEFFICIENTS, MODELS, Lens, make_lens
 
 distort, undistort = jit_to_numpy(lenses.distort), jit_to_numpy(lenses.undistort)
-ROWS = 3  # of coefficients, of every call of make_lens, so that each model compiles once
+ROWS = 2  # that differ, of every call of make_lens, so that each model compiles once
 
 # Model, coefficients, width, height, focal length: as calibrations of phones, cameras and panoramas have them.
 PRACTICE: dict[str, tuple[str, dict[str, float], int, int, float]] = {
@@ -62,7 +62,7 @@ def lens_of(name: str) -> tuple[Lens, np.ndarray, np.ndarray]:
     model, said, width, height, focal = PRACTICE[name]
     coefficients = [said.get(key, 0.0) for key in COEFFICIENTS[model]]
     centre = [width / 2, height / 2] if model == "equirectangular" else [0.51 * width, 0.49 * height]
-    shape = {"focal_xy": [[focal, focal]] * ROWS, "centre_xy": [centre] * ROWS, "size": [[width, height]] * ROWS}
+    shape = {"focal_xy": [[focal, focal], [9e3, 9e3]], "centre_xy": [centre] * ROWS, "size": [[width, height]] * ROWS}
     several, error = make_lens(model, [coefficients] * ROWS, **shape)
     x, y = np.meshgrid(np.linspace(0.5, width - 0.5, 41), np.linspace(0.5, height - 0.5, 37))
     place = (np.stack([x.ravel(), y.ravel()]) - np.array(centre)[:, None]) / focal
@@ -174,13 +174,10 @@ def test_a_fisheye_looks_behind() -> None:
 def test_a_lens_that_folds_over_is_reported(model: Any, coefficients: dict[str, float], focal: float) -> None:
     """Of several, the one that does; its reach and stretch are finite all the same."""
     folded = [coefficients.get(key, 0.0) for key in COEFFICIENTS[model]]
-    mild = [0.01 * value for value in folded]
-    focal_xy = [[focal, focal], [9e3, 9e3], [9e3, 9e3]]
-    lens, error = make_lens(
-        model, [folded, mild, mild], focal_xy=focal_xy, centre_xy=[[500, 500]] * ROWS, size=[[1000, 1000]] * ROWS
-    )
+    rows, focal_xy = [folded, [0.01 * value for value in folded]], [[focal, focal], [9e3, 9e3]]
+    lens, error = make_lens(model, rows, focal_xy=focal_xy, centre_xy=[[500, 500]] * ROWS, size=[[1000, 1000]] * ROWS)
     assert error[0] > 1
-    assert (error[1:] < 0.01).all()
+    assert error[1] < 0.01
     assert np.isfinite([lens.reach, lens.stretch]).all()
 
 
