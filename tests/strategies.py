@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -31,6 +32,12 @@ seeds = st.integers(0, 2**32 - 1)
 needs_float16 = pytest.mark.skipif(
     "SSE4" in os.environ.get("XLA_FLAGS", ""), reason="XLA converts no float16 in code for SSE4.2; CI's other runs do"
 )
+
+
+def jit_to_numpy(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """jax.jit whose results are numpy arrays: what a test does with jax arrays, each operation of it, is compiled."""
+    compiled = jax.jit(function, **options)
+    return lambda *args, **kwargs: jax.tree.map(np.asarray, compiled(*args, **kwargs))
 
 
 def floats32(low: float, high: float) -> st.SearchStrategy[float]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from jaxngp.cameras import Rays, project, unproject
+from jaxngp.config import NerfConfig
+from jaxngp.data import load_evaluation, load_training
 from jaxngp.data.bricks import BRICKS_BOUNDS, bricks_cameras, cast_rays, pictures, write_scene
 from jaxngp.data.bricks.harbour import build_parts
 from jaxngp.data.bricks.parts import BOX, FRUSTUM, SPHERE, corners
+from jaxngp.data.checks import dataset_warnings
 
 NUM_RAYS = 1500  # of every call of cast_rays, so that it compiles once
 SIZE = 24  # of every picture, for the same reason; not a multiple of the tile
@@ -190,6 +193,9 @@ def test_toy_never_touches_the_border_of_a_view(parts):
     assert (np.asarray(xy) < 198).all()
 
 
+camera_rays = jax.jit(unproject)
+
+
 def _premultiplied_view(c2w, subsamples, shift=(0.0, 0.0)):
     """(SIZE, SIZE, 4) means of sRGB times alpha and of alpha over a lattice of `cast_rays`, without culling.
 
@@ -198,8 +204,8 @@ def _premultiplied_view(c2w, subsamples, shift=(0.0, 0.0)):
     at = (np.arange(SIZE * subsamples) + 0.5) / subsamples
     xy = (np.stack(np.meshgrid(at, at), axis=-1) + shift).reshape(-1, 2).astype(np.float32)
     padded = np.pad(xy, [(0, -len(xy) % NUM_RAYS), (0, 0)]).reshape(-1, NUM_RAYS, 2)
-    views = [cast_rays(unproject(pictures.make_camera(c2w, SIZE), jnp.asarray(chunk))) for chunk in padded]
-    rgba = np.concatenate([np.concatenate([view.rgb, view.alpha[:, None]], axis=-1) for view in views])[: len(xy)]
+    views = [cast_rays(camera_rays(pictures.make_camera(c2w, SIZE), chunk)) for chunk in padded]
+    rgba = np.concatenate([np.c_[np.asarray(view.rgb), np.asarray(view.alpha)] for view in views])[: len(xy)]
     return rgba.reshape(SIZE, subsamples, SIZE, subsamples, 4).mean((1, 3))
 
 
@@ -277,3 +283,13 @@ def test_existing_folder_is_not_overwritten(tmp_path):
     (tmp_path / "bricks").mkdir()
     with pytest.raises(FileExistsError, match="exists already"):
         write_scene(tmp_path / "bricks", SIZE, progress=False)
+
+
+def test_nothing_is_said_of_the_scene(tmp_path, monkeypatch):
+    """By the checks of data sets, of its first views; `test_inspect` asks about all of them."""
+    monkeypatch.setenv("JAXNGP_CACHE", str(tmp_path))
+    monkeypatch.setattr(pictures, "NUM_VIEWS", {"train": 24, "val": 6, "test": 6})
+    scene = replace(NerfConfig().scene, image_size=SIZE)
+    training, evaluation = load_training(scene), load_evaluation(scene)
+    assert len(training.images.offset) == 24
+    assert dataset_warnings(training, evaluation) == []

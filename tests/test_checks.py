@@ -10,8 +10,7 @@ import pytest
 from scenes import BALL, poses_around
 
 from jaxngp.cameras import Cameras, PosedImages, Rays, make_cameras, pose_images, view_rays
-from jaxngp.config import NerfConfig
-from jaxngp.data import RayTable, Split, changed, fingerprint, load_evaluation, load_training
+from jaxngp.data import RayTable, Split, changed, fingerprint
 from jaxngp.data.checks import dataset_warnings
 
 SIZE = 64
@@ -103,11 +102,6 @@ def test_shared_training_and_evaluation_views_are_said(views: PosedImages) -> No
     (warning,) = dataset_warnings(split(views), split(mixed, "test"))
     assert warning.startswith("1 of the 4 test views have the pose of a training view")
     assert dataset_warnings(split(views), split(views, "train")) == []
-
-
-def test_nothing_is_said_of_the_built_in_scene() -> None:
-    scene = replace(NerfConfig().scene, image_size=32)
-    assert dataset_warnings(load_training(scene), load_evaluation(scene)) == []
 
 
 # Fingerprints.

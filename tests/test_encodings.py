@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import TINY_GRID, arrays32, directions, floats32, needs_float16, points, seeds
+from strategies import TINY_GRID, arrays32, directions, floats32, jit_to_numpy, needs_float16, points, seeds
 
 from jaxngp import encodings, hashing
 from jaxngp.config import HashGridConfig
@@ -50,6 +50,14 @@ gradient_grids = some("3d", "four_features", "half_voxel_smoothstep")
 VALUE = 4e-5
 # The slope along one axis rounds as a value does, and then is times N and summed over levels and up to eight features.
 SLOPE = 1e-3
+
+
+init_table = jit_to_numpy(encodings.init_table, static_argnames="grid")
+multilinear_weights = jit_to_numpy(encodings.multilinear_weights)
+sh_encode = jit_to_numpy(encodings.sh_encode, static_argnames="degree")
+sh_encode_broadcast = jit_to_numpy(encodings.sh_encode_broadcast, static_argnames="degree")
+sh_encode_unrolled = jit_to_numpy(encodings.sh_encode_unrolled, static_argnames="degree")
+frequency_encode = jit_to_numpy(encodings.frequency_encode, static_argnames="num_frequencies")
 
 
 def random_table(grid: HashGridConfig, seed: int = 0) -> np.ndarray:
@@ -102,9 +110,9 @@ def compiled(grid: HashGridConfig) -> dict[str, Any]:
 
     encode = {"hash": encodings.hash_encode, "wide": encodings.encode_broadcast}
     return {
-        **{name: jax.jit(functools.partial(function, grid=grid)) for name, function in encode.items()},
-        **{f"{name}_vjp": jax.jit(functools.partial(gradients, function)) for name, function in encode.items()},
-        "wide_transpose": jax.jit(functools.partial(encodings.table_gradient_broadcast, grid=grid)),
+        **{name: jit_to_numpy(functools.partial(function, grid=grid)) for name, function in encode.items()},
+        **{f"{name}_vjp": jit_to_numpy(functools.partial(gradients, function)) for name, function in encode.items()},
+        "wide_transpose": jit_to_numpy(functools.partial(encodings.table_gradient_broadcast, grid=grid)),
     }
 
 
@@ -128,7 +136,7 @@ def inside_cells(position: np.ndarray, grid: HashGridConfig) -> np.ndarray:
 def test_weights_are_products_that_sum_to_one(num_dims: int, data: st.DataObject) -> None:
     """The weight of a corner is the product over the axes, and all are a partition of unity."""
     fraction = data.draw(arrays32(num_dims, 0, 1))
-    weights = np.asarray(encodings.multilinear_weights(jnp.asarray(fraction)))
+    weights = multilinear_weights(fraction)
     offsets = hashing.corner_offsets(num_dims)
     expected = np.prod(np.where(offsets, fraction.astype(np.float64), 1 - fraction.astype(np.float64)), axis=1)
     np.testing.assert_allclose(weights, expected, atol=1e-6)
@@ -287,7 +295,7 @@ def test_the_position_gradient_is_differentiable(grid: HashGridConfig) -> None:
         jax.jit(jax.grad(functools.partial(slope_norm, encode), argnums=(0, 1)))(table, position)
         for encode in (encodings.hash_encode, encodings.encode_broadcast)
     )
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(*map(functools.partial(jax.tree.map, np.asarray), (found, expected)), strict=True):
         assert np.abs(b).max() > 0.1
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * np.abs(b).max())
 
@@ -349,28 +357,34 @@ def test_a_nan_position_shows_and_stays_in_bounds(grid: HashGridConfig) -> None:
 def test_no_row_lies_out_of_its_level(grid: HashGridConfig) -> None:
     """Fetches promise it to XLA, which then checks nothing."""
     special = np.array([0, 1, -1, 2, np.nan, np.inf, -np.inf, 1e-30, np.nextafter(1, 0), 3e38, -3e38], np.float32)
-    position = jnp.asarray(list(itertools.product(special, repeat=grid.num_dims)))
-    for level, size in enumerate(hashing.level_sizes(grid)):
-        for row, _ in encodings._corners(position, grid, level):
-            assert int(row.max()) < size
+    position = np.array(list(itertools.product(special, repeat=grid.num_dims)))
+
+    @jit_to_numpy
+    def rows(position: jax.Array) -> list[list[jax.Array]]:
+        """Of every corner on every level."""
+        levels = range(grid.num_levels)
+        return [[row for row, _ in encodings._corners(position, grid, level)] for level in levels]
+
+    for found, size in zip(rows(position), hashing.level_sizes(grid), strict=True):
+        assert np.max(found) < size
 
 
 def test_shapes_are_checked() -> None:
-    table = jnp.zeros((hashing.level_offsets(TINY_GRID)[-1], 2))
+    table = random_table(TINY_GRID)
     with pytest.raises(ValueError, match=r"table has shape \(10, 2\): this grid needs"):
-        encodings.hash_encode(table[:10], jnp.zeros((4, 3)), grid=TINY_GRID)
+        encodings.hash_encode(table[:10], np.zeros((4, 3), np.float32), grid=TINY_GRID)
     for shape in ((4, 2), (3,), (2, 4, 3)):
         with pytest.raises(ValueError, match=r"position has shape .*: expected \(N, 3\)"):
-            encodings.hash_encode(table, jnp.zeros(shape), grid=TINY_GRID)
+            encodings.hash_encode(table, np.zeros(shape, np.float32), grid=TINY_GRID)
 
 
 def test_a_fresh_table_is_uniform_and_differs_by_key() -> None:
     grid = replace(TINY_GRID, init_scale=1e-2)
-    table = np.asarray(encodings.init_table(jax.random.key(0), grid=grid))
+    table = init_table(jax.random.key(0), grid=grid)
     assert table.shape == (hashing.level_offsets(grid)[-1], grid.num_features)
     assert np.abs(table).max() <= 1e-2
     np.testing.assert_allclose([table.min(), table.max(), table.std()], [-1e-2, 1e-2, 1e-2 / 3**0.5], rtol=0.05)
-    assert not np.array_equal(table, encodings.init_table(jax.random.key(1), grid=grid))
+    assert not np.array_equal(table, init_table(jax.random.key(1), grid=grid))
 
 
 # Directions.
@@ -382,7 +396,7 @@ def test_harmonics_are_orthonormal_on_the_sphere() -> None:
     angle = np.arange(16) * 2 * np.pi / 16
     ring = np.sqrt(1 - z**2)[:, None]
     direction = np.stack(np.broadcast_arrays(ring * np.cos(angle), ring * np.sin(angle), z[:, None]), axis=-1)
-    code = np.asarray(encodings.sh_encode(jnp.asarray(direction, jnp.float32), degree=5), np.float64)
+    code = sh_encode(direction.astype(np.float32), degree=5).astype(np.float64)
     gram = np.einsum("z,zai,zaj->ij", z_weight, code, code) * 2 * np.pi / 16
     np.testing.assert_allclose(gram, np.eye(25), atol=5e-6)
 
@@ -401,7 +415,7 @@ def test_the_first_nine_harmonics_in_closed_form(direction: np.ndarray) -> None:
         -1.0925484305920792 * x * z,
         0.5462742152960396 * (x**2 - y**2),
     ]
-    np.testing.assert_allclose(encodings.sh_encode(direction, degree=3), np.stack(expected, axis=-1), atol=1e-6)
+    np.testing.assert_allclose(sh_encode(direction, degree=3), np.stack(expected, axis=-1), atol=1e-6)
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4, 8])
@@ -417,8 +431,7 @@ def test_a_higher_degree_appends_harmonics(degree: int) -> None:
 @given(directions(8))
 def test_both_formulations_are_the_same_harmonics(degree: int, direction: np.ndarray) -> None:
     """A harmonic of a band l is at most sqrt((2 l + 1) / 4 pi); Legendre's coefficients of degree 7 reach 400."""
-    found = encodings.sh_encode_broadcast(direction, degree=degree)
-    expected = encodings.sh_encode_unrolled(direction, degree=degree)
+    found, expected = sh_encode_broadcast(direction, degree=degree), sh_encode_unrolled(direction, degree=degree)
     np.testing.assert_allclose(found, expected, atol=2e-4 if degree == 8 else 2e-6)
 
 
@@ -434,23 +447,22 @@ def test_frequencies_are_sines_of_doublings(num_frequencies: int, direction: np.
     parts = [direction.astype(np.float64)]
     for j in range(num_frequencies):
         parts += [np.sin(2.0**j * parts[0]), np.cos(2.0**j * parts[0])]
-    found = encodings.frequency_encode(direction, num_frequencies=num_frequencies)
+    found = frequency_encode(direction, num_frequencies=num_frequencies)
     np.testing.assert_allclose(found, np.concatenate(parts, axis=-1), atol=1e-6)
 
 
 def test_a_gradient_of_no_points_is_zero() -> None:
-    grid = HashGridConfig(num_levels=2, table_size=2**8, max_resolution=32)
-    table = encodings.init_table(jax.random.key(0), grid=grid)
-    gradient = jax.grad(lambda t: encodings.hash_encode(t, jnp.zeros((0, 3)), grid=grid).sum())(table)
+    grid, none = TINY_GRID, np.zeros((0, 3), np.float32)
+    total = lambda table: encodings.hash_encode(table, none, grid=grid).sum()  # noqa: E731
+    gradient = jax.jit(jax.grad(total))(random_table(grid))
     np.testing.assert_array_equal(gradient, 0)
 
 
 @needs_float16
 def test_half_precision_positions_have_a_gradient() -> None:
-    grid = HashGridConfig(num_levels=2, table_size=2**8, max_resolution=32)
-    table = encodings.init_table(jax.random.key(0), grid=grid)
-    position = jax.random.uniform(jax.random.key(1), (8, 3), jnp.float16)
-    gradient = jax.grad(lambda t: encodings.hash_encode(t, position, grid=grid).sum())(table)
+    grid, position = TINY_GRID, np.random.default_rng(1).uniform(size=(8, 3)).astype(np.float16)
+    total = lambda table, position: encodings.hash_encode(table, position, grid=grid).sum()  # noqa: E731
+    gradient = jax.jit(jax.grad(total))(random_table(grid), position)
     assert np.all(np.isfinite(gradient))
 
 
@@ -461,12 +473,12 @@ def test_half_precision_positions_have_a_gradient() -> None:
 def test_the_half_table_is_read_the_table_is_trained() -> None:
     grid = GRIDS["four_features"]
     table = random_table(grid)
-    half_table, cotangent = jnp.asarray(table, jnp.float16), random_cotangent(grid)
+    half_table, cotangent = table.astype(np.float16), random_cotangent(grid)
     position = np.random.default_rng(2).uniform(size=(NUM, grid.num_dims)).astype(np.float32)
 
-    @jax.jit
+    @jit_to_numpy
     def both(table: jax.Array, position: jax.Array) -> Any:
-        encode = functools.partial(encodings.hash_encode, grid=grid, half_table=half_table)
+        encode = functools.partial(encodings.hash_encode, grid=grid, half_table=jnp.asarray(half_table))
         features, pull = jax.vjp(encode, table, position)
         return features, *pull(cotangent)
 
@@ -474,7 +486,7 @@ def test_the_half_table_is_read_the_table_is_trained() -> None:
     np.testing.assert_allclose(features, encode_by_definition(np.asarray(half_table), position, grid), atol=VALUE)
     plain_table, _ = compiled(grid)["hash_vjp"](table, position, cotangent)
     np.testing.assert_allclose(of_table, plain_table, atol=1e-4)  # two programs may round a position differently
-    _, expected = compiled(grid)["hash_vjp"](half_table.astype(jnp.float32), position, cotangent)
+    _, expected = compiled(grid)["hash_vjp"](half_table.astype(np.float32), position, cotangent)
     np.testing.assert_allclose(of_position, expected, atol=SLOPE)
     # What the table holds, nobody looks at.
     np.testing.assert_array_equal(both(np.full_like(table, np.nan), position)[0], features)
@@ -497,15 +509,15 @@ def test_gradients_in_fewer_bits_are_summed_in_float32(transpose: Any) -> None:
     A quarter into the cell all weights are multiples of 1/64, of which float32 holds the sums exactly.
     """
     grid = GRIDS["one_level"]
-    position = jnp.full((1000, 3), 1 / 16)
-    gradient = jnp.ones((1000, grid.num_outputs), jnp.bfloat16)
-    found = jax.jit(functools.partial(transpose, grid=grid))(position, gradient)
-    assert found.dtype == jnp.float32
-    assert jnp.sum(found) == 1000
+    position = np.full((1000, 3), 1 / 16, np.float32)
+    gradient = np.ones((1000, grid.num_outputs), jnp.bfloat16)
+    found = jit_to_numpy(functools.partial(transpose, grid=grid))(position, gradient)
+    assert found.dtype == np.float32
+    assert np.sum(found, dtype=np.float64) == 1000
 
 
 def test_a_half_table_of_another_shape_is_refused() -> None:
     grid = GRIDS["2d"]
     table = random_table(grid)
     with pytest.raises(ValueError, match="half_table has shape"):
-        encodings.hash_encode(table, jnp.zeros((1, 2)), grid=grid, half_table=table[1:])
+        encodings.hash_encode(table, np.zeros((1, 2), np.float32), grid=grid, half_table=table[1:])

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from strategies import jit_to_numpy
 
-from jaxngp.lenses import COEFFICIENTS, MODELS, Lens, distort, make_lens, undistort
+from jaxngp import lenses
+from jaxngp.lenses import COEFFICIENTS, MODELS, Lens, make_lens
+
+distort, undistort = jit_to_numpy(lenses.distort), jit_to_numpy(lenses.undistort)
+ROWS = 2  # that differ, of every call of make_lens, so that each model compiles once
 
 # Model, coefficients, width, height, focal length: as calibrations of phones, cameras and panoramas have them.
 PRACTICE: dict[str, tuple[str, dict[str, float], int, int, float]] = {
@@ -50,18 +56,17 @@ PRACTICE: dict[str, tuple[str, dict[str, float], int, int, float]] = {
 every_lens = pytest.mark.parametrize("name", PRACTICE)
 
 
+@functools.cache
 def lens_of(name: str) -> tuple[Lens, np.ndarray, np.ndarray]:
     """A single lens, its error in pixels, and places (2, N) over its whole image, in focal lengths."""
     model, said, width, height, focal = PRACTICE[name]
-    coefficients = [[said.get(key, 0.0) for key in COEFFICIENTS[model]]]
-    centre = np.array([[0.51 * width, 0.49 * height]])
-    if model == "equirectangular":
-        centre = np.array([[width / 2, height / 2]])
-    size = [[width, height]]
-    lens, error = make_lens(model, coefficients, focal_xy=[[focal, focal]], centre_xy=centre, size=size)
+    coefficients = [said.get(key, 0.0) for key in COEFFICIENTS[model]]
+    centre = [width / 2, height / 2] if model == "equirectangular" else [0.51 * width, 0.49 * height]
+    shape = {"focal_xy": [[focal, focal], [9e3, 9e3]], "centre_xy": [centre] * ROWS, "size": [[width, height]] * ROWS}
+    several, error = make_lens(model, [coefficients] * ROWS, **shape)
     x, y = np.meshgrid(np.linspace(0.5, width - 0.5, 41), np.linspace(0.5, height - 0.5, 37))
-    place = (np.stack([x.ravel(), y.ravel()]) - centre.T) / focal
-    return jax.tree.map(lambda array: jnp.asarray(array[0]), lens), error, place
+    place = (np.stack([x.ravel(), y.ravel()]) - np.array(centre)[:, None]) / focal
+    return jax.tree.map(lambda array: np.asarray(array)[0], several), error, place
 
 
 def published(model: str, said: dict[str, float], direction: np.ndarray) -> np.ndarray:
@@ -103,11 +108,11 @@ def test_a_lens_is_inverted_over_the_image(name: str) -> None:
     """To 1e-3 px, by the published formula; and a lens of practice is not taken for one that folds over."""
     model, said, _, _, focal = PRACTICE[name]
     lens, error, place = lens_of(name)
-    u, v = jnp.asarray(place, jnp.float32)
+    u, v = np.float32(place)
     direction = np.stack(undistort(lens, u, v))
     assert np.abs(published(model, said, direction.astype(np.float64)) - place).max() * focal < 1e-3
     back_u, back_v, shown = distort(lens, *direction)
-    assert np.asarray(shown).all()
+    assert shown.all()
     assert np.abs(np.stack([back_u, back_v]) - place).max() * focal < 1e-3
     assert error[0] < 0.01
 
@@ -115,10 +120,10 @@ def test_a_lens_is_inverted_over_the_image(name: str) -> None:
 @every_lens
 def test_directions_may_have_any_length(name: str) -> None:
     lens, _, place = lens_of(name)
-    direction = np.stack(undistort(lens, *jnp.asarray(place, jnp.float32)))
+    direction = np.stack(undistort(lens, *np.float32(place)))
     for length in (1e-3, 1e3):
         u, v, shown = distort(lens, *(direction * np.float32(length)))
-        assert np.asarray(shown).all()
+        assert shown.all()
         np.testing.assert_allclose(np.stack([u, v]), place, atol=1e-5)
 
 
@@ -127,7 +132,7 @@ def test_stretch_bounds_how_far_a_place_moves(name: str) -> None:
     """Over the whole image: two directions an angle apart are at most stretch times that apart in it."""
     lens, _, place = lens_of(name)
     model, said, *_ = PRACTICE[name]
-    direction = np.stack(undistort(lens, *jnp.asarray(place, jnp.float32))).astype(np.float64)
+    direction = np.stack(undistort(lens, *np.float32(place))).astype(np.float64)
     direction /= np.linalg.norm(direction, axis=0)
     rng = np.random.default_rng(0)
     step = rng.normal(size=direction.shape)
@@ -140,10 +145,10 @@ def test_stretch_bounds_how_far_a_place_moves(name: str) -> None:
 def test_what_is_beyond_reach_is_not_shown() -> None:
     lens, _, place = lens_of("wide angle")
     reach = float(lens.reach)
-    corner = np.arctan(np.hypot(*np.stack(undistort(lens, *jnp.asarray(place, jnp.float32)))[:2]).max())
+    corner = np.arctan(np.hypot(*np.stack(undistort(lens, *np.float32(place)))[:2]).max())
     assert 1.02 * corner < reach < 1.2 * corner
     for angle, expected in ((0.99 * reach, True), (1.01 * reach, False), (np.pi - 1e-3, False)):
-        u, v, shown = distort(lens, *jnp.float32([[np.sin(angle)], [0.0], [np.cos(angle)]]))
+        u, v, shown = distort(lens, *np.float32([[np.sin(angle)], [0.0], [np.cos(angle)]]))
         assert bool(shown[0]) == expected
         assert np.isfinite([u, v]).all()
 
@@ -151,7 +156,7 @@ def test_what_is_beyond_reach_is_not_shown() -> None:
 def test_a_fisheye_looks_behind() -> None:
     lens, _, _ = lens_of("equidistant")
     assert float(lens.reach) > np.pi / 2
-    u, v, shown = distort(lens, *jnp.float32([[np.sin(1.8)], [0.0], [np.cos(1.8)]]))
+    u, v, shown = distort(lens, *np.float32([[np.sin(1.8)], [0.0], [np.cos(1.8)]]))
     assert bool(shown[0])
     np.testing.assert_allclose([u[0], v[0]], [1.8, 0], atol=1e-6)
 
@@ -169,10 +174,8 @@ def test_a_fisheye_looks_behind() -> None:
 def test_a_lens_that_folds_over_is_reported(model: Any, coefficients: dict[str, float], focal: float) -> None:
     """Of several, the one that does; its reach and stretch are finite all the same."""
     folded = [coefficients.get(key, 0.0) for key in COEFFICIENTS[model]]
-    rows = [folded, [0.01 * value for value in folded]]
-    lens, error = make_lens(
-        model, rows, focal_xy=[[focal, focal], [9e3, 9e3]], centre_xy=[[500, 500]] * 2, size=[[1000, 1000]] * 2
-    )
+    rows, focal_xy = [folded, [0.01 * value for value in folded]], [[focal, focal], [9e3, 9e3]]
+    lens, error = make_lens(model, rows, focal_xy=focal_xy, centre_xy=[[500, 500]] * ROWS, size=[[1000, 1000]] * ROWS)
     assert error[0] > 1
     assert error[1] < 0.01
     assert np.isfinite([lens.reach, lens.stretch]).all()
@@ -189,7 +192,7 @@ def test_derivatives_are_those_of_finite_differences(name: str) -> None:
         weight = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3)))
 
         def seen(c: jax.Array, place: jax.Array) -> jax.Array:
-            direction = jnp.stack(undistort(lens.replace(coefficients=c), *place))
+            direction = jnp.stack(lenses.undistort(lens.replace(coefficients=c), *place))
             return jnp.sum(weight * direction / jnp.linalg.norm(direction, axis=0))
 
         for argument, value in enumerate((coefficients, place)):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from strategies import TINY_FIELD, TINY_GRID, directions, points, rotations
+from strategies import TINY_FIELD, TINY_GRID, directions, jit_to_numpy, points, rotations
 
 from jaxngp import cameras, compositing, encodings, fields, hashing, losses, marching, metrics, occupancy, rendering
 from jaxngp.cameras import Cameras, Rays
@@ -54,8 +54,9 @@ POSE = np.concatenate([np.linalg.qr(RNG.normal(size=(3, 3)))[0], [[0.1], [0.2], 
 ORIGIN = np.array([[-1.0, 0.4, 0.45], [0.6, 2.0, 0.5], [0.3, 0.5, 0.6], [1.7, 1.9, 0.4]])
 TOWARD = np.array([[0.9, 0.1, 0.2], [0.1, -0.9, 0.15], [0.2, 0.3, -0.8], [-0.7, -0.8, 0.05]])
 TOWARD /= np.linalg.norm(TOWARD, axis=1, keepdims=True)
+ONE_LEVEL = replace(TINY_FIELD, encoding=replace(TINY_GRID, num_levels=1))
 MARCH = MarchConfig(num_steps=64, num_samples=256, occupancy=OccupancyConfig(resolution=32))
-GRID = occupancy.init_occupancy(np.ones(32**3, bool))
+GRID = jax.jit(occupancy.init_occupancy)(np.ones(32**3, bool))
 
 
 def seen(amount: jax.Array, background: jax.Array) -> Any:
@@ -74,7 +75,7 @@ def seen(amount: jax.Array, background: jax.Array) -> Any:
 def field(table: jax.Array, density: list, colour: list, position: jax.Array, direction: jax.Array) -> Any:
     kernels = [{f"Dense_{i}": {"kernel": kernel} for i, kernel in enumerate(mlp)} for mlp in (density, colour)]
     params = {"encoding": {"table": table}, "density_mlp": kernels[0], "colour_mlp": kernels[1]}
-    found, rgb = RadianceField.of(params, config=TINY_FIELD)(position, direction)
+    found, rgb = RadianceField.of(params, config=ONE_LEVEL)(position, direction)
     return found, rgb, jnp.log(found)
 
 
@@ -118,7 +119,7 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         (np.array([0.5, 0.5, 0.5, 0.5]), np.array([0.45, 0.58, 0.1, 0.9])),
     ),
     "psnr": (lambda a, b: metrics.psnr(metrics.mean_squared_error(a, b)), (uniform(4, 3), uniform(4, 3))),
-    "field": (field, (TABLE, kernels(4, 8, 4), kernels(DIRECTED, 8, 8, 3), inside_cells(8), unit(8, 3))),
+    "field": (field, (TABLE[: 5**3], kernels(2, 8, 4), kernels(DIRECTED, 8, 8, 3), inside_cells(8), unit(8, 3))),
 }
 
 
@@ -135,8 +136,8 @@ def test_a_gradient_is_the_slope_in_float64(name: str) -> None:
         return jnp.stack([jnp.sum(w * a) for w, a in zip(weights, leaves, strict=True)]).sum()
 
     with jax.enable_x64(True):
-        start = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), list(args))
-        both = jax.jit(jax.value_and_grad(total))
+        start = jax.tree.map(lambda a: np.asarray(a, np.float64), list(args))
+        both = jit_to_numpy(jax.value_and_grad(total))
         gradient = both(start)[1]
         assert {a.dtype for a in jax.tree.leaves(gradient)} == {np.dtype(np.float64)}
         for index, arg in enumerate(start):
@@ -145,7 +146,7 @@ def test_a_gradient_is_the_slope_in_float64(name: str) -> None:
             ahead, behind = (float(both([*start[:index], m, *start[index + 1 :]])[0]) for m in moved)
             expected = (ahead - behind) / (2 * h)
             pairs = zip(*map(jax.tree.leaves, (gradient[index], step)), strict=True)
-            found = sum(float(jnp.sum(g * s)) for g, s in pairs)
+            found = sum(np.sum(g * s) for g, s in pairs)
             assert abs(expected) > 1e-4
             np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=f"argument {index}")
 
@@ -162,7 +163,7 @@ def composer(backend: str, num_rays: int) -> Any:
         out = compositing.composite(density, rgb, t, dt, ray, background)
         return jnp.sum(out.rgb**2) + jnp.sum(out.opacity) + jnp.sum(out.depth), out
 
-    return jax.jit(jax.value_and_grad(total, has_aux=True))
+    return jit_to_numpy(jax.value_and_grad(total, has_aux=True))
 
 
 def composed(backend: str, args: tuple[np.ndarray, ...], ray: np.ndarray) -> tuple[Any, Any]:
@@ -269,23 +270,23 @@ def test_the_slope_of_the_depth_of_next_to_nothing(opacity: float) -> None:
     def depth(share: jax.Array, total: jax.Array) -> jax.Array:
         return compositing.blend(jnp.zeros(3), share, total, jnp.zeros(3)).depth
 
-    value, slope = jax.value_and_grad(depth, argnums=(0, 1))(jnp.float32(opacity), jnp.float32(2 * opacity))
+    value_and_slope = jit_to_numpy(jax.value_and_grad(depth, argnums=(0, 1)))
+    value, slope = value_and_slope(np.float32(opacity), np.float32(2 * opacity))
     np.testing.assert_allclose(value, 2, rtol=1e-6)
     np.testing.assert_allclose(slope, [-2 / opacity, 1 / opacity], rtol=1e-6)
-    np.testing.assert_array_equal(jax.grad(depth, argnums=(0, 1))(jnp.float32(1e-36), jnp.float32(1e-36)), 0)
+    np.testing.assert_array_equal(value_and_slope(np.float32(1e-36), np.float32(1e-36))[1], 0)
 
 
 # Everything else stays finite too.
 
-ONE_LEVEL = replace(TINY_FIELD, encoding=replace(TINY_GRID, num_levels=1))
-PARAMS = fields.init_params(jax.random.key(0), config=ONE_LEVEL)
+PARAMS = jit_to_numpy(fields.init_params, static_argnames="config")(jax.random.key(0), config=ONE_LEVEL)
 SIDES = np.float32([0.0, -0.0, 1e-45, 1e-40, 1e-13, -1e-13, 1e-11, 1e-6, 1.0, -1.0])
 awkward_directions = hnp.arrays(np.float32, (8, 3), elements=st.sampled_from(SIDES.tolist())).map(
     lambda d: np.where((np.abs(d) > 0.5).any(axis=1, keepdims=True), d, np.float32([0, 0, 1]))
 )
 
 
-@jax.jit
+@jit_to_numpy
 def all_slopes(params: Any, origin: jax.Array, direction: jax.Array, background: jax.Array) -> Any:
     def total(params: Any, origin: jax.Array, direction: jax.Array, background: jax.Array) -> jax.Array:
         rays = Rays(origin=origin, direction=direction)
@@ -306,13 +307,13 @@ def test_gradients_of_rendering_are_finite(
 ) -> None:
     """From corners, faces and inside of cells, along axes and next to it; from fields of no density to opaque ones with
     saturated colours."""
-    params = jax.tree.map(lambda a: sign * scale * jnp.sign(a) / jnp.float32(a.shape[0]), PARAMS)
+    params = jax.tree.map(lambda a: np.float32(sign * scale) * np.sign(a) / np.float32(a.shape[0]), PARAMS)
     direction = direction / np.linalg.norm(direction.astype(np.float64), axis=1, keepdims=True).astype(np.float32)
     gradients = all_slopes(params, origin, direction, np.ones((8, 3), np.float32))
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
-@jax.jit
+@jit_to_numpy
 def camera_slopes(c2w: jax.Array, pixel: jax.Array, point: jax.Array) -> Any:
     def total(c2w: jax.Array, pixel: jax.Array, point: jax.Array) -> jax.Array:
         camera = Cameras(c2w, jnp.array([20.0, 25.0]), jnp.array([4.0, 4.0]), jnp.array([8, 8], jnp.int32))
@@ -330,7 +331,7 @@ def test_gradients_of_a_camera_are_finite(rotation: np.ndarray, point: np.ndarra
     assert all(np.isfinite(g).all() for g in camera_slopes(c2w, pixel, point))
 
 
-@jax.jit
+@jit_to_numpy
 def encoding_slopes(fraction: jax.Array, direction: jax.Array, x: jax.Array) -> Any:
     def total(fraction: jax.Array, direction: jax.Array, x: jax.Array) -> jax.Array:
         return (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scenes import Ball, cell_numbers
-from strategies import TINY_MARCH, arrays32, points, seeds
+from strategies import TINY_MARCH, arrays32, jit_to_numpy, points, seeds
 
 from jaxngp import bitsets, occupancy
 from jaxngp.config import MarchConfig, OccupancyConfig
@@ -41,9 +43,9 @@ def cell_coordinates(resolution: int = G) -> np.ndarray:
 
 # Looking up.
 
-is_occupied = jax.jit(occupancy.is_occupied)
-init_occupancy = jax.jit(occupancy.init_occupancy)
-pack_bits = jax.jit(bitsets.pack_bits)
+is_occupied = jit_to_numpy(occupancy.is_occupied)
+init_occupancy = jit_to_numpy(occupancy.init_occupancy)
+pack_bits = jit_to_numpy(bitsets.pack_bits)
 
 
 def flat_cells(num_cascades: int, resolution: int = G) -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +88,7 @@ def test_a_pair_of_bits_is_read_as_both_sets_hold(num_cascades: int, position: n
     np.testing.assert_array_equal(found, np.asarray(bits_of_sets[0]) + 2 * np.asarray(bits_of_sets[1]))
 
 
-@functools.partial(jax.jit, static_argnames="cells")
+@functools.partial(jit_to_numpy, static_argnames="cells")
 def read_pairs(cells: Cells, first: jax.Array, second: jax.Array, position: jax.Array) -> tuple[jax.Array, ...]:
     axes = position.T
     pairs = cells.read(bitsets.interleave(first, second), *axes, width=2)
@@ -97,21 +99,21 @@ def read_pairs(cells: Cells, first: jax.Array, second: jax.Array, position: jax.
 def test_every_cell_is_found_at_its_centre(num_cascades: int) -> None:
     """Those of an outer cascade that lie inside a smaller one are not: there a smaller cell is."""
     cells = Cells(G, num_cascades)
-    number = jnp.arange(cells.num_cells, dtype=jnp.int32)
-    centre = np.stack(jax.jit(cells.centre)(number), axis=-1)
+    number = np.arange(cells.num_cells, dtype=np.int32)
+    centre = np.stack(jit_to_numpy(cells.centre)(number), axis=-1)
     low, size = flat_cells(num_cascades)
     np.testing.assert_allclose(centre, low + size[:, None] / 2, atol=3e-7)
     np.testing.assert_allclose(jax.jit(cells.side)(number), size * G, rtol=0)
-    column, row, layer, cascade = (np.asarray(a) for a in jax.jit(cells.at)(*centre.T))
+    column, row, layer, cascade = jit_to_numpy(cells.at)(*centre.T)
     found = column + G * (row + G * (layer + G * cascade))
     np.testing.assert_array_equal(found == number, readable(num_cascades))
-    np.testing.assert_array_equal(jax.jit(cells.readable)().reshape(-1), readable(num_cascades))
+    np.testing.assert_array_equal(np.ravel(jax.jit(cells.readable)()), readable(num_cascades))
 
 
 @pytest.mark.parametrize("num_cascades", [1, 8])
 @given(arrays32((16, 3), -10, 10))
 def test_a_point_outside_the_cube_reads_a_valid_cell(num_cascades: int, position: np.ndarray) -> None:
-    column, row, layer, cascade = (np.asarray(a) for a in at(Cells(G, num_cascades), position))
+    column, row, layer, cascade = at(Cells(G, num_cascades), position)
     for place in (column, row, layer):
         assert ((place >= 0) & (place < G)).all()
     outside = np.abs(position - 0.5).max(axis=1) > 0.5
@@ -119,7 +121,7 @@ def test_a_point_outside_the_cube_reads_a_valid_cell(num_cascades: int, position
     assert ((cascade >= 0) & (cascade < num_cascades)).all()
 
 
-@functools.partial(jax.jit, static_argnames="cells")
+@functools.partial(jit_to_numpy, static_argnames="cells")
 def at(cells: Cells, position: jax.Array) -> tuple[jax.Array, ...]:
     return cells.at(*position.T)
 
@@ -157,7 +159,7 @@ def bounds_by_numpy(flags: np.ndarray, resolution: int = G) -> np.ndarray:
     return np.stack([cells.min(axis=0), cells.max(axis=0) + 1]) / resolution
 
 
-occupied_bounds = jax.jit(occupancy.occupied_bounds)
+occupied_bounds = jit_to_numpy(occupancy.occupied_bounds)
 
 
 @given(hnp.arrays(np.int64, (3, 3), elements=st.integers(0, G - 1) | st.sampled_from([0, G - 1])), st.integers(1, 3))
@@ -221,7 +223,7 @@ def refresh(
     return refresh_program(grid, np.uint32(seed), np.float32(cell_density), np.bool_(warmup), config=config)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jit_to_numpy, static_argnames="config")
 def refresh_program(
     grid: OccupancyGrid, seed: jax.Array, cell_density: jax.Array, warmup: jax.Array, *, config: MarchConfig
 ) -> OccupancyGrid:
@@ -236,12 +238,8 @@ def some_grid(seed: int, share_of_candidates: float) -> OccupancyGrid:
     density = np.where(flags, rng.uniform(0, 2, G**3), EMPTY).astype(np.float32)
     marked = flags & (rng.uniform(size=G**3) < 0.125)
     packed = pack_bits(marked[None])
-    return OccupancyGrid(
-        density=jnp.asarray(density[None]),
-        occupied=packed,
-        opaque=jnp.zeros_like(packed),
-        bounds=occupied_bounds(packed),
-    )
+    bounds = occupied_bounds(packed)
+    return OccupancyGrid(density=density[None], occupied=packed, opaque=np.zeros_like(packed), bounds=bounds)
 
 
 @settings(max_examples=15)
@@ -264,7 +262,7 @@ def test_a_refreshed_grid_knows_its_bounds(warmup: bool, corners: np.ndarray, se
     """Candidates everywhere, density in a box only; after warmup only some of it is found."""
     cells = cell_coordinates()
     inside = np.all((cells >= corners.min(axis=0)) & (cells < corners.max(axis=0)), axis=1)
-    grid = replace(some_grid(seed, 1.0), density=jnp.zeros((1, G**3)))
+    grid = replace(some_grid(seed, 1.0), density=np.zeros((1, G**3), np.float32))
     new = refresh(grid, seed, np.where(inside, 2 * LIMIT, 0), warmup)
     flags = bits(new.occupied)
     low, high = np.asarray(new.bounds)
@@ -316,13 +314,14 @@ def test_warmup_looks_into_every_candidate(resolution: int, num_cascades: int) -
     grid = init_occupancy(flags.reshape(num_cascades, -1))
     flags = flags & readable(num_cascades, resolution)
     low, size = flat_cells(num_cascades, resolution)
-    look = jax.jit(
-        lambda axis: occupancy.update_occupancy(
-            grid, jax.random.key(axis), lambda p: 1 + jnp.take(p, axis, axis=1), jnp.array(True), config=config
-        )
-    )
+
+    @jit_to_numpy
+    def look(grid: OccupancyGrid, axis: jax.Array) -> OccupancyGrid:
+        place = lambda p: 1 + jnp.take(p, axis, axis=1)  # noqa: E731
+        return occupancy.update_occupancy(grid, jax.random.key(axis), place, jnp.array(True), config=config)
+
     for axis in range(3):
-        density = np.ravel(look(axis).density)
+        density = np.ravel(look(grid, axis).density)
         np.testing.assert_array_equal(density >= 0, flags)
         place = (density.astype(np.float64) - 1 - low[:, axis]) / size
         assert (place[flags] > -1e-3).all()
@@ -331,19 +330,23 @@ def test_warmup_looks_into_every_candidate(resolution: int, num_cascades: int) -
         np.testing.assert_allclose(place[flags].std(), 12**-0.5, atol=0.01)
 
 
+@functools.cache
+def refresh_of(device: Literal["cpu", "gpu"]) -> Callable[[OccupancyGrid, np.bool_], OccupancyGrid]:
+    """A refresh of more cells than a CPU looks into in one turn; the density tells where the look was."""
+    config = replace(MARCH, occupancy=OccupancyConfig(resolution=64))
+
+    def refresh(grid: OccupancyGrid, warmup: jax.Array) -> OccupancyGrid:
+        with formulation(device):
+            return occupancy.update_occupancy(grid, jax.random.key(0), lambda p: 1 + p[:, 0], warmup, config=config)
+
+    return jit_to_numpy(refresh)
+
+
 @pytest.mark.parametrize("warmup", [False, True])
 def test_both_formulations_look_into_the_same_cells(warmup: bool) -> None:
     """At the same points, where a CPU takes several turns and a GPU one."""
-    config = replace(MARCH, occupancy=OccupancyConfig(resolution=64))
     grid = init_occupancy(random_flags(0, 0.9, 64, 1).reshape(1, -1))
-    found = []
-    for choice in ("cpu", "gpu"):
-        with formulation(choice):
-            refresh = lambda grid: occupancy.update_occupancy(  # noqa: E731
-                grid, jax.random.key(0), lambda p: 1 + p[:, 0], jnp.bool_(warmup), config=config
-            )
-            found.append(jax.jit(refresh)(grid))
-    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.map(np.asarray, new) for new in found))
+    jax.tree.map(np.testing.assert_array_equal, *(refresh_of(d)(grid, np.bool_(warmup)) for d in ("cpu", "gpu")))
 
 
 def test_after_warmup_some_cells_are_drawn() -> None:
@@ -366,7 +369,7 @@ def test_keys_decide_where_a_refresh_looks() -> None:
 
 @pytest.mark.parametrize("warmup", [True, False])
 def test_a_grid_without_candidates_stays_empty(warmup: bool) -> None:
-    grid = init_occupancy(jnp.zeros(G**3, bool))
+    grid = init_occupancy(np.zeros(G**3, bool))
     new = refresh(grid, 0, np.full(G**3, 100.0), warmup)
     assert not np.asarray(new.occupied).any()
     np.testing.assert_array_equal(new.density, EMPTY)
@@ -401,7 +404,7 @@ def refresh_ball(grid: OccupancyGrid, centre: np.ndarray, radius: float, seed: i
     return refresh_ball_program(grid, np.float32(centre), np.float32(radius), np.uint32(seed))
 
 
-@jax.jit
+@jit_to_numpy
 def refresh_ball_program(grid: OccupancyGrid, centre: jax.Array, radius: jax.Array, seed: jax.Array) -> OccupancyGrid:
     def density_fn(position: jax.Array) -> jax.Array:
         return jnp.where(jnp.sum((position - centre) ** 2, axis=-1) < radius**2, 2 * LIMIT, 0.0)
@@ -414,9 +417,9 @@ def test_the_mean_of_all_cascades_is_that_of_the_cube() -> None:
     density = np.where(readable(SHELLS), np.random.default_rng(0).uniform(0, LIMIT, SHELLS * G**3), EMPTY)
     grid = OccupancyGrid(
         density=density.reshape(SHELLS, -1).astype(np.float32),  # type: ignore[arg-type]
-        occupied=jnp.zeros((SHELLS, G**3 // 32), jnp.uint32),
-        opaque=jnp.zeros((SHELLS, G**3 // 32), jnp.uint32),
-        bounds=jnp.zeros((2, 3)),
+        occupied=np.zeros((SHELLS, G**3 // 32), np.uint32),  # type: ignore[arg-type]
+        opaque=np.zeros((SHELLS, G**3 // 32), np.uint32),  # type: ignore[arg-type]
+        bounds=np.zeros((2, 3), np.float32),  # type: ignore[arg-type]
     )
     new = refresh_ball(grid, np.zeros(3), 0.0, 0)  # nothing there: the density decays
     _, size = flat_cells(SHELLS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis.extra import numpy as hnp
 from scenes import make_camera, poses_around
-from strategies import TINY_FIELD, TINY_GRID, floats32, seeds
+from strategies import TINY_FIELD, TINY_GRID, floats32, jit_to_numpy, seeds
 
 from jaxngp import refinement
 from jaxngp.cameras import Cameras, PosedImages, pose_images, project, unproject
@@ -37,7 +38,7 @@ from jaxngp.encodings import hash_encode
 from jaxngp.fields import RadianceField
 from jaxngp.hashing import level_offsets
 from jaxngp.presets import PRESETS
-from jaxngp.refinement import Refinement, Similarity, align, init_refinement, pose_errors, se3_exp
+from jaxngp.refinement import Refinement, Similarity, align, init_refinement, pose_errors
 from jaxngp.training.loop import init_state, train
 from jaxngp.training.nerf import PixelBatch, StepNoise, nerf_loss
 from jaxngp.training.pixels import widened
@@ -50,7 +51,11 @@ CONFIG = NerfConfig(
     refine=EVERYTHING,
 )
 VIEWS = 5
-exposed, moved = jax.jit(refinement.exposed), jax.jit(refinement.moved)
+exposed, moved, se3_exp = (jit_to_numpy(f) for f in (refinement.exposed, refinement.moved, refinement.se3_exp))
+update, log_gain = jit_to_numpy(refinement.update), jit_to_numpy(refinement.log_gain)
+weighted = jit_to_numpy(refinement.weighted, static_argnames="grid")
+projected, unprojected = jit_to_numpy(project), jit_to_numpy(unproject)
+encode = jit_to_numpy(hash_encode, static_argnames="grid")
 
 
 def cameras(count: int = VIEWS) -> Cameras:
@@ -61,9 +66,20 @@ def pictures(seed: int = 0) -> PosedImages:
     return pose_images(cameras(), np.random.default_rng(seed).integers(0, 256, (VIEWS, 16, 20, 4), np.uint8))
 
 
+@functools.cache
+def fresh() -> Refinement:
+    """Of the cameras by CONFIG, as numpy arrays."""
+    return jax.tree.map(np.asarray, init_refinement(cameras(), config=CONFIG))
+
+
+@functools.cache
+def fresh_params() -> Any:
+    return jax.tree.map(np.asarray, init_state(0, config=CONFIG).params)
+
+
 def random_free(learned: Refinement, seed: int, scale: float = 0.01) -> Refinement:
     rng = np.random.default_rng(seed)
-    draw = lambda a: jnp.asarray(rng.normal(size=a.shape) * scale, a.dtype)  # noqa: E731
+    draw = lambda a: np.asarray(rng.normal(size=a.shape) * scale, a.dtype)  # noqa: E731
     return replace(learned, free=jax.tree.map(draw, learned.free))
 
 
@@ -85,20 +101,20 @@ def test_se3_exp_is_the_matrix_exponential(twist: np.ndarray) -> None:
         for order in range(1, 60):
             term = term @ generator / order
             expected = expected + term
-        np.testing.assert_allclose(se3_exp(jnp.asarray(twist)), expected[:3], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(se3_exp(twist), expected[:3], rtol=0, atol=1e-12)
 
 
 def test_se3_exp_has_its_generators_as_slope() -> None:
-    slope = jax.jit(jax.jacfwd(se3_exp))(jnp.zeros(6))
+    slope = jit_to_numpy(jax.jacfwd(refinement.se3_exp))(np.zeros(6, np.float32))
     np.testing.assert_array_equal(slope[:, 3, :3], np.eye(3))
-    x, y, z = np.moveaxis(np.asarray(slope[:, :3, 3:]), -1, 0)
+    x, y, z = np.moveaxis(slope[:, :3, 3:], -1, 0)
     np.testing.assert_array_equal([x[2, 1], y[0, 2], z[1, 0]], [1, 1, 1])
-    assert np.isfinite(jax.jit(jax.jacrev(se3_exp))(jnp.zeros(6))).all()
+    assert np.isfinite(jax.jit(jax.jacrev(refinement.se3_exp))(np.zeros(6, np.float32))).all()
 
 
 def test_a_twist_and_its_negative_cancel() -> None:
-    c2w = jnp.asarray(cameras().c2w)
-    twist = jnp.asarray(np.random.default_rng(0).normal(size=(VIEWS, 6)) * 0.3, jnp.float32)
+    c2w = np.asarray(cameras().c2w)
+    twist = (np.random.default_rng(0).normal(size=(VIEWS, 6)) * 0.3).astype(np.float32)
     np.testing.assert_allclose(moved(moved(c2w, twist), -twist), c2w, atol=1e-5)
 
 
@@ -107,8 +123,8 @@ def test_a_twist_and_its_negative_cancel() -> None:
 
 def test_no_corrections_change_nothing() -> None:
     given_cameras = cameras()
-    learned = init_refinement(given_cameras, config=CONFIG)
-    found = refinement.corrected(given_cameras, learned, refine=CONFIG.refine)
+    corrected = jit_to_numpy(functools.partial(refinement.corrected, refine=CONFIG.refine))
+    found = corrected(given_cameras, fresh())
     for name in ("c2w", "focal_xy", "centre_xy"):
         np.testing.assert_array_equal(getattr(found, name), getattr(given_cameras, name))
     assert not np.any(found.lens.coefficients)
@@ -133,14 +149,14 @@ def test_a_step_in_the_basis_moves_the_image_by_one(seed: int) -> None:
     step = 1e-4
     with jax.enable_x64(True):
         twist = np.asarray(learned.pose_basis, np.float64)[0] @ direction * step
-        camera = jax.tree.map(lambda a: jnp.asarray(a[0], np.float64), cameras(1))
-        after = camera.replace(c2w=moved(camera.c2w, jnp.asarray(twist)))
-        many = lambda c: jax.tree.map(lambda a: jnp.broadcast_to(a, (512, *a.shape)), c)  # noqa: E731
-        xy = jnp.asarray(rng.uniform(size=(512, 2)) * [20, 16])
-        rays = unproject(many(camera), xy)
-        distance = jnp.linalg.norm(camera.c2w[:, 3] - 0.5) * rng.choice([0.7, 1.0, 1.4], (512, 1))
-        place, _ = project(many(after), rays.origin + distance * rays.direction)
-        motion = float(jnp.sqrt(jnp.mean(jnp.sum((place - xy) ** 2, axis=1)))) / 24.0 / step
+        camera = jax.tree.map(lambda a: np.asarray(a[0], np.float64), cameras(1))
+        after = camera.replace(c2w=moved(camera.c2w, twist))
+        many = lambda c: jax.tree.map(lambda a: np.broadcast_to(a, (512, *a.shape)), c)  # noqa: E731
+        xy = rng.uniform(size=(512, 2)) * [20, 16]
+        rays = unprojected(many(camera), xy)
+        distance = np.linalg.norm(camera.c2w[:, 3] - 0.5) * rng.choice([0.7, 1.0, 1.4], (512, 1))
+        place, _ = projected(many(after), rays.origin + distance * rays.direction)
+        motion = np.sqrt(np.mean(np.sum((place - xy) ** 2, axis=1))) / 24.0 / step
     assert 0.05 < motion < 1.3
 
 
@@ -197,12 +213,12 @@ def test_gradient_in_corrections_is_the_difference() -> None:
 
 @given(seeds)
 def test_exposures_have_zero_mean(seed: int) -> None:
-    learned = init_refinement(cameras(), config=CONFIG)
+    learned = fresh()
     for number in range(3):  # whatever the gradient
         gradient = random_free(learned, seed + number, 1.0).free
-        learned = refinement.update(learned, gradient, jnp.float32(0), jnp.float32(0.3))
-    assert np.abs(np.asarray(learned.free.log_gain)).max() > 0.1
-    np.testing.assert_allclose(np.mean(np.asarray(refinement.log_gain(learned)), axis=0), 0, atol=1e-6)
+        learned = update(learned, gradient, np.float32(0), np.float32(0.3))
+    assert np.abs(learned.free.log_gain).max() > 0.1
+    np.testing.assert_allclose(np.mean(log_gain(learned), axis=0), 0, atol=1e-6)
 
 
 @given(hnp.arrays(np.float32, (4, 3), elements=floats32(0, 1)), floats32(-1, 1))
@@ -217,7 +233,7 @@ def test_a_gain_is_on_linear_light(rgb: np.ndarray, gain: float) -> None:
 
 
 def test_exposed_has_finite_derivatives() -> None:
-    args = (jnp.zeros((2, 3)), jnp.array([0.0, 1.0]), jnp.zeros(3), jnp.zeros((2, 3)))
+    args = (np.zeros((2, 3), np.float32), np.float32([0, 1]), np.zeros(3, np.float32), np.zeros((2, 3), np.float32))
     slopes = jax.jit(jax.jacrev(refinement.exposed, (0, 1, 3)))(*args)
     assert all(np.isfinite(slope).all() for slope in slopes)
 
@@ -229,24 +245,20 @@ def test_the_curriculum_changes_nothing_at_its_end() -> None:
     grid, config = CONFIG.field.encoding, CONFIG
     for fraction in (config.refine.fine_at, 1.0):
         np.testing.assert_array_equal(refinement.level_weights(fraction, config=config), 1)
-    learned = replace(init_refinement(cameras(), config=config), level_weights=jnp.ones(grid.num_levels + 1))
-    params = init_state(0, config=config).params
-    found = refinement.weighted(params, learned, grid=grid)
-    jax.tree.map(np.testing.assert_array_equal, found, params)
+    learned = replace(fresh(), level_weights=np.ones(grid.num_levels + 1, np.float32))
+    found = weighted(fresh_params(), learned, grid=grid)
+    jax.tree.map(np.testing.assert_array_equal, found, fresh_params())
 
 
 def test_weights_of_levels_weigh_their_features() -> None:
     grid = CONFIG.field.encoding
-    weights = jnp.float32([0.25, 0.5, 1])
-    learned = replace(init_refinement(cameras(), config=CONFIG), level_weights=weights)
-    params = init_state(0, config=CONFIG).params
-    position = jnp.asarray(np.random.default_rng(0).uniform(size=(20, 3)), jnp.float32)
-    scaled = refinement.weighted(params, learned, grid=grid)["encoding"]["table"]
-    expected = hash_encode(params["encoding"]["table"], position, grid=grid) * jnp.repeat(
-        weights[:-1], grid.num_features
-    )
+    weights = np.float32([0.25, 0.5, 1])
+    learned, params = replace(fresh(), level_weights=weights), fresh_params()
+    position = np.random.default_rng(0).uniform(size=(20, 3)).astype(np.float32)
+    scaled = weighted(params, learned, grid=grid)["encoding"]["table"]
+    expected = encode(params["encoding"]["table"], position, grid=grid) * np.repeat(weights[:-1], grid.num_features)
     assert len(scaled) == level_offsets(grid)[-1]
-    np.testing.assert_allclose(hash_encode(scaled, position, grid=grid), expected, rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(encode(scaled, position, grid=grid), expected, rtol=1e-5, atol=1e-12)
 
 
 def test_levels_open_from_coarse_to_fine() -> None:
@@ -260,13 +272,13 @@ def test_levels_open_from_coarse_to_fine() -> None:
 def test_exposures_alone_delay_only_the_direction() -> None:
     config = replace(CONFIG, refine=RefineConfig(exposure=True))
     np.testing.assert_array_equal(refinement.level_weights(0.1, config=config), [1, 1, 0])
-    params = init_state(0, config=config).params
-    learned = replace(init_refinement(cameras(), config=config), level_weights=jnp.float32([1, 1, 0]))
-    field = RadianceField.of(refinement.weighted(params, learned, grid=config.field.encoding), config=config.field)
+    learned = replace(fresh(), level_weights=np.float32([1, 1, 0]))
+    params = weighted(fresh_params(), learned, grid=config.field.encoding)
+    field = RadianceField.of(params, config=config.field)
     rng = np.random.default_rng(0)
-    position, towards = jnp.asarray(rng.uniform(size=(2, 20, 3)), jnp.float32)
-    evaluate = jax.jit(lambda direction: field(position, direction))
-    (density, rgb), (same, seen) = evaluate(towards), evaluate(-towards)
+    position, towards = rng.uniform(size=(2, 20, 3)).astype(np.float32)
+    evaluate = jax.jit(lambda field, direction: field(position, direction))
+    (density, rgb), (same, seen) = evaluate(field, towards), evaluate(field, -towards)
     np.testing.assert_array_equal(density, same)
     np.testing.assert_array_equal(rgb, seen)
 
@@ -294,7 +306,7 @@ def test_the_gauge_does_not_matter(seed: int) -> None:
     """Whatever similarity has moved all cameras together, the aligned ones are the same."""
     rng = np.random.default_rng(seed)
     true = np.asarray(poses_around(12, 1.6), np.float64)
-    noisy = np.asarray(moved(jnp.asarray(true), jnp.asarray(rng.normal(size=(12, 6)) * 0.02)), np.float64)
+    noisy = np.asarray(moved(np.float32(true), np.float32(rng.normal(size=(12, 6)) * 0.02)), np.float64)
     expected = align(noisy, true).poses(noisy)
     other = similarity(seed).poses(noisy)
     np.testing.assert_allclose(align(other, true).poses(other), expected, atol=1e-6)
@@ -326,8 +338,8 @@ def test_a_similarity_and_its_inverse_cancel() -> None:
 
 
 def test_pose_errors_measure_angles_and_distances() -> None:
-    c2w = jnp.asarray(cameras().c2w)
-    after = moved(c2w, jnp.float32([0.3, 0, 0.4, 0, 0.02, 0]))
+    c2w = np.asarray(cameras().c2w)
+    after = moved(c2w, np.float32([0.3, 0, 0.4, 0, 0.02, 0]))
     degrees, distance = pose_errors(after, c2w)
     np.testing.assert_allclose(degrees, np.degrees(0.02), rtol=1e-3)
     np.testing.assert_allclose(distance, 0.5, rtol=0.02)
@@ -396,14 +408,15 @@ def test_refinement_learns_and_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_a_non_finite_gradient_moves_no_camera() -> None:
-    learned = random_free(init_refinement(cameras(), config=CONFIG), 0)
-    gradient = replace(learned.free, pose=learned.free.pose.at[0, 0].set(jnp.nan))
-    after = refinement.update(learned, gradient, jnp.float32(1), jnp.float32(1))
+    learned = random_free(fresh(), 0)
+    pose = learned.free.pose.copy()
+    pose[0, 0] = np.nan
+    after = update(learned, replace(learned.free, pose=pose), np.float32(1), np.float32(1))
     jax.tree.map(np.testing.assert_array_equal, after.free, learned.free)
 
 
 def test_a_ray_table_is_refused() -> None:
-    rays = jax.tree.map(np.asarray, unproject(cameras()[0], jnp.zeros((4, 2)) + 0.5))
+    rays = jax.tree.map(np.asarray, jax.jit(unproject)(cameras()[0], np.full((4, 2), 0.5, np.float32)))
     table = RayTable(rays, np.zeros((4, 3), np.float32), 2, 2)
     with pytest.raises(InputError, match="--refine corrects cameras"):
         final(CONFIG, table)
@@ -420,7 +433,7 @@ def test_a_lens_without_coefficients_is_refused() -> None:
 
 
 def test_diverging_cameras_are_warned_of() -> None:
-    learned = init_refinement(cameras(), config=CONFIG)
+    learned = fresh()
     assert not refinement.divergence(learned, step=1, config=CONFIG)
     far = replace(learned, free=replace(learned.free, pose=learned.free.pose + 0.5))
     assert "diverges" in refinement.divergence(far, step=1, config=CONFIG)["diverged"]

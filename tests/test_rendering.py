@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.tree_util import Partial
 from scenes import BALL, Ball, Slab, look_at, make_camera, pixel_rays
-from strategies import TINY_FIELD, arrays32, seeds
+from strategies import TINY_FIELD, arrays32, jit_to_numpy, seeds
 
 from jaxngp import occupancy, rendering
 from jaxngp.cameras import Rays
@@ -28,7 +29,8 @@ G, R = 32, 77
 STEPS = 512
 CONFIG = MarchConfig(num_steps=STEPS, num_samples=R * STEPS, occupancy=OccupancyConfig(resolution=G))
 DT = CONFIG.step_size
-FULL = occupancy.init_occupancy(np.ones(G**3, bool))
+init_occupancy = jit_to_numpy(occupancy.init_occupancy)
+FULL = init_occupancy(np.ones(G**3, bool))
 BACKGROUND = np.array([0.2, 0.7, 0.4], np.float32)
 SLAB = Slab(low=100 * DT, high=160 * DT, density=7.0, rgb=(0.9, 0.2, 0.1))
 FOG = Slab(low=0.0, high=1.0, density=3.0, rgb=(0.9, 0.2, 0.1))
@@ -42,13 +44,30 @@ def some_rays(seed: int = 0, spread: float = 0.5) -> Rays:
     origin = 0.5 + 1.6 * outward / np.linalg.norm(outward, axis=1, keepdims=True)
     direction = rng.uniform(0.5 - spread, 0.5 + spread, (R, 3)) - origin
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    return Rays(origin=jnp.asarray(origin, jnp.float32), direction=jnp.asarray(direction, jnp.float32))
+    return Rays(origin.astype(np.float32), direction.astype(np.float32))  # type: ignore[arg-type]
 
 
-@functools.partial(jax.jit, static_argnames="sampler")
+@functools.partial(jit_to_numpy, static_argnames="sampler")
 def render_batch(field: Any, rays: Rays, grid: Any, jitter: jax.Array, sampler: Any = CONFIG) -> RenderOutput:
     background = jnp.broadcast_to(jnp.asarray(BACKGROUND), (R, 3))
     return rendering.render_rays(field, rays, grid, jitter, background, sampler=sampler)[0]
+
+
+def ball_at(numbers: dict[str, jax.Array], position: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return Ball(**numbers).evaluate(position, direction)  # type: ignore[arg-type]
+
+
+def slab_at(numbers: dict[str, jax.Array], position: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return Slab(**numbers).evaluate(position, direction)  # type: ignore[arg-type]
+
+
+def field_of(scene: Slab | Ball) -> Partial:
+    """The field of a scene whose numbers are arguments of a program, so that one program does for all balls."""
+    numbers = {name: np.asarray(value, np.float32) for name, value in vars(scene).items()}
+    return Partial(ball_at if isinstance(scene, Ball) else slab_at, numbers)
+
+
+render_chunk = jit_to_numpy(rendering.render_chunk, static_argnames=("sampler", "batching"))
 
 
 def batching(rays: int = R, lanes: int = 2**13, samples: int = 8) -> Batching:
@@ -75,7 +94,7 @@ def boundary_error(scene: Slab | Ball, dt: float) -> float:
 def test_a_slab_of_whole_steps_is_its_closed_form(xy: np.ndarray) -> None:
     origin = np.concatenate([xy, np.full((R, 1), -1, np.float32)], axis=1)
     rays = Rays(origin=origin, direction=np.tile(np.float32([0, 0, 1]), (R, 1)))  # type: ignore[arg-type]
-    out = render_batch(SLAB.field, rays, FULL, np.full(R, 0.5, np.float32))
+    out = render_batch(field_of(SLAB), rays, FULL, np.full(R, 0.5, np.float32))
     assert_close(out, SLAB.seen(origin, rays.direction, BACKGROUND), atol=2e-5, depth_atol=1e-4)
 
 
@@ -86,13 +105,13 @@ def test_any_ray_sees_the_closed_form_of_a_scene(scene: Any, seed: int, jitter: 
     rays = some_rays(seed)
     expected = scene.seen(rays.origin, rays.direction, BACKGROUND)
     assert_close(
-        render_batch(scene.field, rays, FULL, jitter), expected, atol=boundary_error(scene, DT), depth_atol=4 * DT
+        render_batch(field_of(scene), rays, FULL, jitter), expected, atol=boundary_error(scene, DT), depth_atol=4 * DT
     )
 
 
 def test_a_view_shows_the_closed_form_of_a_scene() -> None:
     camera = make_camera(24, 16, 26.0, look_at((1.6, 0.1, 1.3)))
-    out = rendering.render_view(BALL.field, camera, FULL, BACKGROUND, sampler=CONFIG)
+    out = rendering.render_view(field_of(BALL), camera, FULL, BACKGROUND, sampler=CONFIG)
     expected = BALL.seen(*pixel_rays(camera), BACKGROUND)
     assert isinstance(out.rgb, np.ndarray)
     assert out.rgb.shape == (16, 24, 3)
@@ -104,26 +123,28 @@ def test_a_view_shows_the_closed_form_of_a_scene() -> None:
 def test_a_camera_in_the_scene_sees_what_is_before_it() -> None:
     rays = replace(some_rays(), origin=np.tile(np.float32(BALL.centre), (R, 1)))
     expected = BALL.seen(rays.origin, rays.direction, BACKGROUND)
-    out = render_batch(BALL.field, rays, FULL, np.full(R, 0.5, np.float32))
+    out = render_batch(field_of(BALL), rays, FULL, np.full(R, 0.5, np.float32))
     assert_close(out, expected, atol=boundary_error(BALL, DT), depth_atol=4 * DT)
 
 
 def test_bins_see_the_closed_form_of_a_scene() -> None:
     rays = some_rays()
-    out = render_batch(BALL.field, rays, None, np.full((R, BINS.num_bins), 0.5, np.float32), BINS)
+    out = render_batch(field_of(BALL), rays, None, np.full((R, BINS.num_bins), 0.5, np.float32), BINS)
     expected = BALL.seen(rays.origin, rays.direction, BACKGROUND)
     dt = (BINS.far - BINS.near) / (BINS.num_bins - 1)
     assert_close(out, expected, atol=boundary_error(BALL, dt), depth_atol=4 * dt)
 
 
 def test_the_backgrounds_gradient_is_what_gets_through() -> None:
-    def total(background: jax.Array) -> jax.Array:
-        jitter = jnp.full(R, 0.5)
-        return jnp.sum(rendering.render_rays(BALL.field, some_rays(), FULL, jitter, background, sampler=CONFIG)[0].rgb)
+    @jax.jit
+    @jax.grad
+    def gradient(background: jax.Array, *args: Any) -> jax.Array:
+        return jnp.sum(rendering.render_rays(*args, background, sampler=CONFIG)[0].rgb)
 
-    out = render_batch(BALL.field, some_rays(), FULL, np.full(R, 0.5, np.float32))
-    gradient = jax.jit(jax.grad(total))(jnp.zeros((R, 3)))
-    np.testing.assert_allclose(gradient, np.tile(1 - np.asarray(out.opacity)[:, None], (1, 3)), atol=1e-6)
+    args = field_of(BALL), some_rays(), FULL, np.full(R, 0.5, np.float32)
+    out = render_batch(*args)
+    found = gradient(np.zeros((R, 3), np.float32), *args)
+    np.testing.assert_allclose(found, np.tile(1 - out.opacity[:, None], (1, 3)), atol=1e-6)
 
 
 def cloud(position: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -132,7 +153,7 @@ def cloud(position: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
     return 20 * jnp.exp(-0.5 * jnp.sum(offset**2, axis=-1) / 0.06**2), 0.5 + 0.4 * jnp.sin(8 * offset + 1)
 
 
-@jax.jit
+@jit_to_numpy
 def cloud_and_gradient(rays: Rays, grid: occupancy.OccupancyGrid, cotangent: jax.Array) -> tuple:
     """What each ray sees of the cloud, times a cotangent (R, 3), and its gradient in the ray's origin."""
 
@@ -149,7 +170,7 @@ def cloud_and_gradient(rays: Rays, grid: occupancy.OccupancyGrid, cotangent: jax
 @pytest.mark.parametrize("width", [G, 20], ids=["all occupied", "a box in the middle"])
 def test_a_colours_gradient_in_the_origin_is_its_slope(width: int) -> None:
     """Also where steps are counted from somewhere inside the cube: as of a camera's pose, say."""
-    grid = occupancy.init_occupancy(jnp.asarray(np.pad(np.ones((width,) * 3, bool), (G - width) // 2).reshape(-1)))
+    grid = init_occupancy(np.pad(np.ones((width,) * 3, bool), (G - width) // 2).reshape(-1))
     rays, cotangent = some_rays(spread=0.1), np.random.default_rng(0).uniform(0.5, 1, (R, 3)).astype(np.float32)
     _, gradient = cloud_and_gradient(rays, grid, cotangent)
     h, slopes = 2e-3, []
@@ -169,7 +190,7 @@ def test_a_colours_gradient_in_the_origin_is_its_slope(width: int) -> None:
 def patchy_grid(seed: int = 0) -> occupancy.OccupancyGrid:
     """Cells in some of 4^3 blocks: rays of very different numbers of samples."""
     blocks = np.random.default_rng(seed).uniform(size=(4, 4, 4)) < 0.5
-    return occupancy.init_occupancy(jnp.asarray(np.kron(blocks, np.ones((8, 8, 8))).astype(bool).reshape(-1)))
+    return init_occupancy(np.kron(blocks, np.ones((8, 8, 8))).astype(bool).reshape(-1))
 
 
 @pytest.mark.parametrize(
@@ -179,8 +200,8 @@ def patchy_grid(seed: int = 0) -> occupancy.OccupancyGrid:
 )
 def test_a_chunk_is_the_batch_with_a_buffer_for_all(lanes: int, per_round: int, scene: Slab | Ball) -> None:
     size = batching(lanes=lanes, samples=per_round)
-    out, _ = rendering.render_chunk(scene.field, some_rays(), patchy_grid(), BACKGROUND, sampler=CONFIG, batching=size)
-    expected = render_batch(scene.field, some_rays(), patchy_grid(), np.full(R, 0.5, np.float32))
+    out, _ = render_chunk(field_of(scene), some_rays(), patchy_grid(), BACKGROUND, sampler=CONFIG, batching=size)
+    expected = render_batch(field_of(scene), some_rays(), patchy_grid(), np.full(R, 0.5, np.float32))
     assert np.ptp(np.asarray(expected.opacity)) > 0.5
     assert_close(out, expected, atol=1.2e-4, depth_atol=1e-3)
 
@@ -191,7 +212,9 @@ def test_ending_rays_early_costs_little_and_saves_work() -> None:
     results = []
     for limit in (0.0, 0.3):
         sampler = replace(CONFIG, min_transmittance=limit)
-        results.append(rendering.render_chunk(BALL.field, some_rays(), FULL, np.zeros(3, np.float32), sampler=sampler))
+        results.append(
+            rendering.render_chunk(field_of(BALL), some_rays(), FULL, np.zeros(3, np.float32), sampler=sampler)
+        )
     (exact, most), (early, fewer) = results
     missing = np.asarray(exact.opacity) - np.asarray(early.opacity)
     assert (missing > -1e-5).all()
@@ -201,9 +224,9 @@ def test_ending_rays_early_costs_little_and_saves_work() -> None:
 
 
 def test_work_follows_the_samples_that_are_there() -> None:
-    """A round is eight samples in each of R lanes; the longest ray decides how many there are."""
-    grid = occupancy.init_occupancy(jnp.zeros(G**3, bool))
-    out, evaluations = rendering.render_chunk(BALL.field, some_rays(), grid, BACKGROUND, sampler=CONFIG)
+    """Where no cell is occupied, there are none."""
+    grid, size = init_occupancy(np.zeros(G**3, bool)), batching(lanes=16)
+    out, evaluations = render_chunk(field_of(BALL), some_rays(), grid, BACKGROUND, sampler=CONFIG, batching=size)
     assert evaluations == 0
     np.testing.assert_array_equal(out.rgb, np.tile(BACKGROUND, (R, 1)))
     np.testing.assert_array_equal(out.opacity, 0)
@@ -213,7 +236,8 @@ def test_work_follows_the_samples_that_are_there() -> None:
 def test_rays_that_all_miss_the_box_see_the_background() -> None:
     rays = some_rays()
     away = replace(rays, direction=-np.asarray(rays.direction))
-    out, evaluations = rendering.render_chunk(BALL.field, away, FULL, BACKGROUND, sampler=CONFIG)
+    size = batching(lanes=16)
+    out, evaluations = render_chunk(field_of(BALL), away, FULL, BACKGROUND, sampler=CONFIG, batching=size)
     assert evaluations == 0
     np.testing.assert_array_equal(out.rgb, np.tile(BACKGROUND, (R, 1)))
 
@@ -222,14 +246,14 @@ def test_rays_that_all_miss_the_box_see_the_background() -> None:
 def test_chunks_make_up_the_whole_whatever_their_size(max_chunk: int, sampler: Any) -> None:
     rays = jax.tree.map(lambda a: a.reshape(7, 11, 3), some_rays())
     grid = FULL if sampler is CONFIG else None
-    expected, _ = rendering.render_chunk(BALL.field, some_rays(), grid, BACKGROUND, sampler=sampler)
-    size = batching(rays=max_chunk, lanes=16)
-    out = rendering.render_ray_grid(BALL.field, rays, grid, BACKGROUND, sampler=sampler, batching=size)
+    size, whole = batching(rays=max_chunk, lanes=16), batching(lanes=16)
+    expected, _ = render_chunk(field_of(BALL), some_rays(), grid, BACKGROUND, sampler=sampler, batching=whole)
+    out = rendering.render_ray_grid(field_of(BALL), rays, grid, BACKGROUND, sampler=sampler, batching=size)
     assert out.rgb.shape == (7, 11, 3)
     assert out.depth.shape == (7, 11)
     for name in ("rgb", "opacity", "depth"):
         found = getattr(out, name).reshape(R, -1)
-        np.testing.assert_allclose(found, np.asarray(getattr(expected, name)).reshape(R, -1), atol=2e-6)
+        np.testing.assert_allclose(found, getattr(expected, name).reshape(R, -1), atol=2e-6)
 
 
 def test_all_chunks_share_one_program() -> None:
@@ -245,8 +269,9 @@ def test_all_chunks_share_one_program() -> None:
 
 
 def test_a_chunk_of_bins_is_the_batch_of_bins() -> None:
-    out, evaluations = rendering.render_chunk(BALL.field, some_rays(), None, BACKGROUND, sampler=BINS)
-    expected = render_batch(BALL.field, some_rays(), None, np.full((R, BINS.num_bins), 0.5, np.float32), BINS)
+    size = batching(lanes=16)
+    out, evaluations = render_chunk(field_of(BALL), some_rays(), None, BACKGROUND, sampler=BINS, batching=size)
+    expected = render_batch(field_of(BALL), some_rays(), None, np.full((R, BINS.num_bins), 0.5, np.float32), BINS)
     assert_close(out, expected, atol=3e-6)
     assert evaluations == R * BINS.num_bins
 
@@ -257,15 +282,15 @@ def test_rays_queue_by_rounds_and_then_in_image_order(counts: np.ndarray, per_ro
     rank = np.searchsorted(per_round * np.array([4, 8, 16]), counts)
     expected = sorted(np.flatnonzero(counts), key=lambda ray: (-rank[ray], ray))
     np.testing.assert_array_equal(queue[:length], expected)
-    assert ((np.asarray(queue) >= 0) & (np.asarray(queue) < R)).all()
+    assert ((queue >= 0) & (queue < R)).all()
 
 
-longest_first = jax.jit(rendering.longest_first)
+longest_first = jit_to_numpy(rendering.longest_first)
 
 
 def test_marching_without_a_grid_is_refused() -> None:
     with pytest.raises(ValueError, match="grid = None: marching needs an OccupancyGrid"):
-        rendering.render_chunk(BALL.field, some_rays(), None, BACKGROUND, sampler=CONFIG)
+        rendering.render_chunk(field_of(BALL), some_rays(), None, BACKGROUND, sampler=CONFIG)
 
 
 # Many fields at once, and both formulations.
@@ -273,7 +298,8 @@ def test_marching_without_a_grid_is_refused() -> None:
 TINY = MarchConfig(num_steps=64, num_samples=R * 64, occupancy=OccupancyConfig(resolution=G))
 
 
-def tiny_field(seed: int) -> RadianceField:
+@jit_to_numpy
+def tiny_field(seed: jax.Array) -> RadianceField:
     params = init_params(jax.random.key(seed), config=TINY_FIELD)
     return RadianceField.of(jax.tree.map(lambda a: 3 * a, params), config=TINY_FIELD)
 
@@ -306,12 +332,12 @@ def test_stacked_fields_render_as_each_alone() -> None:
 @settings(max_examples=20)
 def test_samples_that_light_does_not_reach_change_nothing(seed: int) -> None:
     """Left out, they change a colour, which is in [0, 1], by no more than the light that gets to them."""
-    field, grid = tiny_field(seed), patchy_grid(seed % 3)
+    field, grid = tiny_field(np.uint32(seed)), patchy_grid(seed % 3)
     denser = jax.tree.map(lambda a: 4 * a, field.params["density_mlp"])
     field = field.replace(params={**field.params, "density_mlp": denser})
-    jitter, background = jnp.full(R, 0.5, jnp.float32), jnp.zeros((R, 3), jnp.float32)
+    jitter, background = np.full(R, 0.5, np.float32), np.zeros((R, 3), np.float32)
     (all_of_them, full), (cut, few) = (
-        render_either(field, some_rays(), grid, jitter, background, sampler=sampler)
+        batch_of("cpu", sampler)(field, some_rays(), grid, jitter, background)
         for sampler in (TINY, replace(TINY, num_candidates=TINY.num_samples, min_transmittance=0.01))
     )
     assert few.num_samples <= full.num_samples
@@ -319,23 +345,35 @@ def test_samples_that_light_does_not_reach_change_nothing(seed: int) -> None:
     np.testing.assert_allclose(cut.opacity, all_of_them.opacity, atol=0.01 + 1e-5)
 
 
-render_either = jax.jit(rendering.render_rays, static_argnames="sampler")
+@functools.cache
+def batch_of(device: Literal["cpu", "gpu"], sampler: MarchConfig) -> Callable[..., tuple]:
+    """`render_rays` in the formulation for a device: a function of its own, for jax keeps what it has traced."""
+
+    def batch(*args: Any) -> tuple:
+        with formulation(device):
+            return rendering.render_rays(*args, sampler=sampler)
+
+    return jit_to_numpy(batch)
+
+
+def chunk_of(device: Literal["cpu", "gpu"]) -> Callable[..., tuple]:
+    """`render_chunk` likewise."""
+
+    def chunk(*args: Any) -> tuple:
+        with formulation(device):
+            return rendering.render_chunk.__wrapped__(*args, sampler=TINY, batching=batching(lanes=16))
+
+    return jit_to_numpy(chunk)
 
 
 @pytest.mark.parametrize("render", ["batch", "chunk"])
 def test_both_formulations_render_the_same(render: str) -> None:
     """Light to 3e-8 of each sample's optical depth, which the fixed point of a GPU rounds, and to float32's sums."""
-    outs = []
-    for choice in ("cpu", "gpu"):
-        with formulation(choice):
-            if render == "batch":
-                jitter, background = jnp.full(R, 0.5, jnp.float32), jnp.zeros((R, 3), jnp.float32)
-                call = functools.partial(rendering.render_rays, sampler=TINY)
-                args = (tiny_field(0), some_rays(), patchy_grid(), jitter, background)
-            else:
-                call = functools.partial(rendering.render_chunk.__wrapped__, sampler=TINY, batching=batching(lanes=16))
-                args = (tiny_field(0), some_rays(), patchy_grid(), jnp.zeros(3, jnp.float32))
-            # A function of its own, for jax keeps what it traced for one it has seen.
-            outs.append(jax.jit(lambda *args, c=call: c(*args))(*args)[0])
-    assert np.ptp(np.asarray(outs[0].opacity)) > 0.2
+    args = tiny_field(np.uint32(0)), some_rays(), patchy_grid()
+    if render == "batch":
+        args += np.full(R, 0.5, np.float32), np.zeros((R, 3), np.float32)
+        outs = [batch_of(device, TINY)(*args)[0] for device in ("cpu", "gpu")]
+    else:
+        outs = [chunk_of(device)(*args, np.zeros(3, np.float32))[0] for device in ("cpu", "gpu")]
+    assert np.ptp(outs[0].opacity) > 0.2
     assert_close(outs[0], outs[1], atol=2e-5)

@@ -13,6 +13,7 @@ from judges import splat_picture
 from scenes import poses_around
 from scipy.spatial.transform import Rotation
 from soft_ball import TRANSFORM, TURN, SoftBall, ball_run, cameras
+from strategies import jit_to_numpy
 
 from jaxngp.cameras import image_size, make_cameras
 from jaxngp.encodings import sh_encode
@@ -40,18 +41,22 @@ def camera(width, height, focal):
     return make_cameras(poses, focal_xy=focal, centre_xy=(width / 2, height / 2), width=width, height=height)
 
 
+project, draw = jax.jit(splatting.project), jit_to_numpy(splatting.draw)
+harmonics_of = jit_to_numpy(sh_encode, static_argnames="degree")
+
+
 def drawn(values, view):
     """(H, W, 4): colours on black and transmittances."""
     width, height = image_size(view)
-    bins = splatting.sort_into_tiles(splatting.project(values, view), width, height)
-    return splatting.as_picture(np.asarray(jax.jit(splatting.draw)(values, view, bins)), bins, width, height)
+    bins = splatting.sort_into_tiles(project(values, view), width, height)
+    return splatting.as_picture(draw(values, view, bins), bins, width, height)
 
 
 def judged(view, place, scale, turn, opacity, harmonics):
     """The judge's picture (H, W, 3) on white of splats in scene units, with harmonics (N, J, 3)."""
     direction = place - np.asarray(view.c2w)[:, 3]
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    basis = np.asarray(sh_encode(jnp.asarray(direction, jnp.float32), degree=round(harmonics.shape[1] ** 0.5)))
+    basis = harmonics_of(direction.astype(np.float32), degree=round(harmonics.shape[1] ** 0.5))
     colours = np.maximum(0.5 + np.einsum("nj,njc->nc", basis, harmonics), 0)
     return splat_picture(view, place, scale, turn, opacity, colours)
 
@@ -77,13 +82,14 @@ def test_pictures_are_those_of_the_judge(count, scale, logit):
 def test_the_derivative_is_that_of_differences():
     """Of splats that are wider than the picture: their rims, whose steps have no derivative, lie outside."""
     values, view = gaussians(12, scale=(0.5, 0.8), logit=(-2, 0)), camera(16, 16, 16)
-    bins = splatting.sort_into_tiles(splatting.project(values, view), 16, 16)
+    bins = splatting.sort_into_tiles(project(values, view), 16, 16)
     rng = np.random.default_rng(1)
     target = rng.normal(size=(len(bins.start) - 1, 4, splatting.TILE**2, splatting.GROUP)).astype(np.float32)
 
-    @jax.jit
+    @jit_to_numpy
+    @jax.value_and_grad
     def value_and_slope(values):
-        return jax.value_and_grad(lambda values: jnp.sum(splatting.draw(values, view, bins) * target))(values)
+        return jnp.sum(splatting.draw(values, view, bins) * target)
 
     slope, step = value_and_slope(values)[1], 4e-3
     for field in dataclasses.fields(Gaussians):
@@ -92,7 +98,7 @@ def test_the_derivative_is_that_of_differences():
         ends = [value_and_slope(values.replace(**{field.name: start + t * way}))[0] for t in (step, -step)]
         expected = (float(ends[0]) - float(ends[1])) / (2 * step)
         # float32: the sums are good to about 1e-4, and so the differences to 1e-4 / 8e-3.
-        found = float(jnp.sum(getattr(slope, field.name) * way))
+        found = float(np.sum(getattr(slope, field.name) * way))
         assert found == pytest.approx(expected, rel=0.03, abs=0.05), field.name
 
 
@@ -126,9 +132,9 @@ def test_harmonics_turn_into_the_world():
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
     one = np.ones((5, 3))
     found = splats._in_world(ball_run(None), one, one, np.tile([0, 0, 0, 1.0], (5, 1)), np.ones(5), harmonics)
-    basis = functools.partial(sh_encode, degree=4)
-    before = np.einsum("dj,njc->ndc", basis(jnp.asarray(direction)), harmonics)
-    after = np.einsum("dj,njc->ndc", basis(jnp.asarray(direction @ np.array(TURN))), found.harmonics)
+    basis = functools.partial(harmonics_of, degree=4)
+    before = np.einsum("dj,njc->ndc", basis(direction.astype(np.float32)), harmonics)
+    after = np.einsum("dj,njc->ndc", basis((direction @ np.array(TURN)).astype(np.float32)), found.harmonics)
     np.testing.assert_allclose(after, before, atol=1e-4)
 
 

@@ -32,7 +32,7 @@ every_scene = pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
 
 
 def trace(scene: Bodies, rays: Rays, box: np.ndarray = UNIT, **options: Any) -> Hits:
-    found = tracing.trace_rays(scene.field, rays, jnp.asarray(box), **options)
+    found = tracing.trace_rays(scene.field, rays, np.asarray(box, np.float32), **options)
     return jax.tree.map(np.asarray, found)
 
 
@@ -279,7 +279,7 @@ def test_normals_are_of_unit_length_and_lead_away(scene: Bodies, width: float) -
     rays = only(some_rays(1), outside(scene, some_rays(1)))
     hits = trace(scene, rays)
     at = positions(rays, hits.t)
-    found = np.asarray(normals(scene.field, jnp.asarray(at, jnp.float32), width))
+    found = np.asarray(normals(scene.field, at.astype(np.float32), width))
     np.testing.assert_allclose(np.linalg.norm(found[hits.hit], axis=1), 1, atol=1e-6)
     expected = gradient(scene, at)
     # Of one body, and of one face of the box: elsewhere the distance has an edge within the width.
@@ -309,13 +309,13 @@ WIDTH = 1e-3
 
 def views() -> list[Rays]:
     seen = [make_camera(24, 24, 30.0, look_at(eye)) for eye in ((2.0, 0.3, 1.4), (0.4, 1.7, 1.6))]
-    return [jax.tree.map(lambda a: a.reshape(-1, 3), cameras.view_rays(camera)) for camera in seen]
+    return [jax.tree.map(lambda a: np.asarray(a).reshape(-1, 3), cameras.view_rays(camera)) for camera in seen]
 
 
 def draw(rays: Rays, distance: Partial | None = None, **options: Any) -> SurfaceView:
-    light, up = (jnp.asarray(a, jnp.float32) for a in (LIGHT, UP))
+    light, up = np.float32(LIGHT), np.float32(UP)
     distance = distance or SHADED.field
-    picture = tracing.draw_surface(distance, rays, jnp.asarray(UNIT), light, up, normal_width=WIDTH, **options)
+    picture = tracing.draw_surface(distance, rays, UNIT, light, up, normal_width=WIDTH, **options)
     return jax.tree.map(np.asarray, picture)
 
 
