@@ -108,7 +108,7 @@ def test_a_lens_is_inverted_over_the_image(name: str) -> None:
     """To 1e-3 px, by the published formula; and a lens of practice is not taken for one that folds over."""
     model, said, _, _, focal = PRACTICE[name]
     lens, error, place = lens_of(name)
-    u, v = np.float32(place)
+    u, v = place.astype(np.float32)
     direction = np.stack(undistort(lens, u, v))
     assert np.abs(published(model, said, direction.astype(np.float64)) - place).max() * focal < 1e-3
     back_u, back_v, shown = distort(lens, *direction)
@@ -120,7 +120,7 @@ def test_a_lens_is_inverted_over_the_image(name: str) -> None:
 @every_lens
 def test_directions_may_have_any_length(name: str) -> None:
     lens, _, place = lens_of(name)
-    direction = np.stack(undistort(lens, *np.float32(place)))
+    direction = np.stack(undistort(lens, *place.astype(np.float32)))
     for length in (1e-3, 1e3):
         u, v, shown = distort(lens, *(direction * np.float32(length)))
         assert shown.all()
@@ -132,7 +132,7 @@ def test_stretch_bounds_how_far_a_place_moves(name: str) -> None:
     """Over the whole image: two directions an angle apart are at most stretch times that apart in it."""
     lens, _, place = lens_of(name)
     model, said, *_ = PRACTICE[name]
-    direction = np.stack(undistort(lens, *np.float32(place))).astype(np.float64)
+    direction = np.stack(undistort(lens, *place.astype(np.float32))).astype(np.float64)
     direction /= np.linalg.norm(direction, axis=0)
     rng = np.random.default_rng(0)
     step = rng.normal(size=direction.shape)
@@ -145,10 +145,10 @@ def test_stretch_bounds_how_far_a_place_moves(name: str) -> None:
 def test_what_is_beyond_reach_is_not_shown() -> None:
     lens, _, place = lens_of("wide angle")
     reach = float(lens.reach)
-    corner = np.arctan(np.hypot(*np.stack(undistort(lens, *np.float32(place)))[:2]).max())
+    corner = np.arctan(np.hypot(*np.stack(undistort(lens, *place.astype(np.float32)))[:2]).max())
     assert 1.02 * corner < reach < 1.2 * corner
     for angle, expected in ((0.99 * reach, True), (1.01 * reach, False), (np.pi - 1e-3, False)):
-        u, v, shown = distort(lens, *np.float32([[np.sin(angle)], [0.0], [np.cos(angle)]]))
+        u, v, shown = distort(lens, *np.array([[np.sin(angle)], [0.0], [np.cos(angle)]], np.float32))
         assert bool(shown[0]) == expected
         assert np.isfinite([u, v]).all()
 
@@ -156,7 +156,7 @@ def test_what_is_beyond_reach_is_not_shown() -> None:
 def test_a_fisheye_looks_behind() -> None:
     lens, _, _ = lens_of("equidistant")
     assert float(lens.reach) > np.pi / 2
-    u, v, shown = distort(lens, *np.float32([[np.sin(1.8)], [0.0], [np.cos(1.8)]]))
+    u, v, shown = distort(lens, *np.array([[np.sin(1.8)], [0.0], [np.cos(1.8)]], np.float32))
     assert bool(shown[0])
     np.testing.assert_allclose([u[0], v[0]], [1.8, 0], atol=1e-6)
 

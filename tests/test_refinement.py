@@ -252,7 +252,7 @@ def test_the_curriculum_changes_nothing_at_its_end() -> None:
 
 def test_weights_of_levels_weigh_their_features() -> None:
     grid = CONFIG.field.encoding
-    weights = np.float32([0.25, 0.5, 1])
+    weights = np.array([0.25, 0.5, 1], np.float32)
     learned, params = replace(fresh(), level_weights=weights), fresh_params()
     position = np.random.default_rng(0).uniform(size=(20, 3)).astype(np.float32)
     scaled = weighted(params, learned, grid=grid)["encoding"]["table"]

@@ -138,8 +138,8 @@ def test_bins_see_the_closed_form_of_a_scene() -> None:
 def test_the_backgrounds_gradient_is_what_gets_through() -> None:
     @jax.jit
     @jax.grad
-    def gradient(background: jax.Array, *args: Any) -> jax.Array:
-        return jnp.sum(rendering.render_rays(*args, background, sampler=CONFIG)[0].rgb)
+    def gradient(background: jax.Array, field: Any, rays: Rays, grid: Any, jitter: jax.Array) -> jax.Array:
+        return jnp.sum(rendering.render_rays(field, rays, grid, jitter, background, sampler=CONFIG)[0].rgb)
 
     args = field_of(BALL), some_rays(), FULL, np.full(R, 0.5, np.float32)
     out = render_batch(*args)
