@@ -330,6 +330,21 @@ def test_parallel_cameras_tell_no_focal_length() -> None:
     np.testing.assert_allclose(misses[2], misses[1], rtol=1e-3)
 
 
+def test_places_that_rounding_tells_apart_are_one() -> None:
+    """A reading may put all cameras into one place, up to what float64 makes of it on this machine."""
+    rng = np.random.default_rng(0)
+    c2w = np.concatenate(
+        [np.linalg.qr(rng.normal(size=(4, 3, 3)))[0], np.tile([[2.0], [-1.0], [0.3]], (4, 1, 1))], axis=2
+    )
+    views = np.stack([rng.integers(0, 2, 50), rng.integers(2, 4, 50)])
+    matches = Matches(views, rng.uniform(size=(2, 50, 2)), np.zeros(50, int), np.zeros((2, 50, 2), int))
+    cameras = make_cameras(c2w, focal_xy=200.0, centre_xy=(100, 80), width=200, height=160)
+    rounded = c2w + np.pad(rng.uniform(-1e-15, 1e-15, (4, 3, 1)), [(0, 0), (0, 0), (3, 0)])
+    exact, other = (meet(cameras.replace(c2w=a), camera_rays(cameras, matches), matches) for a in (c2w, rounded))
+    np.testing.assert_array_equal(other.fits, exact.fits)
+    np.testing.assert_allclose(other.miss, exact.miss, rtol=1e-9)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("apart", [0.0, 0.01])
 def test_cameras_that_turn_on_the_spot_are_named(apart: float, tmp_path: Path) -> None:

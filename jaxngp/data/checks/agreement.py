@@ -19,6 +19,7 @@ from jaxngp.data.checks.readings import Reading, focal_reading, focal_readings, 
 PARTNERS = 5  # images that each is matched with
 NEAR = 0.005  # of the longer side of an image: by so much a match may miss the line that it should lie on
 FINE = 0.001  # likewise, at which a match counts half
+ROUNDING = 1e-9  # of a camera's distance from the origin, by which float64 may place it elsewhere, and far more
 _STEEP = 0.02  # of the cosine of the angle to the optical axis, at least
 MIN_MATCHES = 12  # of two images, or they say nothing
 MIN_PAIRS = 6  # of images, or nothing is said
@@ -120,6 +121,9 @@ def meet(cameras: Cameras, rays: np.ndarray, matches: Matches) -> Meeting:
     first, second = matches.views
     d1, d2 = (np.einsum("mij,mj->mi", c2w[v][:, :, :3], ray) for v, ray in zip(matches.views, rays, strict=True))
     apart = c2w[second][:, :, 3] - c2w[first][:, :, 3]
+    # From one place, things are seen along one ray. Of cameras that a reading puts there, rounding leaves a distance.
+    at_once = np.linalg.norm(apart, axis=1) <= ROUNDING * np.linalg.norm(c2w[first][:, :, 3], axis=1)
+    apart = np.where(at_once[:, None], 0.0, apart)
     n1, n2 = np.cross(apart, d1), np.cross(apart, d2)
 
     def distance_to_line(view: np.ndarray, ray: np.ndarray, direction: np.ndarray, normal: np.ndarray) -> np.ndarray:
@@ -134,7 +138,6 @@ def meet(cameras: Cameras, rays: np.ndarray, matches: Matches) -> Meeting:
 
     miss = np.maximum(distance_to_line(second, rays[1], d2, n1), distance_to_line(first, rays[0], d1, n2))
     across = np.cross(d1, d2)
-    at_once = np.linalg.norm(apart, axis=1) == 0  # from one place, things are seen along one ray
     miss = np.where(at_once, np.linalg.norm(across, axis=1) * np.minimum(focal[first], focal[second]), miss)
     sine = np.maximum(np.linalg.norm(across, axis=1), 1e-12)
     distance = np.stack([np.einsum("mi,mi->m", n2, across), np.einsum("mi,mi->m", n1, across)]) / sine**2

@@ -61,9 +61,10 @@ def likely_pairs(features: Sequence[Features], partners: int) -> list[tuple[int,
         row[: min(len(found.xy), STRONGEST)] = found.descriptor[:STRONGEST]
     pairs: set[tuple[int, int]] = set()
     for i, own in enumerate(strongest):
-        alike = np.matmul(strongest, own.T)  # (images, theirs, ours)
+        # As one product: of a stack of small ones BLAS would make one each, and wait for its threads in every one.
+        alike = (strongest.reshape(-1, own.shape[1]) @ own.T).reshape(len(features), STRONGEST, STRONGEST)
         alike[i] = 0
-        best = alike.max(axis=1, keepdims=True)
+        best = alike.max(axis=1, keepdims=True)  # alike: (images, theirs, ours)
         mutual = (alike >= best) & (alike >= alike.max(axis=2, keepdims=True)) & (alike > _ALIKE)
         counts = mutual.sum(axis=(1, 2))
         pairs |= {(min(i, j), max(i, j)) for j in np.argsort(-counts, kind="stable")[:partners].tolist() if counts[j]}
