@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from jaxngp import device
@@ -62,9 +64,13 @@ def test_what_xla_flags_says_is_not_said_again() -> None:
     assert device.slow_scatter_warning("float32", at) is None
 
 
-def test_another_device_gets_no_options_and_no_warning() -> None:
+def test_a_cpu_gets_its_own_options_and_no_warning() -> None:
     at = Target(False, OLD, (0, 0))
-    assert device.compiler_options(at) == device.step_compiler_options("float32", deterministic=True, at=at) == {}
+    options = device.compiler_options(at)
+    assert options == device.step_compiler_options("float32", deterministic=True, at=at)
+    assert all(name.startswith("xla_cpu_") for name in options)
+    said = replace(at, xla_flags=" ".join(f"--{name}=false" for name in options))
+    assert device.compiler_options(said) == {}
     assert device.slow_scatter_warning("float32", at) is None
 
 
