@@ -368,8 +368,8 @@ def _roulette_units(looked_at: Samples, rays: Rays, field: Field, *, config: Mar
         return jnp.where(reached, ROULETTE_UNITS, 0)
     weight = jnp.exp(-depth) * -jnp.expm1(-thickness)
     units = jnp.clip(jnp.ceil(weight * (ROULETTE_UNITS / config.roulette)), 1, ROULETTE_UNITS).astype(jnp.int32)
-    units = jnp.where(weight < config.roulette, units, ROULETTE_UNITS)  # a NaN too is a sample, so that the loss shows it
-    return jnp.where(reached, units, 0)
+    # A NaN too makes a sample, so that the loss shows it.
+    return jnp.where(reached, jnp.where(weight < config.roulette, units, ROULETTE_UNITS), 0)
 
 
 def stratified_samples(num_rays: int, jitter: jax.Array, *, config: StratifiedConfig) -> Samples:

@@ -38,7 +38,13 @@ _SMALL = NerfConfig(
         hidden_width=32,
         colour_layers=1,
     ),
-    sampler=MarchConfig(num_steps=384, num_samples=3 * 2**13),
+    sampler=MarchConfig(
+        num_steps=384,
+        num_candidates=3 * 2**13,
+        num_samples=5 * 2**11,
+        roulette=0.015,
+        occupancy=OccupancyConfig(threshold=0.02),
+    ),
     optimizer=OptimizerConfig(learning_rate=2.5e-2, decay=CosineDecay()),
     train=TrainConfig(num_rays=5 * 2**9, loss="l2", max_steps=20_000, max_seconds=60.0),
 )
@@ -82,7 +88,7 @@ def for_surroundings(config: NerfConfig, num_cascades: int, *, has_alpha: bool =
     sampler = config.sampler
     num_steps = sampler.num_steps // 2
     # In warm-up a refresh looks at every cell: at no more of them than 4 steps have samples.
-    cells = 4 * sampler.num_samples / num_cascades
+    cells = 4 * (sampler.num_candidates or sampler.num_samples) / num_cascades
     resolution = min(sampler.occupancy.resolution, max(32, round(cells ** (1 / 3)) // 32 * 32))
     # Surfaces fill their pixels, and a thin haze, of which there is much at first, costs samples and hides no errors.
     occupancy = replace(
