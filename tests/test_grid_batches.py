@@ -21,6 +21,14 @@ from jaxngp.visual_hull import visual_hull
 R = 32
 CONFIG = replace(TINY_MARCH, num_samples=R * TINY_MARCH.num_steps)
 Case = tuple[Callable[..., Any], tuple]
+"""A jitted function, compiled once however many tests call it, and the arguments of two calls, on the host."""
+
+
+def case(function: Callable[..., Any], *args: Any) -> Case:
+    return jax.jit(function), jax.device_get(args)
+
+
+grids_of = jax.jit(jax.vmap(occupancy.init_occupancy))
 
 
 @functools.cache
@@ -30,13 +38,13 @@ def march() -> Case:
     origin = np.stack([np.full((R, 3), -0.2), np.full((R, 3), 1.1)])
     target = np.stack([rng.uniform(0.3, 0.7, (R, 3)), rng.uniform([0.9, 0.9, 0.4], [1, 1, 1], (R, 3))])
     direction = (target - origin) / np.linalg.norm(target - origin, axis=-1, keepdims=True)
-    rays = Rays(*(jnp.asarray(a, jnp.float32) for a in (origin, direction)))
-    flags = rng.uniform(size=(2, 3, 32**3)) < 0.3
+    rays = Rays(*(a.astype(np.float32) for a in (origin, direction)))
+    flags = rng.uniform(size=(2, 2, 32**3)) < 0.3
     flags[1] &= np.arange(32**3) >= 31 * 32**2  # bounds, too, tell how many rounds there are
-    grids = jax.jit(jax.vmap(occupancy.init_occupancy))(flags)
-    grids = grids.replace(opaque=grids.occupied & np.uint32(0x0F0F0F0F))
-    jitter = jnp.asarray(rng.uniform(0, 0.99, (2, R)), jnp.float32)
-    return functools.partial(marching.march_rays, config=CONFIG), (rays, grids, jitter)
+    grids = grids_of(flags)
+    grids = grids.replace(opaque=np.asarray(grids.occupied) & np.uint32(0x0F0F0F0F))
+    jitter = rng.uniform(0, 0.99, (2, R)).astype(np.float32)
+    return case(functools.partial(marching.march_rays, config=CONFIG), rays, grids, jitter)
 
 
 @functools.cache
@@ -52,8 +60,8 @@ def refresh() -> Case:
 
         return occupancy.update_occupancy(grid, jax.random.key(seed), density_fn, warmup, config=config)
 
-    grids = jax.jit(jax.vmap(occupancy.init_occupancy))(flags)
-    return update, (grids, jnp.array([3, 4], jnp.uint32), jnp.float32([0.2, 0.4]), jnp.array([True, False]))
+    radius, warmup = np.float32([0.2, 0.4]), np.array([True, False])
+    return case(update, grids_of(flags), np.array([3, 4], np.uint32), radius, warmup)
 
 
 @functools.cache
@@ -61,17 +69,16 @@ def hull() -> Case:
     """Two scenes, of which one leaves few cells and the other all that are seen, and then draws all pixels."""
     images = photograph(BALL, make_camera(24, 20, 30.0, poses_around(9, 1.6)))
     opaque = np.full_like(images.rgba, 255)
-    two = jax.tree.map(lambda a: jnp.stack([a, a]), images).replace(rgba=jnp.stack([images.rgba, opaque]))
-    return functools.partial(visual_hull, config=CONFIG.occupancy), (two,)
+    two = jax.tree.map(lambda a: np.stack([a, a]), images).replace(rgba=np.stack([images.rgba, opaque]))
+    return case(functools.partial(visual_hull, config=CONFIG.occupancy), two)
 
 
 @pytest.mark.parametrize("case", [march, refresh, hull])
 def test_a_batch_of_two_gives_the_two_results(case: Callable[[], Case]) -> None:
     function, args = case()
-    batch = jax.jit(jax.vmap(function))(*args)
-    single = jax.jit(function)
+    batch = jax.device_get(jax.jit(jax.vmap(function))(*args))
     for i in range(2):
-        expected = single(*jax.tree.map(lambda a, i=i: a[i], args))
+        expected = function(*jax.tree.map(lambda a, i=i: a[i], args))
         jax.tree.map(lambda b, e, i=i: np.testing.assert_array_equal(b[i], e), batch, expected)
 
 
@@ -100,9 +107,9 @@ def predicate_shapes(jaxpr: Any) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("case", [march, refresh])
 def test_64_bit_mode_changes_no_bit(case: Callable[[], Case]) -> None:
     function, args = case()
-    single = jax.tree.map(lambda a: np.asarray(a)[0], args)
-    expected = jax.jit(function)(*single)
+    single = jax.tree.map(lambda a: a[0], args)
+    expected = function(*single)
     with jax.enable_x64(True):
-        found = jax.jit(function)(*single)
+        found = function(*single)
     assert [a.dtype for a in jax.tree.leaves(found)] == [a.dtype for a in jax.tree.leaves(expected)]
     jax.tree.map(np.testing.assert_array_equal, found, expected)

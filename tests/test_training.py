@@ -29,30 +29,31 @@ from jaxngp.config import (
     OptimizerConfig,
     StratifiedConfig,
     TrainConfig,
+    program_config,
 )
 from jaxngp.data.rays import RayTable
-from jaxngp.device import formulation
+from jaxngp.device import compiled, formulation
 from jaxngp.fields import Params, RadianceField, make_half_table
 from jaxngp.losses import colour_loss
-from jaxngp.marching import find_candidates
-from jaxngp.occupancy import OccupancyGrid, init_occupancy
+from jaxngp.occupancy import OccupancyGrid
 from jaxngp.presets import PRESETS
 from jaxngp.training import nerf
-from jaxngp.training.loop import Progress, init_state, train
+from jaxngp.training.loop import init_state, train
 from jaxngp.training.nerf import NerfMetrics, PixelBatch, StepNoise
 from jaxngp.training.state import TrainState
 from jaxngp.training.step import apply_gradient, begin_steps
-from jaxngp.visual_hull import PixelSet, candidate_cells, pixel_set
+from jaxngp.visual_hull import PixelSet, pixel_set
 
 SIZE = 20
 CONFIG = NerfConfig(
-    field=replace(TINY_FIELD, encoding=replace(TINY_GRID, table_size=2**11, num_features=4), hidden_width=16),
+    field=replace(TINY_FIELD, encoding=replace(TINY_GRID, num_levels=1, min_resolution=16, table_size=2**11)),
     sampler=MarchConfig(
         num_steps=64, num_samples=2**12, occupancy=OccupancyConfig(resolution=32, refresh_every=20, warmup_steps=40)
     ),
     optimizer=OptimizerConfig(warmup_steps=5),
-    train=TrainConfig(num_rays=256, max_steps=110, steps_per_dispatch=20, seed=3),
+    train=TrainConfig(num_rays=256, max_steps=110, steps_per_dispatch=8, seed=3),
 )
+"""Of all that trains here, so that the programs of a run are compiled once. One level, since each takes a second."""
 
 
 BALL = replace(LARGE_BALL, radius=0.2)
@@ -65,18 +66,27 @@ def ball_views() -> PosedImages:
     return photograph(BALL, make_camera(SIZE, SIZE, 40.0, poses_around(8, 1.8)))
 
 
+def call(function: Any, *args: Any, donate: bool = False) -> Any:
+    """function(*args, config=CONFIG) by the program that `train` has of it."""
+    return compiled(function, *args, donate=donate, config=program_config(CONFIG))(*args)
+
+
 @functools.cache
 def hull() -> tuple[OccupancyGrid, PixelSet]:
-    return nerf.hull_of_views(ball_views(), config=CONFIG)
+    """On the host: to a jitted function, arrays of a program with a place are others than those without."""
+    return jax.device_get(call(nerf.hull_of_views, ball_views()))
 
 
-def run(config: NerfConfig, data: Any = None, **options: Any) -> list[Progress]:
-    """All that a run yields, without the states: the next dispatch has taken their buffers."""
-    return [replace(p, state=None) for p in train(config, data or ball_views(), **options)]
+def unpacked(words: Any, count: int) -> np.ndarray:
+    """(count,) bool: the lowest bits first."""
+    bits = np.unpackbits(np.asarray(words, "<u4").reshape(-1).view(np.uint8), bitorder="little")
+    return bits[:count].astype(bool)
 
 
-def leaves(state: TrainState) -> list[np.ndarray]:
-    return [np.asarray(a) for a in jax.tree.leaves(state.replace(key=jax.random.key_data(state.key)))]
+def leaves(tree: Any) -> list[np.ndarray]:
+    """On the host, where arithmetic compiles nothing; keys as their words."""
+    is_key = lambda a: jnp.issubdtype(a.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return [np.asarray(jax.random.key_data(a) if is_key(a) else a) for a in jax.tree.leaves(tree)]
 
 
 def assert_equal_bits(a: TrainState, b: TrainState) -> None:
@@ -87,7 +97,7 @@ def assert_equal_bits(a: TrainState, b: TrainState) -> None:
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """One run of six dispatches, the last of them shorter: what it yielded, compiled, and saved at step 40."""
+    """One run of 14 dispatches, the last of them shorter: what it yielded, compiled, and saved at step 40."""
     workdir = tmp_path_factory.mktemp("run")
     yielded, compiled = [], []
     with Compilations() as compilations, Checkpoints(workdir) as checkpoints:
@@ -107,12 +117,11 @@ def test_the_loss_falls_and_psnr_rises(whole_run: dict[str, Any]) -> None:
 
 
 def test_a_run_ends_exactly_at_its_last_step(whole_run: dict[str, Any]) -> None:
-    assert [p.step for p in whole_run["yielded"]] == [0, 20, 40, 60, 80, 100, 110]
-    assert [p.finished for p in whole_run["yielded"]] == [False] * 6 + [True]
+    steps = [*range(0, 110, 8), 110]
+    assert [p.step for p in whole_run["yielded"]] == steps
+    assert [p.finished for p in whole_run["yielded"]] == [False] * 14 + [True]
     assert int(whole_run["final"].state.step) == 110
-    np.testing.assert_allclose(
-        [p.fraction for p in whole_run["yielded"]], np.array([0, 20, 40, 60, 80, 100, 110]) / 110
-    )
+    np.testing.assert_allclose([p.fraction for p in whole_run["yielded"]], np.array(steps) / 110)
 
 
 def test_programs_are_compiled_once_before_step_one(whole_run: dict[str, Any]) -> None:
@@ -126,16 +135,16 @@ def test_programs_are_compiled_once_before_step_one(whole_run: dict[str, Any]) -
 
 
 def test_dispatches_given_together_are_the_same_run(whole_run: dict[str, Any]) -> None:
-    """Four of them, then the fifth and what is left of the sixth."""
-    config = replace(CONFIG, train=replace(CONFIG.train, calls_in_flight=4))
+    """Twelve of them, then the thirteenth and what is left of the fourteenth."""
+    config = replace(CONFIG, train=replace(CONFIG.train, calls_in_flight=12))
     alone, yielded = whole_run["yielded"][1:], []
     for progress in train(config, ball_views()):
         yielded.append(replace(progress, state=None))
         final = progress
-    assert [p.step for p in yielded] == [0, 80, 110]
+    assert [p.step for p in yielded] == [0, 96, 110]
     assert_equal_bits(final.state, whole_run["final"].state)
     np.testing.assert_allclose(yielded[-1].num_samples, alone[-1].num_samples, rtol=1e-6)
-    for progress, parts, weights in ((yielded[1], alone[:4], None), (yielded[2], alone[4:], (20, 10))):
+    for progress, parts, weights in ((yielded[1], alone[:12], None), (yielded[2], alone[12:], (8, 6))):
         for name in ("loss", "psnr", "samples"):
             expected = np.average([float(getattr(p.metrics, name)) for p in parts], weights=weights)
             np.testing.assert_allclose(getattr(progress.metrics, name), expected, rtol=1e-6)
@@ -155,8 +164,7 @@ def test_a_run_counts_its_samples_and_seconds(whole_run: dict[str, Any]) -> None
 
 def test_the_grid_keeps_the_ball_within_its_hull(whole_run: dict[str, Any]) -> None:
     grid = whole_run["final"].state.occupancy
-    flags = np.unpackbits(np.asarray(grid.occupied, "<u4").reshape(-1).view(np.uint8), bitorder="little").astype(bool)
-    candidates = np.asarray(candidate_cells(ball_views(), config=CONFIG.sampler.occupancy)).reshape(-1)
+    flags, candidates = (unpacked(occupied, 32**3) for occupied in (grid.occupied, hull()[0].occupied))
     assert not flags[~candidates].any()
     centre = (np.indices((32,) * 3).reshape(3, -1)[::-1].T + 0.5) / 32
     distance = np.linalg.norm(centre - BALL.centre, axis=1)
@@ -196,15 +204,15 @@ def test_a_resumed_run_is_the_same_bit_for_bit(whole_run: dict[str, Any]) -> Non
         resumed = checkpoints.restore(CONFIG)
     assert resumed is not None
     assert resumed.step == int(resumed.state.step) == 40
-    assert resumed.seconds == whole_run["yielded"][2].seconds
-    assert resumed.num_samples == whole_run["yielded"][2].num_samples
+    assert resumed.seconds == whole_run["yielded"][5].seconds
+    assert resumed.num_samples == whole_run["yielded"][5].num_samples
     yielded = []
     for progress in train(CONFIG, ball_views(), resume=resumed):
         final = progress
         yielded.append(replace(progress, state=None))
-    assert [p.step for p in yielded] == [40, 60, 80, 100, 110]
+    assert [p.step for p in yielded] == [*range(40, 110, 8), 110]
     assert_equal_bits(final.state, whole_run["final"].state)
-    for found, expected in zip(yielded[1:], whole_run["yielded"][3:], strict=True):
+    for found, expected in zip(yielded[1:], whole_run["yielded"][6:], strict=True):
         assert jax.tree.leaves(found.metrics) == jax.tree.leaves(expected.metrics)
         assert found.num_samples == expected.num_samples
 
@@ -229,11 +237,10 @@ def test_no_two_arrays_of_a_state_share_a_buffer(seed: int) -> None:
 
 
 def test_training_leaves_what_the_caller_holds() -> None:
-    state, other = init_state(0, config=SHORT), init_state(0, config=SHORT)
-    data, pixels = jax.device_put((ball_views(), hull()[1]))
-    rates = jnp.full(4, 1e-2)
+    state, other = init_state(0, config=CONFIG), init_state(0, config=CONFIG)
+    data, pixels, rates = jax.device_put((ball_views(), hull()[1], RATES))
     held = jax.random.key(0)
-    new, _ = nerf.nerf_steps(state, data, pixels, rates, jnp.int32(2), config=SHORT)
+    new, _ = call(nerf.nerf_steps, state, data, pixels, rates, np.int32(2), donate=True)
     assert state.params["encoding"]["table"].is_deleted()
     assert int(new.step) == 2
     for alive in (data, pixels, rates, other.params):
@@ -242,20 +249,15 @@ def test_training_leaves_what_the_caller_holds() -> None:
     np.testing.assert_array_equal(jax.random.key_data(new.key), jax.random.key_data(other.key))
 
 
-SHORT = replace(
-    CONFIG,
-    field=replace(TINY_FIELD, encoding=replace(TINY_GRID, num_levels=1)),
-    train=replace(CONFIG.train, steps_per_dispatch=4, background="white"),
-)
-"""Compiles faster."""
+RATES = np.full(CONFIG.train.steps_per_dispatch, 1e-2, np.float32)
 
 
 def nerf_steps(state: TrainState, pixels: PixelSet, number: int) -> tuple[TrainState, NerfMetrics]:
-    return nerf.nerf_steps(state, ball_views(), pixels, jnp.full(4, 1e-2), jnp.int32(number), config=SHORT)
+    return call(nerf.nerf_steps, state, ball_views(), pixels, RATES, np.int32(number), donate=True)
 
 
 def advance(seed: int, num_steps: list[int]) -> TrainState:
-    state = init_state(seed, config=SHORT)
+    state = init_state(seed, config=CONFIG)
     for number in num_steps:
         state, _ = nerf_steps(state, hull()[1], number)
     return state
@@ -272,7 +274,7 @@ def test_every_step_draws_anew() -> None:
     """From the key, which never changes, and the number of the step."""
     losses = []
     for step in (0, 1, 0):
-        state = init_state(0, config=SHORT).replace(step=jnp.int32(step))
+        state = init_state(0, config=CONFIG).replace(step=jnp.int32(step))
         _, metrics = nerf_steps(state, hull()[1], 1)
         losses.append(float(metrics.loss))
     assert losses[0] != losses[1]
@@ -280,13 +282,13 @@ def test_every_step_draws_anew() -> None:
 
 
 def test_no_step_changes_nothing() -> None:
-    assert_equal_bits(advance(0, [0]), init_state(0, config=SHORT))
+    assert_equal_bits(advance(0, [0]), init_state(0, config=CONFIG))
 
 
 def test_the_average_moves_as_by_so_many_steps() -> None:
-    start, state = init_state(0, config=SHORT), advance(0, [3])
-    keep = SHORT.optimizer.ema_decay**3
-    for e, s, p in zip(*map(jax.tree.leaves, (state.ema_params, start.params, state.params)), strict=True):
+    start, state = init_state(0, config=CONFIG), advance(0, [3])
+    keep = CONFIG.optimizer.ema_decay**3
+    for e, s, p in zip(*map(leaves, (state.ema_params, start.params, state.params)), strict=True):
         np.testing.assert_allclose(e, keep * s + (1 - keep) * p, rtol=1e-5, atol=1e-7)
     assert state.eval_params is state.ema_params
     assert replace(state, ema_params={}).eval_params is state.params
@@ -295,14 +297,15 @@ def test_the_average_moves_as_by_so_many_steps() -> None:
 # Numbers that are none.
 
 
+def spoilt(params: Params) -> Params:
+    return jax.tree.map(lambda a: np.full_like(a, np.nan), params)
+
+
 @functools.partial(jax.jit, static_argnames="config")
-def take_step(
-    state: TrainState, half_table: jax.Array | None, batch: PixelBatch, noise: StepNoise, *, config: NerfConfig
+def update(
+    state: TrainState, half_table: jax.Array | None, gradient: Params, metrics: NerfMetrics, *, config: NerfConfig
 ) -> tuple[TrainState, jax.Array | None, NerfMetrics]:
     run = replace(begin_steps(state, NerfMetrics, config=config), half_table=half_table)
-    gradient, metrics = jax.grad(loss_of, has_aux=True)(
-        state.params, batch, noise, state.occupancy, config=config, half_table=half_table
-    )
     run = apply_gradient(run, gradient, metrics, jnp.float32(1e-2), config=config)
     return run.state, run.half_table, NerfMetrics(*run.sums)
 
@@ -320,14 +323,18 @@ def loss_of(
     return nerf.nerf_loss(field, jax.tree.map(jnp.asarray, ball_views().cameras), batch, noise, grid, config=config)
 
 
+nerf_loss = jax.jit(loss_of, static_argnames="config")
+loss_gradient = jax.jit(jax.grad(loss_of, has_aux=True), static_argnames="config")
+
+
 def test_a_non_finite_update_is_left_out_and_counted() -> None:
-    state = init_state(0, config=SHORT)
-    draw = jax.jit(nerf.draw_batches, static_argnames=("num_steps", "config"))
-    drawn = draw(state.step, state.key, ball_views(), None, num_steps=1, config=SHORT)
-    batch, noise = jax.tree.map(lambda a: a[0], drawn)
+    state = init_state(0, config=CONFIG)
+    batch, noise = batch_and_noise(CONFIG)
     for value, skipped in ((np.nan, 1), (np.inf, 1), (0.5, 0)):
-        rgba = jnp.full_like(batch.rgba, 1).at[:, 0].set(value)
-        new, _, metrics = take_step(state, None, batch.replace(rgba=rgba), noise, config=SHORT)
+        rgba = np.ones_like(batch.rgba)
+        rgba[:, 0] = value
+        gradient, metrics = loss_gradient(state.params, batch.replace(rgba=rgba), noise, state.occupancy, config=CONFIG)
+        new, _, metrics = update(state, None, gradient, metrics, config=CONFIG)
         assert int(new.step) == 1
         assert metrics.skipped == skipped
         same = jax.tree.map(np.array_equal, (state.params, state.opt_state), (new.params, new.opt_state))
@@ -343,14 +350,13 @@ def test_more_pixels_than_can_be_counted_are_refused() -> None:
 
 
 def test_a_run_with_nan_loss_stops_and_is_not_saved(tmp_path: Path) -> None:
-    config = replace(SHORT, train=replace(SHORT.train, max_steps=40))
-    start = next(train(config, ball_views()))
-    broken = replace(start, state=start.state.replace(params=jax.tree.map(lambda a: a * np.nan, start.state.params)))
+    start = next(train(CONFIG, ball_views()))
+    broken = replace(start, state=start.state.replace(params=spoilt(start.state.params)))
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(InputError, match="non-finite"):
         checkpoints.save(broken)
     assert not list(tmp_path.glob("checkpoints/*"))
-    run = train(config, ball_views(), resume=broken)
-    assert [next(run).step for _ in range(4)] == [0, 4, 8, 12]
+    run = train(CONFIG, ball_views(), resume=broken)
+    assert [next(run).step for _ in range(2)] == [0, 8]
     with pytest.raises(InputError, match=r"step 16: the last 16 updates were skipped.*the largest parameter is nan"):
         next(run)
 
@@ -360,12 +366,12 @@ def test_a_run_with_nan_loss_stops_and_is_not_saved(tmp_path: Path) -> None:
 
 def refreshed_density(step: int, *, change: Callable[[TrainState], TrainState] = lambda state: state) -> np.ndarray:
     """After a refresh of a fresh grid, before a certain step. A fresh field has density everywhere."""
-    state = change(init_state(0, config=SHORT).replace(step=jnp.int32(step)))
-    return np.asarray(nerf.refresh_occupancy(state, config=SHORT).occupancy.density)
+    state = change(init_state(0, config=CONFIG).replace(step=jnp.int32(step)))
+    return np.asarray(call(nerf.refresh_occupancy, state, donate=True).occupancy.density)
 
 
 def test_a_refresh_sees_all_cells_only_in_warmup() -> None:
-    warmup_steps = SHORT.sampler.occupancy.warmup_steps
+    warmup_steps = CONFIG.sampler.occupancy.warmup_steps
     assert (refreshed_density(0) > 0).all()
     assert (refreshed_density(warmup_steps - 1) > 0).all()
     looked = [refreshed_density(warmup_steps + more) > 0 for more in (0, 20, 0)]
@@ -380,7 +386,7 @@ def test_a_refresh_uses_the_weights_not_their_average() -> None:
     """The samples of the next steps are those of the weights that they change."""
 
     def spoil_average(state: TrainState) -> TrainState:
-        return state.replace(ema_params=jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), state.ema_params))
+        return state.replace(ema_params=spoilt(state.ema_params))
 
     np.testing.assert_array_equal(refreshed_density(0, change=spoil_average), refreshed_density(0))
 
@@ -392,11 +398,11 @@ def test_a_refresh_uses_the_weights_not_their_average() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_steps_as_a_gpu_runs_them_are_the_steps(precision: str) -> None:
     """All of a step in its other formulation, and the rounds beyond the last step that only a GPU runs."""
-    config = replace(SHORT, field=replace(SHORT.field, precision=precision))
+    config = replace(CONFIG, field=replace(CONFIG.field, precision=precision))
 
     def three_steps() -> tuple[TrainState, NerfMetrics]:
-        call = functools.partial(nerf.nerf_steps.__wrapped__, config=config)
-        return jax.jit(call)(init_state(0, config=config), ball_views(), hull()[1], jnp.full(4, 1e-2), jnp.int32(3))
+        steps = functools.partial(nerf.nerf_steps.__wrapped__, config=config)
+        return jax.jit(steps)(init_state(0, config=config), ball_views(), hull()[1], RATES, np.int32(3))
 
     expected, expected_metrics = three_steps()
     with formulation("gpu"):
@@ -411,35 +417,36 @@ def test_steps_as_a_gpu_runs_them_are_the_steps(precision: str) -> None:
 
 
 def test_a_dispatch_draws_what_its_steps_draw_alone() -> None:
-    key, pixels = jax.random.key(5), hull()[1]
+    pixels = hull()[1]
     draw = jax.jit(nerf.draw_batches, static_argnames=("num_steps", "config"))
-    together = draw(jnp.int32(7), key, ball_views(), pixels, num_steps=3, config=SHORT)
+    together = jax.device_get(draw(np.int32(7), jax.random.key(5), ball_views(), pixels, num_steps=3, config=CONFIG))
     for i in range(3):
-        bits = draw_bits(jax.random.fold_in(key, 7 + i), config=SHORT)
-        alone = pick_pixels(bits[:, 0], ball_views(), pixels), make_noise(bits[:, 1:], config=SHORT)
+        bits = draw_bits(5, 7 + i, config=CONFIG)
+        alone = pick_pixels(bits[:, 0], ball_views(), pixels), make_noise(bits[:, 1:], config=CONFIG)
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.slow
 def test_the_half_table_is_read_and_follows_its_table() -> None:
-    config = replace(SHORT, field=replace(SHORT.field, precision="bfloat16"))
+    config = replace(CONFIG, field=replace(CONFIG.field, precision="bfloat16"))
     state = init_state(0, config=config)
     state = state.replace(params=jax.tree.map(lambda a: 1e3 * a if a.ndim == 2 and len(a) > 50 else a, state.params))
     batch, noise = nerf.draw_batches(state.step, state.key, ball_views(), None, num_steps=1, config=config)
     batch, noise = jax.tree.map(lambda a: a[0], (batch, noise))
     half_table = make_half_table(state.params, config=config.field)
-    new, found, _ = take_step(state, half_table, batch, noise, config=config)
+    gradient, metrics = loss_gradient(state.params, batch, noise, state.occupancy, config=config, half_table=half_table)
+    new, found, _ = update(state, half_table, gradient, metrics, config=config)
     assert found.dtype == jnp.float16
     assert new.params["encoding"]["table"].dtype == jnp.float32
     np.testing.assert_array_equal(found, make_half_table(new.params, config=config.field))
     assert not np.array_equal(found, half_table)
     # The loss does not look at the table itself; a dispatch begins with the half_table of its own.
     unknown = jax.tree.map(lambda a: a * np.nan if len(a) > 50 else a, state.params)
-    call = functools.partial(nerf_loss, batch=batch, noise=noise, grid=state.occupancy, config=config)
-    loss, _ = call(state.params, half_table=half_table)
-    assert call(unknown, half_table=half_table)[0] == loss
-    assert call(state.params, half_table=jnp.zeros_like(half_table))[0] != loss
+    loss_with = functools.partial(nerf_loss, batch=batch, noise=noise, grid=state.occupancy, config=config)
+    loss, _ = loss_with(state.params, half_table=half_table)
+    assert loss_with(unknown, half_table=half_table)[0] == loss
+    assert loss_with(state.params, half_table=jnp.zeros_like(half_table))[0] != loss
     rates = jnp.zeros(1)
     _, metrics = nerf.nerf_steps(state, ball_views(), None, rates, jnp.int32(1), config=config)
     np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
@@ -448,29 +455,37 @@ def test_the_half_table_is_read_and_follows_its_table() -> None:
 # One step.
 
 pick_pixels = jax.jit(nerf.pick_pixels)
+set_of = jax.jit(pixel_set)
 make_noise = jax.jit(nerf.make_noise, static_argnames="config")
-nerf_loss = jax.jit(loss_of, static_argnames="config")
 
 
-def draw_bits(key: jax.Array, *, config: NerfConfig) -> jax.Array:
-    """(R, 1 + B + 3) u32: a ray's pixel, its B jitters, its background."""
-    jitters = config.sampler.jitters_per_ray
-    return jax.random.bits(key, (config.train.num_rays, 1 + jitters + 3), jnp.uint32)
+@functools.partial(jax.jit, static_argnames="shape")
+def _random_bits(seed: np.uint32, step: int, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.bits(jax.random.fold_in(jax.random.key(seed), step), shape, jnp.uint32)
 
 
-def rays_of(batch: PixelBatch, source: Any = None) -> Rays:
-    return (source or jax.tree.map(jnp.asarray, ball_views().cameras)).cast(batch.view, batch.xy)
+def draw_bits(seed: int, step: int = 0, *, config: NerfConfig) -> np.ndarray:
+    """(R, 1 + B + 3) u32 of a step: a ray's pixel, its B jitters, its background."""
+    return np.asarray(
+        _random_bits(np.uint32(seed), step, (config.train.num_rays, 1 + config.sampler.jitters_per_ray + 3))
+    )
+
+
+@jax.jit
+def cast(source: Any, batch: PixelBatch) -> Rays:
+    return source.cast(batch.view, batch.xy)
 
 
 def batch_and_noise(config: NerfConfig, seed: int = 0) -> tuple[PixelBatch, StepNoise]:
-    bits = draw_bits(jax.random.key(seed), config=config)
-    return pick_pixels(bits[:, 0], ball_views(), None), make_noise(bits[:, 1:], config=config)
+    """On the host."""
+    bits = draw_bits(seed, config=config)
+    return jax.device_get((pick_pixels(bits[:, 0], ball_views(), None), make_noise(bits[:, 1:], config=config)))
 
 
 def test_a_drawn_pixel_has_the_ray_and_colour_it_names() -> None:
     views = ball_views()
     batch, _ = batch_and_noise(CONFIG)
-    rays = rays_of(batch)
+    rays = cast(views.cameras, batch)
     all_rays = [pixel_rays(views.cameras[view]) for view in range(8)]
     direction = np.stack([d for _, d in all_rays]).reshape(-1, 3)
     origin = np.stack([o for o, _ in all_rays]).reshape(-1, 3)
@@ -486,14 +501,14 @@ def test_a_drawn_pixel_has_the_ray_and_colour_it_names() -> None:
 
 def test_a_row_of_a_ray_table_is_an_opaque_pixel() -> None:
     rng = np.random.default_rng(0)
-    rays = Rays(origin=jnp.asarray(rng.normal(size=(9, 3))), direction=jnp.asarray(rng.normal(size=(9, 3))))
-    table = RayTable(rays=rays, rgb=jnp.asarray(rng.uniform(size=(9, 3))), width=0, height=0)
-    batch = pick_pixels(jax.random.bits(jax.random.key(0), 100), table, None)
-    cast = rays_of(batch, table)
-    rows = [int(np.flatnonzero((np.asarray(rays.origin) == o).all(axis=1))[0]) for o in np.asarray(cast.origin)]
+    origin, direction, rgb = rng.uniform(size=(3, 9, 3)).astype(np.float32)
+    table = RayTable(rays=Rays(origin=origin, direction=direction), rgb=rgb, width=0, height=0)
+    batch = pick_pixels(rng.integers(0, 2**32, 100, np.uint32), table, None)
+    rays = cast(table, batch)
+    rows = [int(np.flatnonzero((origin == o).all(axis=1))[0]) for o in np.asarray(rays.origin)]
     assert set(rows) == set(range(9))
-    np.testing.assert_array_equal(cast.direction, rays.direction[np.array(rows)])
-    np.testing.assert_array_equal(batch.rgba, np.column_stack([np.asarray(table.rgb)[rows], np.ones(100)]))
+    np.testing.assert_array_equal(rays.direction, direction[rows])
+    np.testing.assert_array_equal(batch.rgba, np.column_stack([rgb[rows], np.ones(100)]))
 
 
 MANY = replace(CONFIG, train=replace(CONFIG.train, num_rays=2**15))
@@ -515,14 +530,14 @@ def numbers(batch: PixelBatch) -> np.ndarray:
 @given(seeds)
 def test_pixels_of_the_set_are_drawn_uniformly(share: float, seed: int) -> None:
     flags = np.random.default_rng(seed).uniform(size=8 * SIZE**2) < share
-    bits = draw_bits(jax.random.key(seed), config=MANY)[:, 0]
-    counts = np.bincount(numbers(pick_pixels(bits, numbered_views(), pixel_set(flags))), minlength=len(flags))
+    bits = draw_bits(seed, config=MANY)[:, 0]
+    counts = np.bincount(numbers(pick_pixels(bits, numbered_views(), set_of(flags))), minlength=len(flags))
     assert not counts[~flags].any()
     assert_equally_often(counts[flags])
 
 
 def test_without_a_set_pixels_are_drawn_uniformly() -> None:
-    bits = draw_bits(jax.random.key(0), config=MANY)[:, 0]
+    bits = draw_bits(0, config=MANY)[:, 0]
     assert_equally_often(np.bincount(numbers(pick_pixels(bits, numbered_views(), None)), minlength=8 * SIZE**2))
 
 
@@ -534,9 +549,8 @@ def assert_equally_often(counts: np.ndarray) -> None:
 
 def test_a_pixel_of_a_set_keeps_its_ray() -> None:
     flags = np.random.default_rng(0).uniform(size=8 * SIZE**2) < 0.3
-    bits = jnp.arange(flags.sum(), dtype=jnp.uint32)
-    batch = pick_pixels(bits, ball_views(), pixel_set(flags))
-    direct = pick_pixels(jnp.asarray(np.flatnonzero(flags), jnp.uint32), ball_views(), None)
+    batch = pick_pixels(np.arange(flags.sum(), dtype=np.uint32), ball_views(), set_of(flags))
+    direct = pick_pixels(np.flatnonzero(flags).astype(np.uint32), ball_views(), None)
     found, expected = (np.column_stack([b.view, b.xy, b.rgba]) for b in (batch, direct))
     order = [np.lexsort(a.T) for a in (found, expected)]
     np.testing.assert_array_equal(found[order[0]], expected[order[1]])
@@ -544,7 +558,7 @@ def test_a_pixel_of_a_set_keeps_its_ray() -> None:
 
 @pytest.mark.parametrize(("background", "expected"), [("white", 1.0), ("black", 0.0)])
 def test_a_fixed_background_is_that_colour(background: Any, expected: float) -> None:
-    np.testing.assert_array_equal(nerf.background(jnp.full((5, 3), 0.3), background), np.full((5, 3), expected))
+    np.testing.assert_array_equal(nerf.background(np.full((5, 3), 0.3), background), np.full((5, 3), expected))
 
 
 def test_a_random_background_differs_from_ray_to_ray() -> None:
@@ -559,9 +573,9 @@ BINS = replace(CONFIG, sampler=StratifiedConfig(num_bins=5), train=replace(CONFI
 @pytest.mark.parametrize("config", [MANY, BINS], ids=["march", "bins"])
 def test_all_noise_is_below_one_whatever_the_bits(config: NerfConfig) -> None:
     """A jitter of 1 would put a sample into the next step."""
-    num_bits = draw_bits(jax.random.key(0), config=config).shape[1] - 1
+    num_bits = config.sampler.jitters_per_ray + 3
     for bits in (0, 1, 2**31, 2**32 - 256, 2**32 - 1):
-        noise = make_noise(jnp.full((config.train.num_rays, num_bits), bits, jnp.uint32), config=config)
+        noise = make_noise(np.full((config.train.num_rays, num_bits), bits, np.uint32), config=config)
         for number in (*np.unique(noise.jitter), *np.unique(noise.background)):
             assert 0 <= number < 1
             np.testing.assert_allclose(number, bits / 2**32, atol=2**-24)  # as fine as float32 is below 1
@@ -572,7 +586,7 @@ def test_what_a_step_draws_is_uniform_and_independent(config: NerfConfig) -> Non
     """Pixels, jitters and backgrounds; also those of the next ray, and of the next step."""
     columns = []
     for step in range(2):
-        bits = draw_bits(jax.random.fold_in(jax.random.key(7), step), config=config)
+        bits = draw_bits(7, step, config=config)
         noise = make_noise(bits[:, 1:], config=config)
         number = numbers(pick_pixels(bits[:, 0], numbered_views(), None))
         jitter = np.asarray(noise.jitter).reshape(len(bits), -1)
@@ -592,18 +606,14 @@ def test_what_a_step_draws_is_uniform_and_independent(config: NerfConfig) -> Non
 
 def facing_and_others() -> tuple[np.ndarray, np.ndarray]:
     """The numbers of the pixels of the survey, and of those that it leaves out."""
-    pixels = hull()[1]
-    facing = np.asarray(pixels.nth(jnp.arange(int(pixels.size))))
-    return facing, np.setdiff1d(np.arange(8 * SIZE**2), facing)
-
-
-loss_gradient = jax.jit(jax.grad(loss_of, has_aux=True), static_argnames="config")
+    flags = unpacked(hull()[1].words, 8 * SIZE**2)
+    return np.flatnonzero(flags), np.flatnonzero(~flags)
 
 
 def gradient_of_pixels(number: np.ndarray, noise: StepNoise) -> Any:
-    batch = pick_pixels(jnp.asarray(number, jnp.uint32), ball_views(), None)
-    params = advance(0, [4]).params
-    gradient, metrics = loss_gradient(params, batch, noise, hull()[0], config=SHORT)
+    batch = pick_pixels(number.astype(np.uint32), ball_views(), None)
+    params = jax.device_get(advance(0, [4]).params)
+    gradient, metrics = loss_gradient(params, batch, noise, hull()[0], config=CONFIG)
     assert metrics.rays == len(number)  # all fit
     return gradient
 
@@ -614,7 +624,7 @@ def test_leaving_pixels_out_only_scales_the_gradient() -> None:
     assert min(len(facing), len(others)) > 128
     rng = np.random.default_rng(0)
     half, nothing = rng.choice(facing, 128, replace=False), rng.choice(others, 128, replace=False)
-    noise = jax.tree.map(lambda a: jnp.concatenate([a[:128], a[:128]]), batch_and_noise(SHORT)[1])
+    noise = jax.tree.map(lambda a: np.concatenate([a[:128], a[:128]]), batch_and_noise(CONFIG)[1])
     with_others = gradient_of_pixels(np.concatenate([half, nothing]), noise)
     without = gradient_of_pixels(np.concatenate([half, half]), noise)
     for a, b in zip(jax.tree.leaves(with_others), jax.tree.leaves(without), strict=True):
@@ -625,7 +635,7 @@ def test_leaving_pixels_out_only_scales_the_gradient() -> None:
 def test_pixels_that_face_no_candidate_get_no_gradient() -> None:
     _, others = facing_and_others()
     for number in (others[:256], others[-256:]):
-        for leaf in jax.tree.leaves(gradient_of_pixels(number, batch_and_noise(SHORT)[1])):
+        for leaf in jax.tree.leaves(gradient_of_pixels(number, batch_and_noise(CONFIG)[1])):
             np.testing.assert_array_equal(leaf, 0)
 
 
@@ -636,66 +646,77 @@ def test_a_step_draws_from_the_set_that_it_is_given() -> None:
     for number in (facing, others):
         flags = np.zeros(8 * SIZE**2, bool)
         flags[number] = True
-        start = init_state(0, config=SHORT).replace(occupancy=jax.tree.map(jnp.copy, hull()[0]))
+        start = init_state(0, config=CONFIG).replace(occupancy=jax.tree.map(np.asarray, hull()[0]))
         table = np.array(start.params["encoding"]["table"])
-        state, metrics = nerf_steps(start, pixel_set(flags), 4)
+        state, metrics = nerf_steps(start, set_of(flags), 4)
         changed.append(not np.array_equal(state.params["encoding"]["table"], table))
         assert (metrics.samples > 0) == changed[-1]
     assert changed == [True, False]
 
 
-@pytest.mark.parametrize("loss", ["l2", "huber"])
-def test_the_loss_is_the_mean_over_rays(loss: Any) -> None:
+@functools.partial(jax.jit, static_argnames="config")
+def both_losses(params: Params, batch: PixelBatch, noise: StepNoise, *, config: NerfConfig) -> dict[str, Any]:
+    """In one program, which renders once."""
+    configs = {loss: replace(config, train=replace(config.train, loss=loss)) for loss in ("l2", "huber")}
+    return {loss: loss_of(params, batch, noise, None, config=config) for loss, config in configs.items()}
+
+
+def test_the_loss_is_the_mean_over_rays() -> None:
     """Bins, so that no grid is needed; the colours come from the definition of each stage."""
     sampler = StratifiedConfig(num_bins=16, near=1.0, far=2.6)
-    config = replace(SHORT, sampler=sampler, train=replace(CONFIG.train, num_rays=32, loss=loss))
-    params = init_state(0, config=config).params
+    config = replace(CONFIG, sampler=sampler)
+    num_rays, params = config.train.num_rays, init_state(0, config=CONFIG).params
     batch, noise = batch_and_noise(config)
-    found, metrics = nerf_loss(params, batch, noise, None, config=config)
     edges = np.linspace(1.0, 2.6, 16)
     lower = np.append(edges[0], (edges[1:] + edges[:-1]) / 2)
     upper = np.append((edges[1:] + edges[:-1]) / 2, edges[-1])
-    t = lower + (upper - lower) * np.asarray(noise.jitter, np.float64)
-    dt = np.concatenate([np.diff(t), np.full((32, 1), sampler.last_interval)], axis=1)
-    rays = rays_of(batch)
+    t = lower + (upper - lower) * noise.jitter.astype(np.float64)
+    dt = np.concatenate([np.diff(t), np.full((num_rays, 1), sampler.last_interval)], axis=1)
+    rays = cast(ball_views().cameras, batch)
     origin, direction = (np.asarray(a)[:, None] for a in (rays.origin, rays.direction))
-    position = jnp.asarray(origin + t[..., None] * direction, jnp.float32).reshape(-1, 3)
+    position = (origin + t[..., None] * direction).astype(np.float32).reshape(-1, 3)
     field = RadianceField.of(params, config=config.field)
-    density, rgb = jax.jit(RadianceField.__call__)(field, position, jnp.asarray(np.repeat(direction[:, 0], 16, axis=0)))
-    thickness = np.asarray(density, np.float64).reshape(32, 16) * dt
+    density, rgb = jax.jit(RadianceField.__call__)(field, position, np.repeat(direction[:, 0], 16, axis=0))
+    thickness = np.asarray(density, np.float64).reshape(num_rays, 16) * dt
     before = np.cumsum(thickness, axis=1)[:, :-1]
-    weights = np.exp(-np.concatenate([np.zeros((32, 1)), before], axis=1)) * -np.expm1(-thickness)
+    weights = np.exp(-np.concatenate([np.zeros((num_rays, 1)), before], axis=1)) * -np.expm1(-thickness)
     through = 1 - weights.sum(axis=1, keepdims=True)
-    colour = np.sum(weights[..., None] * np.asarray(rgb).reshape(32, 16, 3), axis=1) + through * noise.background
+    colour = np.sum(weights[..., None] * np.asarray(rgb).reshape(num_rays, 16, 3), axis=1) + through * noise.background
     alpha = batch.rgba[:, 3:]
     target = alpha * batch.rgba[:, :3] + (1 - alpha) * noise.background
-    losses = colour_loss(jnp.asarray(colour), target, loss=loss)
-    errors = (colour - target) ** 2
-    np.testing.assert_allclose(found, np.mean(losses), rtol=1e-4)
-    np.testing.assert_allclose(metrics.psnr, -10 * np.log10(np.mean(errors)), rtol=1e-4)
+    for loss, (found, metrics) in both_losses(params, batch, noise, config=config).items():
+        losses = colour_loss(colour.astype(np.float32), target, loss=loss)  # type: ignore[arg-type]
+        np.testing.assert_allclose(found, np.mean(losses), rtol=1e-4)
+        np.testing.assert_allclose(metrics.psnr, -10 * np.log10(np.mean((colour - target) ** 2)), rtol=1e-4)
 
 
 def test_rays_that_do_not_fit_are_counted_and_left_out() -> None:
-    full = init_occupancy(jnp.ones((1, 32**3), bool))
-    params = init_state(0, config=SHORT).params
-    batch, noise = batch_and_noise(SHORT)
-    small = replace(SHORT, sampler=replace(SHORT.sampler, num_samples=2**9))
-    _, metrics = nerf_loss(params, batch, noise, full, config=small)
-    count = jax.jit(find_candidates, static_argnames="config")
-    candidates = count(rays_of(batch), full, noise.jitter, config=small.sampler)
-    assert 0 < metrics.samples <= 2**9
-    assert metrics.samples + metrics.dropped_samples == np.bitwise_count(np.asarray(candidates.words)).sum()
+    params, full = init_state(0, config=CONFIG).params, init_state(0, config=CONFIG).occupancy
+    batch, noise = batch_and_noise(CONFIG)
+
+    def metrics_of(batch: PixelBatch) -> NerfMetrics:
+        return loss_gradient(params, batch, noise, full, config=CONFIG)[1]
+
+    def only(chosen: np.ndarray) -> PixelBatch:
+        """The rays chosen; the others miss the cube, take no sample, and show what they should."""
+        return batch.replace(
+            xy=np.where(chosen[:, None], batch.xy, -1e4), rgba=np.where(chosen[:, None], batch.rgba, 0)
+        )
+
+    metrics, number = metrics_of(batch), np.arange(256)
     assert 0 < metrics.rays < 256
-    # The first rays fit, and the mean is over them: it is that of a batch without the others.
-    used = int(metrics.rays)
-    fitting = jax.tree.map(lambda a: a[:used], (batch, noise))
-    _, alone = nerf_loss(params, *fitting, full, config=SHORT)
-    assert alone.rays == used
-    np.testing.assert_allclose([metrics.loss, metrics.psnr], [alone.loss, alone.psnr], rtol=1e-5)
+    assert 0 < metrics.samples <= CONFIG.sampler.num_samples
+    quarters = [metrics_of(only(number // 64 == quarter)) for quarter in range(4)]
+    assert [part.dropped_samples for part in quarters] == [0] * 4
+    assert metrics.samples + metrics.dropped_samples == sum(part.samples for part in quarters)
+    # The first rays fit, and the mean is over them: it is that of a batch to which the others add nothing.
+    used = number < int(metrics.rays)
+    alone, share = metrics_of(only(used)), float(metrics.rays) / 256
+    assert (alone.rays, alone.samples, alone.dropped_samples) == (256, metrics.samples, 0)
+    np.testing.assert_allclose(alone.loss, share * metrics.loss, rtol=1e-5)
+    np.testing.assert_allclose(10 ** (-alone.psnr / 10), share * 10 ** (-metrics.psnr / 10), rtol=1e-5)
     # What the others should have been makes no difference.
-    rgba = jnp.where(jnp.arange(256)[:, None] < used, batch.rgba, 1 - batch.rgba)
-    changed, _ = nerf_loss(params, batch.replace(rgba=rgba), noise, full, config=small)
-    assert changed == metrics.loss
-    rgba = batch.rgba.at[used - 1].set(jnp.array([0.2, 0.5, 0.7, 1.0]))
-    changed, _ = nerf_loss(params, batch.replace(rgba=rgba), noise, full, config=small)
-    assert changed != metrics.loss
+    other = np.where(used[:, None], batch.rgba, 1 - batch.rgba)
+    assert metrics_of(batch.replace(rgba=other)).loss == metrics.loss
+    other = np.where(number[:, None] == metrics.rays - 1, np.float32([0.2, 0.5, 0.7, 1.0]), batch.rgba)
+    assert metrics_of(batch.replace(rgba=other)).loss != metrics.loss
