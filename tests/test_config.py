@@ -431,7 +431,9 @@ def test_what_a_compiled_program_does_not_depend_on() -> None:
     other = NerfConfig(
         scene=SceneConfig("lego", "/data", 2, 100, 0, (1.0, 2.0, 3.0), 4.0),
         field=config.field,
-        sampler=dataclasses.replace(config.sampler, occupancy=OccupancyConfig(refresh_every=7)),
+        sampler=dataclasses.replace(
+            config.sampler, occupancy=dataclasses.replace(config.sampler.occupancy, refresh_every=7)
+        ),
         optimizer=OptimizerConfig(learning_rate=0.5, decay=StepDecay(factor=0.1), warmup_steps=9),
         train=dataclasses.replace(
             config.train, seed=3, max_steps=9, max_seconds=8, log_every=7, checkpoint_seconds=6, calls_in_flight=5
