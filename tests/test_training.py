@@ -712,7 +712,9 @@ def test_rays_that_do_not_fit_are_counted_and_left_out() -> None:
     # The first rays fit, and the mean is over them: it is that of a batch to which the others add nothing.
     used = number < int(metrics.rays)
     alone, share = metrics_of(only(used)), float(metrics.rays) / 256
-    assert (alone.rays, alone.samples, alone.dropped_samples) == (256, metrics.samples, 0)
+    assert alone.rays == 256
+    assert alone.samples == metrics.samples
+    assert alone.dropped_samples == 0
     np.testing.assert_allclose(alone.loss, share * metrics.loss, rtol=1e-5)
     np.testing.assert_allclose(10 ** (-alone.psnr / 10), share * 10 ** (-metrics.psnr / 10), rtol=1e-5)
     # What the others should have been makes no difference.
