@@ -39,7 +39,7 @@ def march() -> Case:
     target = np.stack([rng.uniform(0.3, 0.7, (R, 3)), rng.uniform([0.9, 0.9, 0.4], [1, 1, 1], (R, 3))])
     direction = (target - origin) / np.linalg.norm(target - origin, axis=-1, keepdims=True)
     rays = Rays(*(a.astype(np.float32) for a in (origin, direction)))
-    flags = rng.uniform(size=(2, 2, 32**3)) < 0.3
+    flags = rng.uniform(size=(2, 3, 32**3)) < 0.3
     flags[1] &= np.arange(32**3) >= 31 * 32**2  # bounds, too, tell how many rounds there are
     grids = grids_of(flags)
     grids = grids.replace(opaque=np.asarray(grids.occupied) & np.uint32(0x0F0F0F0F))
