@@ -334,6 +334,8 @@ class MarchConfig(Config):
         _require(self.num_samples >= self.num_steps, "num_samples", self.num_samples, expected)
         looked_at = self.num_candidates
         _require(not looked_at or looked_at >= self.num_steps, "num_candidates", looked_at, f"0, or {expected}")
+        played = not self.roulette or bool(looked_at)
+        _require(played, "roulette", self.roulette, "0 where num_candidates is 0: without a look no weight is known")
         fits = not self.growth or (self.growth * self.num_steps >= 2 and self.step_size > 1e-6)
         _require(fits, "growth", self.growth, f"0, or 2 to 15 over num_steps = {self.num_steps}")
 

@@ -425,6 +425,12 @@ def test_a_program_is_shared_if_no_field_of_it_differs(old: NerfConfig, new: Ner
     assert not differences(a, old, [Role.PROGRAM])
 
 
+def test_a_roulette_without_a_look_is_refused() -> None:
+    """It would do nothing."""
+    with pytest.raises(InputError, match=r"roulette.*0 where num_candidates is 0"):
+        apply_overrides(PRESETS["small"], ["sampler.num_candidates=0"])
+
+
 def test_what_a_compiled_program_does_not_depend_on() -> None:
     """Else a sweep over it would compile anew."""
     config = PRESETS["small"]
