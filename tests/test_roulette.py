@@ -31,7 +31,7 @@ def haze(thickness: jax.Array, position: jax.Array, direction: jax.Array) -> tup
 
 @functools.partial(jax.jit, static_argnames="config")
 def drawn(
-    seed: int,
+    seed: np.uint32,
     thickness: jax.Array,
     offset: jax.Array,
     jitter: jax.Array | None = None,
@@ -68,18 +68,19 @@ def of_ray(looked_at: Samples, thickness: np.ndarray, ray: int) -> tuple[np.ndar
 @given(seeds, floats32(0, 0.5))
 def test_each_step_is_as_long_as_it_is_rare(seed: int, thickness: float) -> None:
     """Over all offsets: drawn with probability min(1, weight / roulette) to a unit, and its mean length is dt."""
-    looked_at, samples, thicknesses = drawn(seed, thickness, OFFSETS)
+    looked_at, samples, thicknesses = drawn(np.uint32(seed), thickness, OFFSETS)
     t, dt, valid = (np.asarray(a) for a in (samples.t, samples.dt, samples.valid))
     for ray in range(R):
         own = valid & (np.asarray(samples.ray) == ray)
         steps, weight, before = of_ray(looked_at, thicknesses, ray)
-        reached = before < -np.log(CONFIG.min_transmittance) - 1e-3
+        reached = before < -np.log(CONFIG.min_transmittance) - 5e-3
         for place, expected in zip(steps[reached], weight[reached], strict=True):
             found = own & (t == place)
             probability = found.sum() / ROULETTE_UNITS
             units = min(ROULETTE_UNITS, max(1, expected / ROULETTE.roulette * ROULETTE_UNITS))
-            # Rounded up to a unit, of a weight that float32 knows to 1e-5.
-            assert units - 0.02 <= probability * ROULETTE_UNITS <= units + 1.02
+            # Rounded up to a unit. The phase of the wave, 71 rad, is known to 8e-6, and so the depth before a step to
+            # less than 4e-4, which is a tenth of a unit of a step that is drawn by half or more.
+            assert units - 0.5 <= probability * ROULETTE_UNITS <= units + 1.5
             np.testing.assert_allclose(dt[found], DT / probability, rtol=1e-5)
         assert set(t[own]) <= set(steps)
 
@@ -88,7 +89,7 @@ def test_each_step_is_as_long_as_it_is_rare(seed: int, thickness: float) -> None
 @given(seeds, floats32(0, 0.5))
 def test_a_ray_has_the_samples_it_has_probability(seed: int, thickness: float) -> None:
     """To one more or less, whatever the offset; so many steps that each is faint do not vanish together."""
-    looked_at, samples, thicknesses = drawn(seed, thickness, OFFSETS)
+    looked_at, samples, thicknesses = drawn(np.uint32(seed), thickness, OFFSETS)
     for ray in range(R):
         _, weight, before = of_ray(looked_at, thicknesses, ray)
         lit = weight[before < -np.log(CONFIG.min_transmittance)]
@@ -100,8 +101,8 @@ def test_a_ray_has_the_samples_it_has_probability(seed: int, thickness: float) -
 
 def test_what_does_not_fit_is_counted_and_left_out() -> None:
     """Rays in order, whole ones; and of those that fit nothing changes."""
-    roomy = drawn(0, 0.5, OFFSETS)[1]
-    tight = drawn(0, 0.5, OFFSETS, config=replace(ROULETTE, num_samples=CONFIG.num_steps))[1]
+    roomy = drawn(np.uint32(0), 0.5, OFFSETS)[1]
+    tight = drawn(np.uint32(0), 0.5, OFFSETS, config=replace(ROULETTE, num_samples=CONFIG.num_steps))[1]
     for i in range(0, ROULETTE_UNITS, 50):
         all_of_them, few = (jax.tree.map(lambda a, i=i: np.asarray(a)[i], samples) for samples in (roomy, tight))
         counts = np.bincount(all_of_them.ray[all_of_them.valid], minlength=R)
@@ -131,10 +132,10 @@ JITTERS[:, 0] += np.arange(ROULETTE_UNITS, dtype=np.float32) * np.float32(2**-24
 
 def test_the_offset_is_in_the_last_bits_of_a_jitter() -> None:
     """Over all of which the lengths of samples add up, on average, to those of all steps that light reaches."""
-    thickness = jnp.float32(0.05)
+    thickness = 0.05
     lengths = np.sum(marched(JITTERS, thickness).dt, axis=1)
     assert np.ptp(lengths) > 10 * DT
-    looked_at, _, thicknesses = drawn(0, thickness, OFFSETS, jitter=JITTERS[0])
+    looked_at, _, thicknesses = drawn(np.uint32(0), thickness, OFFSETS, jitter=JITTERS[0])
     before = np.concatenate([of_ray(looked_at, thicknesses, ray)[2] for ray in range(R)])
     np.testing.assert_allclose(lengths.mean(), DT * np.sum(before < -np.log(CONFIG.min_transmittance)), rtol=1e-4)
 
