@@ -33,7 +33,8 @@ from tqdm import tqdm
 from jaxngp import flags
 from jaxngp.config import InputError, NerfConfig, apply_overrides, from_json, to_json
 from jaxngp.console import bar_interval
-from jaxngp.presets import PRESETS, scene_config
+from jaxngp.data import load_training
+from jaxngp.presets import PRESETS, scene_config, suited
 from jaxngp.records import append_jsonl, environment, peak_memory_bytes, write_json
 
 BASE = "base"
@@ -247,13 +248,15 @@ def base_configs(values: absl_flags.FlagValues) -> list[tuple[str, NerfConfig]]:
     """What `base` trains on each scene."""
     if bool(values.seconds) == bool(values.steps):
         raise InputError("give either --seconds or --steps: what all variants get alike")
-    preset, found = PRESETS[values.preset], []
+    found = []
     budget = {"max_seconds": values.seconds, "max_steps": values.steps or 10**7}
     for name in values.scenes:
         scene = scene_config(name)
         if name != "bricks":
             scene = replace(scene, downscale=values.downscale, data_dir=values.data_dir or "")
-        config = replace(preset, scene=scene, train=replace(preset.train, **budget))
+        views = load_training(scene)
+        config = suited(PRESETS[values.preset], num_cascades=views.placement.num_cascades, has_alpha=views.has_alpha)
+        config = replace(config, scene=scene, train=replace(config.train, **budget))
         found.append((name, apply_overrides(config, values.override)))
     return found
 

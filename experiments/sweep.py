@@ -27,7 +27,7 @@ from jaxngp import flags, runs
 from jaxngp.config import InputError, NerfConfig, apply_overrides
 from jaxngp.data import Split, load_evaluation, load_training
 from jaxngp.evaluation import evaluate_views, summarise, write_summary
-from jaxngp.presets import PRESET_HELP, PRESETS, SCENES, for_surroundings, scene_config
+from jaxngp.presets import PRESET_HELP, PRESETS, SCENES, scene_config, suited
 from jaxngp.records import table, write_json
 from jaxngp.training.loop import Progress, train
 from jaxngp.training.many import group_key, train_many
@@ -110,10 +110,8 @@ def make_job(name: str, scene: str, overrides: Sequence[str], values: absl_flags
     """Read the scene, and settle the config as `jaxngp.train` does."""
     config = PRESETS[flags.chosen_preset(values, say=False)]
     data = load_training(scene_config(scene))
-    if data.placement.num_cascades > 1:
-        config = for_surroundings(config, data.placement.num_cascades, has_alpha=data.has_alpha)
-    background: Any = config.train.background if data.has_alpha or config.train.background != "random" else "white"
-    loop = replace(config.train, max_steps=values.max_steps, max_seconds=0.0, background=background)
+    config = suited(config, num_cascades=data.placement.num_cascades, has_alpha=data.has_alpha)
+    loop = replace(config.train, max_steps=values.max_steps, max_seconds=0.0)
     config = replace(config, scene=scene_config(scene), train=loop)
     return Job(name, Path(values.workdir) / name, apply_overrides(config, [*values.override, *overrides]), data)
 

@@ -37,7 +37,7 @@ from jaxngp.data import Split, cache_dir, expand
 from jaxngp.data.colmap import CAMERA_MODELS
 from jaxngp.data.motion import EXHAUSTIVE_UP_TO
 from jaxngp.device import placed_on
-from jaxngp.presets import PRESET_HELP, PRESETS, SCENES, for_surroundings, scene_config
+from jaxngp.presets import PRESET_HELP, PRESETS, SCENES, scene_config, suited
 
 Flags = flags.FlagValues
 Group = TypeVar("Group", bound=SceneConfig | LoopConfig)
@@ -459,8 +459,8 @@ def train_config(values: Flags, training: Split | None = None) -> NerfConfig:
     preset = PRESETS[chosen_preset(values, say=training is None)]
     scene = chosen_scene(values)
     config = preset
-    if training and training.placement.num_cascades > 1:
-        config = for_surroundings(preset, training.placement.num_cascades, has_alpha=training.has_alpha)
+    if training:
+        config = suited(config, num_cascades=training.placement.num_cascades, has_alpha=training.has_alpha)
     refine = replace(config.refine, **dict.fromkeys(_named(values, "refine", REFINED), True))
     config = replace(config, scene=scene, train=loop_config(config.train, values), refine=refine)
     return apply_overrides(config, values.override)

@@ -77,12 +77,23 @@ SCENES: dict[str, SceneConfig] = {
 """The built-in scene and the eight of NeRF-synthetic; any other scene is given as a path."""
 
 
-def for_surroundings(config: NerfConfig, num_cascades: int, *, has_alpha: bool = False) -> NerfConfig:
-    """`config` for a scene around its cameras, which reaches as far as so many nested cubes: steps grow with distance.
+def suited(config: NerfConfig, *, num_cascades: int, has_alpha: bool) -> NerfConfig:
+    """`config` as it suits the training views.
 
-    has_alpha: whether images have alpha, so that silhouettes can exclude cells. Raises InputError for a config that
-    does not march.
+    num_cascades: above 1 the scene surrounds its cameras, and reaches as far as so many nested cubes: steps then grow
+    with distance. has_alpha: whether images have alpha, so that silhouettes can exclude cells. Where none has, what
+    lies behind the scene is part of the pictures, and white takes the place of random backgrounds; but not around
+    cameras, where all that they see is in the scene, and behind random colours it becomes opaque. Raises InputError for
+    surroundings and a config that does not march.
     """
+    if num_cascades > 1:
+        return _for_surroundings(config, num_cascades, has_alpha)
+    if has_alpha or config.train.background != "random":
+        return config
+    return replace(config, train=replace(config.train, background="white"))
+
+
+def _for_surroundings(config: NerfConfig, num_cascades: int, has_alpha: bool) -> NerfConfig:
     if not isinstance(config.sampler, MarchConfig):
         raise InputError("this preset samples a box of known size and takes no surroundings: give another --preset")
     sampler = config.sampler

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-from dataclasses import replace
 from pathlib import Path
 
 from jaxngp import camera_report, flags, processes, runs
@@ -28,7 +27,9 @@ from jaxngp.viewing.viewer import NoViewer, Viewer, open_viewer
 def main(values: flags.Flags) -> None:
     check_viewer(values)
     training = load_training(flags.train_config(values).scene, processes.index(), processes.count())
-    config = white_without_alpha(flags.train_config(values, training), training)
+    config = flags.train_config(values, training)
+    if not training.has_alpha and config.train.background == "white":
+        print("the images have no alpha: training with a white background")
     workdir = Path(values.workdir or f"runs/{Path(config.scene.name).resolve().stem}")
     # Evaluation views are read in the background, since reading images and compiling keep different cores busy.
     with concurrent.futures.ThreadPoolExecutor(1) as reader:
@@ -133,18 +134,6 @@ def evaluation_split(config: NerfConfig, values: flags.Flags, training: Split) -
             raise
         print(f"no evaluation: {error}")
         return None
-
-
-def white_without_alpha(config: NerfConfig, training: Split) -> NerfConfig:
-    """White instead of random where no image has alpha: what lies behind the scene is then part of the pictures.
-
-    Not where the scene surrounds its cameras: then all that they see is in it, and behind random colours it becomes
-    opaque.
-    """
-    if training.has_alpha or config.train.background != "random" or training.placement.num_cascades > 1:
-        return config
-    print("the images have no alpha: training with a white background instead of random ones")
-    return replace(config, train=replace(config.train, background="white"))
 
 
 if __name__ == "__main__":

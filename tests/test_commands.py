@@ -16,8 +16,8 @@ import pytest
 from entrypoints import COMMANDS, SIZE, TINY, refusal, run, write_scene
 from PIL import Image
 
-from jaxngp import evaluation, flags, runs, train
-from jaxngp.config import NerfConfig, SceneConfig, from_json
+from jaxngp import evaluation, flags, runs
+from jaxngp.config import SceneConfig, from_json
 from jaxngp.data import load_training
 from jaxngp.presets import PRESETS
 
@@ -107,11 +107,13 @@ def test_a_typing_error_beside_restart_costs_no_run(trained: Path, capsys: pytes
 def test_without_alpha_the_background_is_white(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What lies behind the scene is then part of the pictures, and cannot be replaced."""
+    """What lies behind the scene is then part of the pictures, and cannot be replaced; but an override is obeyed."""
     scene = write_scene(tmp_path / "scene", mode="RGB")
-    config = train.white_without_alpha(NerfConfig(), load_training(SceneConfig(name=str(scene))))
-    assert config.train.background == "white"
-    assert "no alpha" in capsys.readouterr().out
+    values, views = flags.Flags(), load_training(SceneConfig(name=str(scene)))
+    flags.define_train_flags(values)
+    for given, expected in (([], "white"), (["--override=train.background=random"], "random")):
+        values(["x", f"--scene={scene}", *given])
+        assert flags.train_config(values, views).train.background == expected
     assert "alpha" in refusal(capsys, "evaluate", f"--workdir={trained}", f"--data_dir={scene}", "--background=black")
 
 

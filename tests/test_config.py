@@ -41,7 +41,7 @@ from jaxngp.config import (
     program_config,
     to_json,
 )
-from jaxngp.presets import PRESETS, SCENES, scene_config
+from jaxngp.presets import PRESETS, SCENES, scene_config, suited
 
 # The first text that is drawn builds a table of all of Unicode, which takes seconds.
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -492,6 +492,28 @@ def test_the_kinds_of_sampler_are_told_apart() -> None:
 
 def test_a_part_of_a_config_has_json_of_its_own() -> None:
     assert from_json(to_json(SCENES["lego"]), SceneConfig) == SceneConfig(name="lego", box_side=3.0)
+
+
+@pytest.mark.parametrize(
+    ("num_cascades", "has_alpha", "background"),
+    [(1, True, "random"), (1, False, "white"), (3, True, "random"), (3, False, "random")],
+)
+def test_a_preset_suits_the_views(num_cascades: int, has_alpha: bool, background: str) -> None:
+    """Only surroundings change how rays are marched, and only without them can the background be in the pictures."""
+    config = suited(PRESETS["small"], num_cascades=num_cascades, has_alpha=has_alpha)
+    assert config.train.background == background
+    if num_cascades == 1:
+        assert config.sampler == PRESETS["small"].sampler
+        return
+    assert isinstance(config.sampler, MarchConfig)
+    assert config.sampler.occupancy.num_cascades == num_cascades
+    assert config.sampler.occupancy.carve == has_alpha
+    assert config.sampler.growth > 0
+
+
+def test_surroundings_are_marched() -> None:
+    with pytest.raises(InputError, match="takes no surroundings"):
+        suited(PRESETS["hundred_lines"], num_cascades=2, has_alpha=False)
 
 
 def test_scenes_by_name_and_by_path() -> None:

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dialects import scene_path, small_scene, write
 from scipy import stats
 
 from experiments import lab
+from jaxngp import flags
 from jaxngp.config import InputError, NerfConfig, from_json
+from jaxngp.data import load_training
 from jaxngp.presets import PRESETS
 
 
@@ -69,6 +72,24 @@ def test_variants_take_turns_in_being_first() -> None:
 def test_what_is_no_variant_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="expected name:path=value"):
         lab.Variant.parse(text)
+
+
+def test_base_suits_each_scene(tmp_path: Path) -> None:
+    """Photographs around which the scene lies are trained on as `jaxngp.train` does."""
+    values = flags.Flags()
+    lab.define_flags(values)
+    scenes = []
+    for dialect in ("blender", "instant-ngp"):
+        write(dialect, tmp_path / dialect, small_scene())
+        scenes.append(str(scene_path(dialect, tmp_path / dialect)))
+    values(["lab", f"--scenes={','.join(scenes)}", "--steps=7", "--override=train.num_rays=64"])
+    bases = lab.base_configs(values)
+    for (_, found), scene in zip(bases, scenes, strict=True):
+        command = flags.Flags()
+        flags.define_train_flags(command)
+        command(["train", f"--scene={scene}", "--preset=small", "--max_steps=7", "--override=train.num_rays=64"])
+        assert found == flags.train_config(command, load_training(found.scene))
+    assert [config.sampler.growth > 0 for _, config in bases] == [False, True]  # type: ignore[union-attr]
 
 
 @pytest.mark.slow
