@@ -209,7 +209,7 @@ Precision = Literal["float32", "bfloat16"]
 Loss = Literal["huber", "l2"]
 Background = Literal["random", "white", "black"]
 Up = Literal["auto", "x", "y", "z", "-x", "-y", "-z"]
-ImagesOn = Literal["auto", "device", "host"]
+ImagesOn = Literal["auto", "device", "host", "disk"]
 
 MAX_LENGTH = 1e9
 """World units; larger coordinates or sizes are taken to be errors."""
@@ -434,7 +434,11 @@ class TrainConfig(LoopConfig):
     loss: Annotated[Loss, "loss on the colour of a ray"] = "huber"
     background: Annotated[Background, "behind transparent pixels; random is one colour per ray"] = "random"
     depth_weight: Annotated[NonNegative, "of the loss on the depth of a ray, where it is known"] = 0.02
-    images_on: Annotated[ImagesOn, Role.FREE, "where images are kept; auto: on the device where they fit"] = "auto"
+    images_on: Annotated[
+        ImagesOn,
+        Role.FREE,
+        "where images are kept; auto: the first of device, host, disk that has room",
+    ] = "auto"
 
 
 @dataclass(frozen=True)

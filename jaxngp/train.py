@@ -26,7 +26,8 @@ from jaxngp.viewing.viewer import NoViewer, Viewer, open_viewer
 
 def main(values: flags.Flags) -> None:
     check_viewer(values)
-    training = load_training(flags.train_config(values).scene, processes.index(), processes.count())
+    asked = flags.train_config(values)
+    training = load_training(asked.scene, processes.index(), processes.count(), images_on=asked.train.images_on)
     config = flags.train_config(values, training)
     if not training.has_alpha and config.train.background == "white":
         print("the images have no alpha: training with a white background")

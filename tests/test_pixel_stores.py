@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
+import subprocess
+import sys
+import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,12 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compilations import Compilations
+from entrypoints import TINY, write_scene
 from hypothesis import given, settings
+from many import ROOT
+from PIL import Image
 from scenes import BALL, photograph, pixel_rays, poses_around
 from strategies import TINY_FIELD, TINY_GRID, seeds
 
 from jaxngp.cameras import PosedImages, make_cameras
-from jaxngp.config import MarchConfig, NerfConfig, OccupancyConfig, StratifiedConfig, TrainConfig
+from jaxngp.config import (
+    InputError,
+    MarchConfig,
+    NerfConfig,
+    OccupancyConfig,
+    SceneConfig,
+    StratifiedConfig,
+    TrainConfig,
+)
+from jaxngp.data import load_training, on_disk
 from jaxngp.fields import RadianceField
 from jaxngp.training import nerf, pixels
 from jaxngp.training.loop import Progress, init_state, train
@@ -100,12 +118,105 @@ def test_a_run_on_the_host_goes_on_on_the_device() -> None:
         assert_equal_bits(last.state, whole.state)
 
 
-def test_images_are_on_the_device_where_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_a_file(images: PosedImages, monkeypatch: pytest.MonkeyPatch, folder: Path) -> PosedImages:
+    monkeypatch.setenv("JAXNGP_CACHE", str(folder))
+    rgba = on_disk.empty(images.rgba.shape, np.uint8)
+    rgba[...] = images.rgba
+    return replace(images, rgba=rgba)
+
+
+@pytest.mark.slow
+def test_pixels_in_a_file_train_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    *_, device = learn(on("device"), views())
+    *_, host = learn(on("auto"), in_a_file(views(), monkeypatch, tmp_path))
+    assert_equal_bits(host.state, device.state)
+
+
+def large_views(folder: Path, count: int, size: int) -> str:
+    """A scene whose training views are as wide and high as `size`, in small files."""
+    write_scene(folder, num_views=count, mode="RGB")
+    for file in (folder / "train").iterdir():
+        with Image.open(file) as image:
+            larger = image.resize((size, size), Image.Resampling.NEAREST)
+        larger.save(file, compress_level=1)
+    return str(folder)
+
+
+def test_views_are_read_into_a_file_with_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 views fewer than four are in memory while they are read and the first pixels drawn."""
+    monkeypatch.setenv("JAXNGP_CACHE", str(tmp_path))
+    scene = SceneConfig(name=large_views(tmp_path / "scene", 16, 480))
+    tracemalloc.start()
+    images = load_training(scene, images_on="disk").images
+    assert isinstance(images, PosedImages)
+    store = pixels.HostStore(images, lambda *_: jnp.arange(8) * 10**5, steps_per_call=2, pixels_per_call=8)
+    found = store.drawn(0, jax.random.key(0), None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < images.rgba.nbytes / 4
+    in_memory = load_training(scene, images_on="host").images
+    np.testing.assert_array_equal(images.rgba, in_memory.rgba)  # type: ignore[union-attr]
+    np.testing.assert_array_equal(found.rgba, images.rgba[np.arange(8) * 10**5])  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("left", "on"), [(15 * 10**5, True), (10**7, False)])
+def test_views_are_in_a_file_where_memory_is_short(
+    left: int, on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAXNGP_CACHE", str(tmp_path))
+    monkeypatch.setattr(on_disk, "memory_left", lambda: left)
+    found = load_training(SceneConfig(name=large_views(tmp_path / "scene", 4, 240)))
+    assert on_disk.is_on_disk(found.images.rgba) == on  # type: ignore[union-attr]
+    assert [note for note in found.notes if "0.00 GB, lie in a file below" in note] == [*found.notes[-1:]] * on
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the limit counts other things")
+def test_a_run_on_more_pixels_than_memory_holds(tmp_path: Path) -> None:
+    """1.6 GB of pixels, where the process may take 1.6 GB for all that it does: in a file they are learned from, in
+    memory there is no room, and that is said in a line."""
+    scene, limit = large_views(tmp_path / "scene", 100, 2000), 1_600_000_000
+    for place, expected in (("disk", 0), ("host", 2)):
+        arguments = [*TINY, f"--scene={scene}", f"--workdir={tmp_path / place}", "--eval_views=1"]
+        result = subprocess.run(
+            ["bash", "-c", f'ulimit -d {limit // 1024}; exec "$@"', "bash"]
+            + [sys.executable, "-m", "jaxngp.train", *arguments, f"--override=train.images_on={place}"],
+            env=os.environ | {"JAXNGP_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == expected, result.stdout[-2000:] + result.stderr[-4000:]
+    assert "do not fit into memory" in result.stderr.splitlines()[-1]
+
+
+def test_what_is_in_a_file_is_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also parts of it; the file has no name, so nothing is left of it."""
+    images = in_a_file(views(), monkeypatch, tmp_path)
+    assert not [*tmp_path.iterdir()]
+    assert on_disk.is_on_disk(np.asarray(images.rgba)[3:].view(np.uint32))
+    assert not on_disk.is_on_disk(np.array(images.rgba))
+    np.testing.assert_array_equal(images.rgba, views().rgba)
+
+
+def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("JAXNGP_CACHE", str(tmp_path))
+    monkeypatch.setattr(on_disk, "reserve", full)
+    with pytest.raises(InputError, match=r"no room for 4.00 GB of pixels"):
+        on_disk.empty((10**9, 4), np.uint8)
+
+
+def test_images_are_on_the_device_where_they_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     images = replace(views(), keep=None, depth=None)
+    filed = in_a_file(images, monkeypatch, tmp_path)
     for bytes_there, expected in ((0, False), (images.rgba.nbytes, True), (2 * images.rgba.nbytes, False)):
         monkeypatch.setattr(pixels, "device_memory", lambda bytes_there=bytes_there: bytes_there)
         assert pixels.on_host(images, "auto") == expected
+        assert pixels.on_host(filed, "auto") == (expected or not bytes_there)  # a CPU's memory is the host's
         assert pixels.on_host(images, "host")
+        assert pixels.on_host(images, "disk")
         assert not pixels.on_host(images, "device")
     with_depth = replace(images, depth=np.zeros(images.num_pixels, np.float16))
     assert pixels.on_host(with_depth, "auto")

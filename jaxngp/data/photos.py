@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from jaxngp.config import InputError
+from jaxngp.config import ImagesOn, InputError
+from jaxngp.data import on_disk
 from jaxngp.data.capture import Mask
 
 # Recognised by the first bytes, whatever a file is called. Pillow knows many more; for one of them it runs Ghostscript.
@@ -28,6 +29,7 @@ ALPHA_MODES = ("RGBA", "LA", "PA")
 DEEP_MODES = ("I;16", "I;16L", "I;16B")
 IMAGE_MODES = (*ALPHA_MODES, *DEEP_MODES, "RGB", "L", "P")
 PIXELS_AT_ONCE = 2**27  # that threads decode side by side; a pixel takes up to 16 bytes meanwhile
+MEMORY_SHARE = 0.5  # of the memory that is left, which the pixels of a split may take
 PLAIN_PIXELS = 2**24  # with more, an image needs a byte for ...
 PIXELS_PER_BYTE = 1000  # ... so many; a header of a few bytes may promise any number, and a decoder make them up
 
@@ -83,18 +85,26 @@ def orientation(image: Image.Image) -> int:
 
 
 def read_images(
-    files: Sequence[Path], sizes: np.ndarray, downscale: int, label: str, alphas: Sequence[Path | None] = ()
+    files: Sequence[Path],
+    sizes: np.ndarray,
+    downscale: int,
+    label: str,
+    alphas: Sequence[Path | None] = (),
+    *,
+    on: ImagesOn = "auto",
 ) -> np.ndarray:
     """The pixels (P, 4) u8 of all images one after the other, reduced; an image without alpha gets alpha 255.
 
     sizes: (V, 2), as `probe_images` found them. label: for the progress bar. alphas: of each view or of none, an image
-    of the same size whose red channel, from sRGB to linear, is the view's alpha. Raises InputError where `downscale`
-    does not divide a size, or an image is broken.
+    of the same size whose red channel, from sRGB to linear, is the view's alpha. on: "disk" keeps the pixels in a file,
+    and so does "auto" where they would take more than half of the memory that is left. Raises InputError where
+    `downscale` does not divide a size, or an image is broken.
     """
     for width, height in np.unique(sizes, axis=0).tolist():
         _check_divides(width, height, downscale, label)
     ends = np.cumsum([width * height // downscale**2 for width, height in sizes.tolist()])
-    rgba = np.empty((ends[-1], 4), np.uint8)
+    on_file = on == "disk" or (on == "auto" and 4 * ends[-1] > MEMORY_SHARE * on_disk.memory_left())
+    rgba = (on_disk.empty if on_file else np.empty)((int(ends[-1]), 4), np.uint8)
 
     def read(view: int) -> None:
         size = tuple(sizes[view].tolist())
@@ -239,6 +249,8 @@ def load_pixels(file: Path, image: Image.Image, mode: str | None = None) -> np.n
     """The pixels of an opened image, converted to a mode if one is given. Raises InputError where it is broken."""
     try:
         return np.asarray(image.convert(mode) if mode else image)
+    except MemoryError:
+        raise
     except Exception as error:  # a decoder met with a broken file raises whatever it likes
         raise InputError(f"{file}: broken or truncated ({error}); render or download it again") from None
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jaxngp.cameras import PosedImages, make_cameras
-from jaxngp.config import InputError, SceneConfig
-from jaxngp.data import rays
+from jaxngp.config import ImagesOn, InputError, SceneConfig
+from jaxngp.data import on_disk, rays
+from jaxngp.data.cache import cache_dir
 from jaxngp.data.capture import SPLITS, Capture, Placement, SceneTransform, normalise
 from jaxngp.data.depths import read_depths
 from jaxngp.data.photos import probe_images, read_images, read_masks
@@ -50,10 +51,11 @@ class Split:
         return images.max_size if isinstance(images, PosedImages) else (images.width, images.height)
 
 
-def load_training(scene: SceneConfig, part: int = 0, num_parts: int = 1) -> Split:
+def load_training(scene: SceneConfig, part: int = 0, num_parts: int = 1, *, images_on: ImagesOn = "auto") -> Split:
     """The training views, without those that are held out where there is neither a test nor a val split.
 
-    Of several processes each reads one part of the views; rays all of them. Raises InputError.
+    Of several processes each reads one part of the views; rays all of them. images_on: as of `TrainConfig`; of those in
+    a file, memory holds what there is room for. Raises InputError.
     """
     location = locate(scene)
     if "train" not in location.splits:
@@ -63,7 +65,7 @@ def load_training(scene: SceneConfig, part: int = 0, num_parts: int = 1) -> Spli
     if len(views) < num_parts and not capture.rays:
         raise InputError(f"{capture.path}: has {len(views)} training views, too few for {num_parts} processes")
     part_of = views if capture.rays else np.array_split(views, num_parts)[part]
-    loaded = _load(scene, capture, "train", part_of, _place(scene, location, capture))
+    loaded = _load(scene, capture, "train", part_of, _place(scene, location, capture), images_on)
     return replace(loaded, has_alpha=_any_alpha(capture, views))
 
 
@@ -153,16 +155,26 @@ def _place(scene: SceneConfig, location: Location, capture: Capture) -> Placemen
     return normalise(capture if known else location.read(*location.splits), scene)
 
 
-def _load(scene: SceneConfig, capture: Capture, name: str, views: np.ndarray, placement: Placement) -> Split:
+def _load(
+    scene: SceneConfig,
+    capture: Capture,
+    name: str,
+    views: np.ndarray,
+    placement: Placement,
+    images_on: ImagesOn = "auto",
+) -> Split:
     """The given views of a capture, as the split `name`."""
-    notes, images = capture.unusual, None
+    notes = capture.unusual
+    images: PosedImages | RayTable
     try:
         if capture.rays:
             images = _load_rays(scene, capture, views, placement.transform)
         else:
             views, keep, more = _load_masks(scene, capture, views)
-            images = _load_images(scene, capture, views, placement.transform).replace(keep=keep)  # type: ignore[attr-defined]
+            images = replace(_load_images(scene, capture, views, placement.transform, images_on), keep=keep)  # type: ignore[arg-type]
             notes += more
+            if images_on == "auto" and on_disk.is_on_disk(images.rgba):
+                notes += (_too_large(capture, images),)
     except MemoryError as error:
         raise InputError(
             f"{capture.path}: the {name} views do not fit into memory ({error}); shrink them with --downscale, "
@@ -197,7 +209,17 @@ def _load_masks(
     return views[left], np.concatenate([part.ravel() for part in keep if part.any()]), notes
 
 
-def _load_images(scene: SceneConfig, capture: Capture, views: np.ndarray, transform: SceneTransform) -> PosedImages:
+def _too_large(capture: Capture, images: PosedImages) -> str:
+    size, left = images.rgba.nbytes / 1e9, on_disk.memory_left() / 1e9
+    return (
+        f"{capture.path}: the pixels, {size:.2f} GB, lie in a file below {cache_dir()}, for {left:.2f} GB of memory "
+        "are left; with --override=train.images_on=host they would be held there"
+    )
+
+
+def _load_images(
+    scene: SceneConfig, capture: Capture, views: np.ndarray, transform: SceneTransform, images_on: ImagesOn
+) -> PosedImages:
     assert capture.cameras is not None
     seen = capture.cameras[views]
     full = np.asarray(seen.size)
@@ -206,13 +228,13 @@ def _load_images(scene: SceneConfig, capture: Capture, views: np.ndarray, transf
     if scene.downscale in capture.reduced and not (capture.masks or capture.alphas):
         files = [capture.reduced[scene.downscale][view] for view in views]
         size = probe_images(files).sizes
-        rgba = read_images(files, size, 1, str(capture.path))
+        rgba = read_images(files, size, 1, str(capture.path), on=images_on)
         scale = (size / full).astype(np.float32)
         focal_xy, centre_xy = focal_xy * scale, centre_xy * scale
     else:
         files = [capture.files[view] for view in views]
         alphas = [capture.alphas[view] for view in views] if capture.alphas else ()
-        rgba = read_images(files, full, scene.downscale, str(capture.path), alphas)
+        rgba = read_images(files, full, scene.downscale, str(capture.path), alphas, on=images_on)
         size = full // scene.downscale
         focal_xy, centre_xy = focal_xy / scene.downscale, centre_xy / scene.downscale
     cameras = make_cameras(

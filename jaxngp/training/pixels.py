@@ -10,6 +10,7 @@ keep the pixels of some of the views, and tell the others what is drawn of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -21,12 +22,17 @@ from jax import lax
 from jaxngp import processes
 from jaxngp.cameras import Cameras, PosedImages, pixel_place
 from jaxngp.config import ImagesOn, InputError
+from jaxngp.data.on_disk import is_on_disk
 from jaxngp.data.rays import RayTable
 from jaxngp.device import Placement, default_placement, device_memory, over_shares
 from jaxngp.visual_hull import PixelSet
 
 DEVICE_SHARE = 0.5
 """Of the device's memory, that images may take; the rest is for the hull of as many pixels, the field and a step."""
+
+
+READERS = 16
+"""Threads that read what a call draws; a disk answers as many questions in the time of one."""
 
 
 @struct.dataclass
@@ -207,7 +213,7 @@ class Shares:
         """What the visual hull reads; a device that has fewer views than another has its last one again."""
         alpha: Any = np.asarray(self._images.alpha)
         keep: Any = self._images.keep
-        see_through, masked = processes.any_of(not (alpha == 255).all(), keep is not None)
+        see_through, masked = processes.any_of(not opaque(self._images), keep is not None)
         keep = np.ones(len(alpha), bool) if masked and keep is None else keep
         views = [np.minimum(np.arange(v[0], v[0] + self._num_views), v[-1]) for v in self._views]
         offset = np.asarray(self._images.offset)
@@ -253,7 +259,7 @@ class SharedStore:
 
 
 class HostStore:
-    """All pixels on the host. The numbers of the next call are drawn ahead, so that it need not wait for them.
+    """All pixels on the host, in memory or on its disk. Those of the next call are drawn and read ahead of it.
 
     Each process keeps those of its own views.
     """
@@ -262,45 +268,63 @@ class HostStore:
         place = default_placement()
         self._images, self._draw, self._steps_per_call = images, draw, steps_per_call
         self._rgba, self._depth = _words(images), _depth(images)
-        self._ahead: dict[int, jax.Array] = {}
+        self._readers = ThreadPoolExecutor(READERS)
+        self._ahead: tuple[int, list[Future]] = (-1, [])
         self._shares = Shares(images, place) if place.mesh is not None else None
         if self._shares:
             self._cameras, self._offset, self._static = self._shares.cameras, self._shares.offset, self._shares.static
         else:
             self._cameras, self._offset = place.put((images.cameras, images.offset))
             self._static = {"max_size": images.max_size, "num_pixels": images.num_pixels}
-        self.data = self._gather(np.zeros(pixels_per_call, np.int32))
+        self.data = self._put(self._begin_to_read(np.zeros(pixels_per_call, np.int32)))
 
     def views(self) -> Any:
         """What the visual hull reads of the views, on the device."""
         if self._shares:
             return self._shares.silhouettes()
-        alpha: Any = np.asarray(self._images.alpha)
-        alpha = None if (alpha == 255).all() else np.ascontiguousarray(alpha)
+        alpha: Any = None if opaque(self._images) else np.ascontiguousarray(self._images.alpha)
         alpha, keep = default_placement().put((alpha, self._images.keep))
         return Silhouettes(self._cameras, self._offset, alpha, keep, **self._static)
 
     def drawn(self, step: int, key: jax.Array, pixels: PixelSet | None) -> TrainingData:
         """What the call from a step on is given."""
-        numbers = self._ahead.get(step)
-        if numbers is None:
-            numbers = self._draw(np.int32(step), key, pixels)
+        ahead, being_read = self._ahead
+        if ahead != step:
+            being_read = self._begin_to_read(self._draw(np.int32(step), key, pixels))
         # Before the steps of this call are queued on the device, behind which it would wait.
         following = step + self._steps_per_call
-        self._ahead = {following: self._draw(np.int32(following), key, pixels)}
-        return self._gather(np.asarray(numbers))
+        self._ahead = following, self._begin_to_read(self._draw(np.int32(following), key, pixels))
+        return self._put(being_read)
 
-    def _gather(self, numbers: np.ndarray) -> TrainingData:
-        kept: dict[str, Any] = {"rgba": self._rgba, "depth": self._depth}
+    def _begin_to_read(self, numbers: jax.Array | np.ndarray) -> list[Future]:
+        """The pixels (K R,) by their numbers, in parts that are read side by side: a disk takes its time for each."""
+
+        def read(part: int) -> dict[str, Any]:
+            place = np.array_split(np.asarray(numbers), READERS)[part]
+            own: Any = True
+            if self._shares:
+                own, place = self._shares.own(place)
+            kept = {"rgba": self._rgba, "depth": self._depth}
+            # With a mode, numpy lets other threads run meanwhile.
+            found = {name: None if a is None else np.take(a, place, mode="clip") for name, a in kept.items()}
+            return found if own is True else jax.tree.map(lambda a: np.where(own, a, a.dtype.type(0)), found)
+
+        return [self._readers.submit(read, part) for part in range(READERS)]
+
+    def _put(self, being_read: list[Future]) -> TrainingData:
+        """The pixels on the device."""
+        found: Any = jax.tree.map(lambda *parts: np.concatenate(parts), *(part.result() for part in being_read))
         if self._shares:
-            own, numbers = self._shares.own(numbers)
-            found: Any = {name: None if a is None else np.where(own, a[numbers], 0) for name, a in kept.items()}
             none = jax.tree.map(np.zeros_like, found)  # all comes from the first device of a process
             found = default_placement().put_shares([found, *[none] * (len(self._shares.counts) - 1)])
             return SharedPixels(self._cameras, self._offset, **found, first=None, **self._static)
-        found = {name: None if a is None else a[numbers] for name, a in kept.items()}
         found["rgba"] = found["rgba"].view(np.uint8).reshape(-1, 4)
         return DrawnPixels(self._cameras, self._offset, **default_placement().put(found), **self._static)
+
+
+def opaque(images: PosedImages) -> bool:
+    """Whether all pixels are; looked at view by view, for all together may not fit into memory."""
+    return all((images.image(view)[..., 3] == 255).all() for view in range(len(images.cameras)))
 
 
 def _words(images: PosedImages) -> np.ndarray:
@@ -325,10 +349,14 @@ def num_pixels_of_all(data: PosedImages | RayTable) -> int:
 
 
 def on_host(data: PosedImages | RayTable, where: ImagesOn) -> bool:
-    """Whether images are kept on the host: as `where` says, and for "auto" if they take too much of the device."""
+    """Whether images are kept on the host: as `where` says, and for "auto" if they take too much of the device.
+
+    Whether in its memory or on its disk was settled when they were read.
+    """
     if not isinstance(data, PosedImages) or where == "device":
         return False
     num_bytes = sum(array.nbytes for array in (data.rgba, data.keep, data.depth) if array is not None)
     num_bytes //= default_placement().local.num_shares
-    (too_many,) = processes.any_of(num_bytes > DEVICE_SHARE * (device_memory() or np.inf))
-    return where == "host" or too_many
+    room = device_memory() or (0 if is_on_disk(data.rgba) else np.inf)  # where nobody says, it is the host's
+    (too_many,) = processes.any_of(num_bytes > DEVICE_SHARE * room)
+    return where in ("host", "disk") or too_many
