@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import pytest
+from strategies import needs_float16
 
 from experiments.gpu import bench
 from jaxngp.config import apply_overrides
@@ -48,6 +49,7 @@ def test_the_correctness_section_finds_an_error() -> None:
     assert list(bench.relative_errors(wrong, inputs).values()) == pytest.approx([0.1, 0.1], rel=1e-3)
 
 
+@needs_float16
 def test_ceilings_are_measured() -> None:
     rows = list(bench.ceilings(SimpleNamespace(config=TOY, sizes=bench.TOY)))
     assert len(rows) == 4
