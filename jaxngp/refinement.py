@@ -30,7 +30,7 @@ from jaxngp.hashing import level_sizes
 from jaxngp.lenses import COEFFICIENTS, Lens, make_lens
 
 FREE_COEFFICIENTS = {"perspective": ("k1", "k2"), "fisheye": ("k1", "k2")}
-"""The lens coefficients that are refined; of other models all."""
+"""The lens coefficients that are refined, the second where the lenses given have any; of other models all."""
 
 DAMPING = 0.1
 """Of the preconditioner, as a share of its diagonal: directions that hardly move the image are not enlarged more."""
@@ -120,18 +120,19 @@ def init_refinement(cameras: Cameras, *, config: NerfConfig) -> Refinement:
     """
     refine = config.refine
     cameras = jax.tree.map(np.asarray, cameras)
-    if refine.lens and not coefficient_numbers(cameras, refine).size:
+    if refine.lens and not num_coefficients(cameras):
         raise InputError(
             f"--refine=lens: a lens of the model {cameras.lens and cameras.lens.model} has no coefficients to refine"
         )
+    size = num_intrinsics(cameras, refine)
     _, number = np.unique(_rows(cameras), axis=0, return_inverse=True)
     number = number.reshape(-1).astype(np.int32)
     num_cameras = int(number.max()) + 1
-    found = blank(len(number), num_cameras, num_intrinsics(cameras, refine), config=config)
+    found = blank(len(number), num_cameras, size, config=config)
     pose_basis: Any = found.pose_basis
     camera_basis: Any = found.camera_basis
     if refine.cameras:
-        information = np.asarray(_information(cameras, refine=refine), np.float64)
+        information = np.asarray(_information(cameras, size=size, refine=refine), np.float64)
         if refine.poses:
             pose_basis = inverse_root(information[:, :6, :6])
         if camera_basis is not None:
@@ -172,13 +173,23 @@ def size_of(refinement: Refinement) -> tuple[int, int, int]:
 
 def num_intrinsics(cameras: Cameras, refine: RefineConfig) -> int:
     """Q, how many numbers are refined of one camera."""
-    return 3 * refine.focal + len(coefficient_numbers(cameras, refine))
+    return 3 * refine.focal + num_coefficients(cameras) * refine.lens
 
 
-def coefficient_numbers(cameras: Cameras, refine: RefineConfig) -> np.ndarray:
-    """Which coefficients of the lens are refined."""
-    if not refine.lens:
-        return np.zeros(0, np.int64)
+def num_coefficients(cameras: Cameras) -> int:
+    """How many coefficients can be refined of the lenses given: the first of `coefficient_numbers`.
+
+    k1 and k2 do nearly the same within half of an image, so that where the scene is in its middle both together are
+    ill determined: who gave no k2 gets none.
+    """
+    numbers = coefficient_numbers(cameras)
+    if (cameras.lens.model if cameras.lens else "perspective") not in FREE_COEFFICIENTS:
+        return len(numbers)
+    return 2 if cameras.lens and np.asarray(cameras.lens.coefficients)[..., numbers[1]].any() else 1
+
+
+def coefficient_numbers(cameras: Cameras) -> np.ndarray:
+    """Which coefficients of the lens may be refined, in the order in which they are."""
     model = cameras.lens.model if cameras.lens else "perspective"
     names = COEFFICIENTS[model]
     return np.array([names.index(name) for name in FREE_COEFFICIENTS.get(model, names)], np.int64)
@@ -205,7 +216,7 @@ def changed(cameras: Cameras, change: jax.Array, *, refine: RefineConfig) -> Cam
         cameras = cameras.replace(focal_xy=focal, centre_xy=centre)  # type: ignore[attr-defined]
         change = change[..., 3:]
     if refine.lens:
-        numbers, cameras = coefficient_numbers(cameras, refine), with_lens(cameras)
+        numbers, cameras = coefficient_numbers(cameras)[: change.shape[-1]], with_lens(cameras)
         assert cameras.lens is not None
         lens = dataclasses.replace(cameras.lens, coefficients=cameras.lens.coefficients.at[..., numbers].add(change))
         cameras = cameras.replace(lens=lens)  # type: ignore[attr-defined]
@@ -236,9 +247,9 @@ _GRID = (np.arange(6) + 0.5) / 6  # places along an image
 _DISTANCES = (0.7, 1.0, 1.4)  # of points, in distances from the middle of the scene
 
 
-@functools.partial(jax.jit, static_argnames="refine")
-def _information(cameras: Cameras, *, refine: RefineConfig) -> jax.Array:
-    """(V, 6 + Q, 6 + Q): the mean of J^T J over points before each camera, J of places in focal lengths."""
+@functools.partial(jax.jit, static_argnames=("size", "refine"))
+def _information(cameras: Cameras, *, size: int, refine: RefineConfig) -> jax.Array:
+    """(V, 6 + Q, 6 + Q): the mean of J^T J over points before each camera, J of places in focal lengths. size: Q."""
     full = dataclasses.replace(refine, poses=True)
 
     def one(camera: Cameras) -> jax.Array:
@@ -253,8 +264,7 @@ def _information(cameras: Cameras, *, refine: RefineConfig) -> jax.Array:
             many = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(points), *a.shape)), other)
             return project(many, points)[0] / camera.focal_xy
 
-        size = 6 + num_intrinsics(camera, refine)
-        jacobian = jax.jacfwd(places)(jnp.zeros(size, jnp.float32))
+        jacobian = jax.jacfwd(places)(jnp.zeros(6 + size, jnp.float32))
         return jnp.einsum("nai,naj->ij", jacobian, jacobian, precision="highest") / len(points)
 
     return jax.vmap(one)(cameras)
@@ -272,7 +282,7 @@ def inverse_root(information: np.ndarray) -> Any:
 def pose_basis(camera: Cameras) -> np.ndarray:
     """The basis (6, 6) f32 of a single camera's twists, in which a step of 1 moves its image by one focal length."""
     cameras: Cameras = jax.tree.map(lambda a: np.asarray(a)[None], camera)
-    return inverse_root(np.asarray(_information(cameras, refine=RefineConfig(poses=True)), np.float64))[0]
+    return inverse_root(np.asarray(_information(cameras, size=0, refine=RefineConfig(poses=True)), np.float64))[0]
 
 
 # Exposure.

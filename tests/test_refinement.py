@@ -37,6 +37,7 @@ from jaxngp.data.rays import RayTable
 from jaxngp.encodings import hash_encode
 from jaxngp.fields import RadianceField
 from jaxngp.hashing import level_offsets
+from jaxngp.lenses import COEFFICIENTS, Model, make_lens
 from jaxngp.presets import PRESETS
 from jaxngp.refinement import Refinement, Similarity, align, init_refinement, pose_errors
 from jaxngp.training.loop import init_state, train
@@ -136,7 +137,26 @@ def test_equal_intrinsics_are_of_one_camera() -> None:
     focal[3:] *= 1.5
     learned = init_refinement(given_cameras.replace(focal_xy=focal), config=CONFIG)
     assert np.asarray(learned.camera_of_view).tolist() == [0, 0, 0, 1, 1]
-    assert refinement.size_of(learned) == (5, 2, 5)
+    assert refinement.size_of(learned) == (5, 2, 4)
+
+
+@pytest.mark.parametrize(("model", "value"), [("perspective", 0.0), ("perspective", -0.01), ("fisheye", -0.01)])
+def test_k2_is_refined_where_it_is_given(model: Model, value: float) -> None:
+    """Where nobody measured one, k1 alone is looked for; a correction of it leaves all other coefficients."""
+    own, names = cameras(), COEFFICIENTS[model]
+    coefficients = np.zeros((VIEWS, len(names)), np.float32)
+    coefficients[:, names.index("k2")] = value
+    shape = {name: np.asarray(getattr(own, name)) for name in ("focal_xy", "centre_xy", "size")}
+    lens, _ = make_lens(model, coefficients, **shape)
+    own = own.replace(lens=lens)
+    free = ["k1", "k2"] if value else ["k1"]
+    learned = init_refinement(own, config=replace(CONFIG, refine=RefineConfig(lens=True)))
+    assert refinement.size_of(learned) == (VIEWS, 1, len(free))
+    learned = replace(learned, free=replace(learned.free, camera=jnp.full((1, len(free)), 0.1)))
+    found = refinement.corrected(own, learned, refine=RefineConfig(lens=True)).lens
+    assert found is not None
+    changed = np.any(np.asarray(found.coefficients) != coefficients, axis=0)
+    assert [name for name, other in zip(names, changed, strict=True) if other] == free
 
 
 @given(seeds)
@@ -423,8 +443,6 @@ def test_a_ray_table_is_refused() -> None:
 
 
 def test_a_lens_without_coefficients_is_refused() -> None:
-    from jaxngp.lenses import make_lens
-
     own = cameras()
     shape = {"focal_xy": own.focal_xy, "centre_xy": own.centre_xy, "size": own.size}
     lens, _ = make_lens("equirectangular", np.zeros((VIEWS, 0)), **shape)
