@@ -230,7 +230,7 @@ def test_a_camera_beyond_float32_is_refused(scene: Path, change: dict[str, float
 
 
 def test_more_views_than_the_memory_holds_are_one_line(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def empty(*_: Any) -> None:
+    def empty(*_: Any, **__: Any) -> None:
         raise MemoryError("Unable to allocate")
 
     monkeypatch.setattr(splits, "read_images", empty)
