@@ -101,7 +101,8 @@ def test_names_of_combinations() -> None:
 @pytest.mark.slow
 def test_a_sweep_goes_on_where_it_stopped(square: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs that are done are not trained again, a scene that is missing ends no other, and all open as one pytree."""
-    common = ["--preset=hundred_lines", "--max_steps=8", "--eval_views=1", f"--workdir={tmp_path / 'sweep'}"]
+    common = ["--preset=hundred_lines", "--max_steps=8", "--eval_views=1", "--at_once=8"]
+    common += [f"--workdir={tmp_path / 'sweep'}"]
     common += [f"--override={override}" for override in OVERRIDES]
     missing = tmp_path / "missing"
     said = SWEEP.refusal(capsys, *common, f"--scenes={square},{missing}", "--vary=train.seed=1,2")
