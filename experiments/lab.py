@@ -33,7 +33,7 @@ from tqdm import tqdm
 from jaxngp import flags
 from jaxngp.config import InputError, NerfConfig, apply_overrides, from_json, to_json
 from jaxngp.console import bar_interval
-from jaxngp.data import load_training
+from jaxngp.data import read_views
 from jaxngp.presets import PRESETS, scene_config, suited
 from jaxngp.records import append_jsonl, environment, peak_memory_bytes, write_json
 
@@ -254,8 +254,9 @@ def base_configs(values: absl_flags.FlagValues) -> list[tuple[str, NerfConfig]]:
         scene = scene_config(name)
         if name != "bricks":
             scene = replace(scene, downscale=values.downscale, data_dir=values.data_dir or "")
-        views = load_training(scene)
-        config = suited(PRESETS[values.preset], num_cascades=views.placement.num_cascades, has_alpha=views.has_alpha)
+        capture, roles, placement = read_views(scene)
+        has_alpha = any(alpha and role == "train" for alpha, role in zip(capture.has_alpha, roles, strict=False))
+        config = suited(PRESETS[values.preset], num_cascades=placement.num_cascades, has_alpha=has_alpha)
         config = replace(config, scene=scene, train=replace(config.train, **budget))
         found.append((name, apply_overrides(config, values.override)))
     return found

@@ -434,11 +434,7 @@ class TrainConfig(LoopConfig):
     loss: Annotated[Loss, "loss on the colour of a ray"] = "huber"
     background: Annotated[Background, "behind transparent pixels; random is one colour per ray"] = "random"
     depth_weight: Annotated[NonNegative, "of the loss on the depth of a ray, where it is known"] = 0.02
-    images_on: Annotated[
-        ImagesOn,
-        Role.FREE,
-        "where images are kept; auto: the first of device, host, disk that has room",
-    ] = "auto"
+    images_on: Annotated[ImagesOn, Role.FREE, "where images are kept; auto: the first that has room"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -225,8 +225,10 @@ def test_images_are_on_the_device_where_they_fit(monkeypatch: pytest.MonkeyPatch
         assert pixels.on_host(images, "auto") == expected
         assert pixels.on_host(filed, "auto") == (expected or not bytes_there)  # a CPU's memory is the host's
         assert pixels.on_host(images, "host")
-        assert pixels.on_host(images, "disk")
+        assert pixels.on_host(filed, "disk")
         assert not pixels.on_host(images, "device")
+    with pytest.raises(InputError, match="the images are in memory"):
+        pixels.on_host(images, "disk")
     with_depth = replace(images, depth=np.zeros(images.num_pixels, np.float16))
     assert pixels.on_host(with_depth, "auto")
 

@@ -55,7 +55,7 @@ def is_on_disk(array: object) -> bool:
 
 
 def memory_left() -> float:
-    """Bytes of memory that this process may still take; infinite where nobody says."""
+    """Bytes of memory that are left, at most the limit of a container; infinite where nobody says."""
     left = math.inf
     for path, key in (("/proc/meminfo", "MemAvailable:"), ("/sys/fs/cgroup/memory.max", "")):
         try:

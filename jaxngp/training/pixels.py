@@ -30,7 +30,6 @@ from jaxngp.visual_hull import PixelSet
 DEVICE_SHARE = 0.5
 """Of the device's memory, that images may take; the rest is for the hull of as many pixels, the field and a step."""
 
-
 READERS = 16
 """Threads that read what a call draws; a disk answers as many questions in the time of one."""
 
@@ -301,13 +300,11 @@ class HostStore:
 
         def read(part: int) -> dict[str, Any]:
             place = np.array_split(np.asarray(numbers), READERS)[part]
-            own: Any = True
-            if self._shares:
-                own, place = self._shares.own(place)
+            own, place = self._shares.own(place) if self._shares else (None, place)
             kept = {"rgba": self._rgba, "depth": self._depth}
             # With a mode, numpy lets other threads run meanwhile.
             found = {name: None if a is None else np.take(a, place, mode="clip") for name, a in kept.items()}
-            return found if own is True else jax.tree.map(lambda a: np.where(own, a, a.dtype.type(0)), found)
+            return found if own is None else jax.tree.map(lambda a: np.where(own, a, a.dtype.type(0)), found)
 
         return [self._readers.submit(read, part) for part in range(READERS)]
 
@@ -351,10 +348,15 @@ def num_pixels_of_all(data: PosedImages | RayTable) -> int:
 def on_host(data: PosedImages | RayTable, where: ImagesOn) -> bool:
     """Whether images are kept on the host: as `where` says, and for "auto" if they take too much of the device.
 
-    Whether in its memory or on its disk was settled when they were read.
+    Whether in its memory or on its disk was settled when they were read: raises InputError for "disk" and images in
+    memory.
     """
     if not isinstance(data, PosedImages) or where == "device":
         return False
+    if where == "disk" and not is_on_disk(data.rgba):
+        raise InputError(
+            "train.images_on = disk: the images are in memory; read them by load_training(images_on='disk')"
+        )
     num_bytes = sum(array.nbytes for array in (data.rgba, data.keep, data.depth) if array is not None)
     num_bytes //= default_placement().local.num_shares
     room = device_memory() or (0 if is_on_disk(data.rgba) else np.inf)  # where nobody says, it is the host's
